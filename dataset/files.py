@@ -1,0 +1,120 @@
+"""Files that are whole or not there: written beside their place, flushed, then renamed."""
+
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from tokenlabel.dataset.errors import FormatError
+
+#: Ending of unfinished files. A job removes those that it finds when it starts.
+TEMPORARY = ".tmp"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; rename it to `path` unless an error comes out.
+
+    The file and its folder are fsynced, so that after a power failure `path` is the old file or
+    the new one. On any exception the temporary file is removed and `path` is left as it was.
+    """
+    temporary = path.with_name(
+        f".{path.name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY}"
+    )
+    try:
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable, where the system can (Windows cannot open folders)."""
+    with suppress(PermissionError, OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def create_h5(path: Path) -> h5py.File:
+    """A new HDF5 file, readable by HDF5 1.10 and later; half-written it refuses to open."""
+    return h5py.File(path, "w", libver=("v110", "v110"), rdcc_nbytes=0)
+
+
+def open_h5(path: Path) -> h5py.File:
+    """Open for reading, without file locks and without the 1 MB a dataset of chunk cache.
+
+    Raises FileNotFoundError or PermissionError as the system does, and FormatError for a file
+    that is no HDF5 file or was cut short.
+    """
+    try:
+        return h5py.File(path, "r", locking=False, rdcc_nbytes=0)
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except OSError as error:
+        raise FormatError(
+            f"{path} is not a complete HDF5 file (damaged, cut short or something else): {error}. "
+            "Remedy: delete it; the next `annotate` makes it again"
+        ) from error
+
+
+def set_text(attrs: h5py.AttributeManager, name: str, text: str) -> None:
+    """Store a string attribute with a fixed length.
+
+    Variable-length strings live in HDF5's global heap, which has no checksum; fixed ones lie in
+    the object header, which has.
+    """
+    data = text.encode()
+    attrs.create(name, data, dtype=h5py.string_dtype("utf-8", max(len(data), 1)))
+
+
+def set_texts(attrs: h5py.AttributeManager, name: str, texts: list[str]) -> None:
+    """Store a list of strings as one attribute of fixed length."""
+    attrs.create(name, encode_texts(texts))
+
+
+def encode_texts(texts: list[str]) -> np.ndarray:
+    """Strings as an array of fixed-length, NUL-padded UTF-8."""
+    data = [text.encode() for text in texts]
+    width = max(map(len, data), default=0) or 1
+    return np.array(data, dtype=h5py.string_dtype("utf-8", width))
+
+
+def attribute(value: Any) -> Any:
+    """An attribute as Python sees it best: bytes as str, arrays as lists, numbers as numbers."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, np.ndarray):
+        return [attribute(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def check_identity(file: h5py.File, name: str, version: int, remedy: str) -> None:
+    """Raise FormatError unless the root attributes name this format, in a version we read."""
+    path = file.filename
+    try:
+        found = attribute(file.attrs.get("format"))
+        number = attribute(file.attrs.get("version"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}: its header is damaged: {error}. {remedy}") from error
+    if found != name:
+        raise FormatError(f"{path}: expected format {name!r}, found {found!r}. {remedy}")
+    if not isinstance(number, int) or number < 1:
+        raise FormatError(f"{path}: the format version must be 1 or more, got {number!r}. {remedy}")
+    if number > version:
+        raise FormatError(
+            f"{path} is version {number} of {name}; this release of tokenlabel reads up to version "
+            f"{version}. Remedy: install a newer tokenlabel"
+        )
