@@ -1,0 +1,141 @@
+"""Decode pictures as torchvision's ImageFolder shows them to the student, then squash them.
+
+Runs in decode workers, so it needs Pillow and NumPy only.
+"""
+
+import hashlib
+import io
+import os
+import re
+import stat
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+#: Endings of image files, in lower case: torchvision's, so that ImageFolder's images all have rows
+#: (listed here because importing torchvision costs a driver or worker 200 MB).
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+#: What a picture may be inside, whatever its name says. The list keeps out formats that start
+#: other programs (EPS) or that no image folder holds.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF")
+#: Larger files become error rows instead of exhausting a worker's memory.
+MAX_FILE_BYTES = 512 << 20
+_MAX_ERROR_CHARS = 200
+
+
+class DecodedBatch(NamedTuple):
+    """A batch ready for the teacher.
+
+    Attributes:
+        images: uint8 [B, H, W, 3] RGB, whole pictures squashed to the teacher's input; black
+            where the picture could not be read.
+        sizes: int32 [B, 2], (width, height) of the picture in its file, 0 where unknown.
+        digests: uint64 [B], the first 8 bytes of the BLAKE2b-64 of the file, little-endian.
+        errors: B texts, empty where the picture was read.
+    """
+
+    images: np.ndarray
+    sizes: np.ndarray
+    digests: np.ndarray
+    errors: list[str]
+
+
+class ImageError(Exception):
+    """Why one picture has no map."""
+
+
+def decode_batch(
+    root: str, keys: Sequence[str], size: tuple[int, int], interpolation: str
+) -> DecodedBatch:
+    """Read the pictures `root`/key and squash each to `size` = (height, width).
+
+    The pictures are those that `torchvision.datasets.ImageFolder` gives: RGB by Pillow's own
+    conversion, EXIF orientation not applied. A bad picture never raises; its row says why.
+
+    Raises:
+        FileNotFoundError: `root` itself is not there, as on a node without the file system.
+    """
+    if not os.path.isdir(root):
+        raise FileNotFoundError(
+            f"the image folder {root} is not there on this node. "
+            "Remedy: mount it on every node under the same path"
+        )
+    count, (height, width) = len(keys), size
+    batch = DecodedBatch(
+        np.zeros((count, height, width, 3), np.uint8),
+        np.zeros((count, 2), np.int32),
+        np.zeros(count, np.uint64),
+        [""] * count,
+    )
+    resample = Image.Resampling[interpolation.upper()]
+    for row, key in enumerate(keys):
+        try:
+            data = _read(os.path.join(root, key))
+            batch.digests[row] = file_digest(data)
+            picture = _open(data)
+            batch.sizes[row] = picture.size
+            batch.images[row] = np.asarray(picture.resize((width, height), resample))
+        except ImageError as error:
+            batch.errors[row] = str(error)
+    return batch
+
+
+def failed_batch(keys: Sequence[str], size: tuple[int, int], error: str) -> DecodedBatch:
+    """A batch of pictures that could not even be tried, all with the same `error`."""
+    count = len(keys)
+    return DecodedBatch(
+        np.zeros((count, *size, 3), np.uint8),
+        np.zeros((count, 2), np.int32),
+        np.zeros(count, np.uint64),
+        [error] * count,
+    )
+
+
+def join_batches(parts: Sequence[DecodedBatch]) -> DecodedBatch:
+    """Several batches as one."""
+    return DecodedBatch(
+        np.concatenate([part.images for part in parts]),
+        np.concatenate([part.sizes for part in parts]),
+        np.concatenate([part.digests for part in parts]),
+        [error for part in parts for error in part.errors],
+    )
+
+
+def file_digest(data: bytes) -> int:
+    """The 64-bit digest of a file's bytes that shards hold."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _read(path: str) -> bytes:
+    try:
+        # Non-blocking, so that a named pipe called cat.jpg cannot hang the job.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with open(handle, "rb") as file:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError("not a regular file")
+            if status.st_size == 0:
+                raise ImageError("the file is empty")
+            if status.st_size > MAX_FILE_BYTES:
+                raise ImageError(f"the file has {status.st_size} bytes (limit {MAX_FILE_BYTES})")
+            return file.read()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or type(error).__name__}") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large pictures and odd EXIF are no news here
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                return picture.convert("RGB")
+    except UnidentifiedImageError as error:  # its text holds a memory address
+        raise ImageError("not an image, or its header is damaged") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"too many pixels: {error}") from error
+    except Exception as error:  # decoders raise nearly anything on damaged input
+        text = re.sub(r"<[^<>]*0x[0-9a-f]+>", "data", str(error)) or type(error).__name__
+        raise ImageError(f"cannot be decoded: {text}"[:_MAX_ERROR_CHARS]) from error
