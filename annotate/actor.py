@@ -1,0 +1,55 @@
+"""The teacher actor as Ray sees it. Light to import: the driver needs neither torch nor timm."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from tokenlabel.annotate.config import AnnotateConfig
+from tokenlabel.annotate.plan import Identity, Plan
+
+if TYPE_CHECKING:
+    from tokenlabel.annotate.worker import Progress
+
+#: Shards an actor works on: one runs through the teacher while the next is decoded.
+SHARDS_AT_ONCE = 2
+
+
+class TeacherActor:
+    """Passes the driver's calls to a `Worker`."""
+
+    def __init__(self, config: AnnotateConfig, root: Path, threads: int) -> None:
+        from tokenlabel.annotate.worker import Worker
+
+        self._worker = Worker(config, root, threads)
+
+    @ray.method(concurrency_group="control")
+    def ready(self) -> Identity:
+        """Build the teacher. Not in `__init__`, whose errors Ray wraps beyond recognition."""
+        return self._worker.ready()
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> "Progress":
+        """What the actor has done so far."""
+        return self._worker.progress()
+
+    @ray.method(concurrency_group="shards")
+    def annotate(self, plan: Plan, shard: int) -> int:
+        """Make one shard; returns its number of rows."""
+        return self._worker.annotate(plan, shard)
+
+
+def remote_actor(gpus: float) -> Any:
+    """The class as a Ray actor: never restarted by Ray, with a slot for progress calls.
+
+    It reserves no CPU: actors that hold every CPU would leave none to decode.
+    """
+    remote: Any = ray.remote  # its type hints leave out what actors take
+    return remote(
+        num_cpus=0,
+        num_gpus=gpus,
+        max_restarts=0,
+        max_task_retries=0,
+        concurrency_groups={"shards": SHARDS_AT_ONCE, "control": 1},
+        scheduling_strategy="SPREAD",
+    )(TeacherActor)

@@ -1,0 +1,97 @@
+"""Start Ray on this machine, or attach to a cluster, and say what it has."""
+
+import importlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenlabel.annotate.config import AnnotateConfig
+from tokenlabel.annotate.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+_PACKAGES = ("annotate", "dataset")
+
+
+class Resources(NamedTuple):
+    """What the teachers get: how many actors, and for each its GPUs and CPU threads (0: ask)."""
+
+    teachers: int
+    gpus: float
+    threads: int
+
+
+@contextmanager
+def ray_session(address: str | None) -> Iterator[None]:
+    """Ray for the `with` block; a session that the caller had started is used and left running.
+
+    Without an address, Ray runs on this machine only, bound to the loopback interface, without
+    dashboard or usage statistics.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would otherwise hide the GPUs from actors that ask for none, and warn that it will not.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="tokenlabel-") as folder:
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        try:
+            if address:
+                modules = [str(_copy_package(Path(folder)))]
+                ray.init(address=address, runtime_env={"py_modules": modules}, **quiet)
+            else:
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    **quiet,
+                )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"cannot reach a Ray cluster at {address or 'this machine'}: {error}. Remedy: "
+                "`ray_address` is host:port of the head node, or auto on a node of the cluster"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _copy_package(folder: Path) -> Path:
+    """The package's code in a folder `tokenlabel`, for nodes that have not installed it."""
+    target = folder / "tokenlabel"
+    for name in _PACKAGES:
+        source = importlib.import_module(f"tokenlabel.{name}").__path__[0]
+        shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
+def plan_resources(config: AnnotateConfig) -> Resources:
+    """How many teachers the cluster carries, and what each gets.
+
+    Raises:
+        ConfigError: `device: cuda` on a cluster without GPUs.
+    """
+    import ray
+
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if config.device == "cuda" and gpus < config.gpus_per_teacher:
+        raise ConfigError(
+            f"device cuda needs {config.gpus_per_teacher} GPUs a teacher, the cluster has {gpus}. "
+            "Remedy: device auto or cpu, or start Ray on nodes with GPUs"
+        )
+    if config.device != "cpu" and gpus >= config.gpus_per_teacher:
+        teachers = config.teachers or int(gpus // config.gpus_per_teacher)
+        return Resources(teachers, config.gpus_per_teacher, config.threads)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    teachers = config.teachers or len(nodes)
+    cpus = max(int(node["Resources"].get("CPU", 1)) for node in nodes)
+    shared = max(cpus // -(-teachers // len(nodes)), 1)
+    return Resources(teachers, 0.0, config.threads or shared)

@@ -1,0 +1,182 @@
+"""`annotate`: the whole job, from options to verified shards and a report."""
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from tokenlabel.annotate.cluster import plan_resources, ray_session
+from tokenlabel.annotate.config import SAMPLE, AnnotateConfig
+from tokenlabel.annotate.errors import ConfigError, FingerprintError
+from tokenlabel.annotate.lock import folder_lock
+from tokenlabel.annotate.manifest import NAME as MANIFEST
+from tokenlabel.annotate.manifest import (
+    Manifest,
+    build_manifest,
+    open_manifest,
+    scan,
+    shard_rows,
+)
+from tokenlabel.annotate.plan import Identity, Plan, make_plan, unfinished
+from tokenlabel.annotate.pool import Pool, Tally
+from tokenlabel.annotate.report import Report, make_report
+from tokenlabel.annotate.sample import sample_folder
+from tokenlabel.dataset.errors import FormatError
+from tokenlabel.dataset.files import TEMPORARY
+from tokenlabel.dataset.index import build_index, open_index
+
+_log = logging.getLogger(__name__)
+#: Where the embedded sample is laid out.
+SAMPLE_PARENT = Path("data")
+
+
+def annotate(
+    config: AnnotateConfig, progress: Callable[[Tally, int, int], None] = lambda *_: None
+) -> Report:
+    """Annotate a split: build the manifest, make the missing shards, index them, and report.
+
+    Uses the Ray session that is there, or starts one (or attaches to `config.ray_address`) and
+    shuts it down. Finished shards are skipped, so a job that was stopped goes on.
+
+    Args:
+        config: the options.
+        progress: called some times a second with the run's tally, the number of images that this
+            run has to annotate, and that of the split.
+
+    Returns:
+        The report, also saved as report.json beside the shards. `report.ok` is False when shards
+        failed or errors are too many.
+
+    Raises:
+        ConfigError: wrong options or input; TeacherError for the teacher.
+        OutputError: the folder cannot be written, holds another run's shards (FingerprintError)
+            or is locked by another job (LockedError).
+        JobError: no teacher could be run.
+        FormatError: a finished shard is damaged.
+    """
+    begin = time.monotonic()
+    root = split_folder(config)
+    with folder_lock(config.folder.absolute()) as run:
+        remove_temporary(config.folder)
+        if _looks_finished(config.folder):
+            # Nothing to run: the teacher is only asked who it is, here in this process.
+            identity = _identify_here(config, root)
+            plan, todo = _plan(config, root, run, identity)
+            if not todo:
+                return _finish(config, plan, identity, Tally(), 0, begin)
+        with ray_session(config.ray_address):
+            resources = plan_resources(config)
+            if resources.gpus == 0:
+                config = config.model_copy(update={"device": "cpu"})
+            with Pool((config, root, resources.threads), resources) as pool:
+                identity = pool.identify(resources.teachers)
+                plan, todo = _plan(config, root, run, identity)
+                images = sum(len(shard_rows(plan.rows, plan.shard_size, shard)) for shard in todo)
+                tally = pool.run(
+                    plan, todo, config.retries, lambda now: progress(now, images, plan.rows)
+                )
+        return _finish(config, plan, identity, tally, len(todo), begin)
+
+
+def split_folder(config: AnnotateConfig) -> Path:
+    """The folder of the split's images, absolute; lays the embedded sample out if asked for.
+
+    Raises:
+        ConfigError: it is not there, or holds no image.
+    """
+    data = sample_folder(SAMPLE_PARENT) if config.data == SAMPLE else Path(config.data)
+    root = (data / config.split).absolute()
+    if not root.is_dir():
+        there = sorted(p.name for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
+        raise ConfigError(
+            f"no folder {root}: `data` must hold a folder a split, and `split` name one; "
+            + (f"{data} holds {', '.join(there[:5])}" if there else f"{data} holds no folder")
+            + ". Remedy: check `data` and `split`"
+        )
+    if next(scan(root), None) is None:
+        raise ConfigError(
+            f"no images found in {root} or its folders. Remedy: check the path; the images of a "
+            "split lie in DATA/SPLIT/CLASS/ and end in .jpg, .jpeg, .png, .webp, .bmp, .tif or .ppm"
+        )
+    return root
+
+
+def remove_temporary(folder: Path) -> None:
+    """Delete what killed runs left half-written. Only under the folder's lock."""
+    for path in folder.iterdir():
+        if path.name.startswith(".") and path.name.endswith(TEMPORARY):
+            with suppress(FileNotFoundError):
+                path.unlink()
+
+
+def _looks_finished(folder: Path) -> bool:
+    with suppress(FileNotFoundError, FormatError):
+        open_index(folder)
+        return True
+    return False
+
+
+def _identify_here(config: AnnotateConfig, root: Path) -> Identity:
+    from tokenlabel.annotate.worker import build_teacher, identify
+
+    return identify(build_teacher(config), root)
+
+
+def _plan(
+    config: AnnotateConfig, root: Path, run: str, identity: Identity
+) -> tuple[Plan, list[int]]:
+    manifest = _manifest(config, root, identity)
+    plan = make_plan(config, root, run, manifest, identity)
+    return plan, unfinished(plan)
+
+
+def _manifest(config: AnnotateConfig, root: Path, identity: Identity) -> Manifest:
+    """The split's manifest: made anew, and compared with the one that finished shards are of."""
+    path = config.folder / MANIFEST
+    saved: Manifest | None = None
+    with suppress(FileNotFoundError, FormatError):
+        saved = open_manifest(path)
+    if saved and not config.rescan:
+        return saved
+    fresh_path = path.with_name(f".{MANIFEST}{TEMPORARY}")
+    fresh = build_manifest(root, fresh_path, identity.class_names, identity.num_classes)
+    if saved and saved.digest == fresh.digest:
+        fresh_path.unlink()
+        return saved
+    has_shards = any(config.folder.glob("shard-*.h5"))
+    if saved and has_shards:
+        fresh_path.unlink()
+        raise FingerprintError(_changed(config, saved, fresh))
+    fresh_path.replace(path)
+    return fresh
+
+
+def _changed(config: AnnotateConfig, saved: Manifest, fresh: Manifest) -> str:
+    pairs = zip(saved.keys, fresh.keys, strict=False)
+    where = next((row for row, (old, new) in enumerate(pairs) if old != new), None)
+    if where is None and len(saved.keys) == len(fresh.keys):
+        what = "the same images have other classes now"
+    else:
+        row = min(len(saved.keys), len(fresh.keys)) if where is None else where
+        old, new = ((m.keys[row] if row < len(m.keys) else "nothing") for m in (saved, fresh))
+        what = f"the first difference is row {row}: {old!r} then, {new!r} now"
+    return (
+        f"the images have changed since {config.folder} was begun: {len(saved.keys)} then "
+        f"(manifest {saved.digest[:16]}), {len(fresh.keys)} now ({fresh.digest[:16]}); {what}. "
+        "Remedy: restore the images, or annotate into another folder with `out`"
+    )
+
+
+def _finish(
+    config: AnnotateConfig, plan: Plan, identity: Identity, tally: Tally, todo: int, begin: float
+) -> Report:
+    if tally.failed:
+        _log.error("no index was made: %d shards are missing", len(tally.failed))
+    elif todo or not _looks_finished(plan.folder):
+        build_index(plan.folder)
+    report = make_report(
+        plan, identity, tally, plan.shards - todo, time.monotonic() - begin, config.max_errors
+    )
+    report.save()
+    return report

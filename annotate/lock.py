@@ -1,0 +1,132 @@
+"""One job at a time on an output folder.
+
+The kernel's lock on the file decides, so the lock of a dead process is free at once; the file's
+text tells a second job who holds it. Where the file system has no such locks, the text decides.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tokenlabel.annotate.errors import LockedError, OutputError
+
+NAME = ".lock"
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[str]:
+    """Create `folder`, hold its lock during the `with` block, and yield the run's id.
+
+    Raises:
+        LockedError: another job holds it; names that job's host and pid.
+        OutputError: the folder cannot be created or written.
+    """
+    path, run = folder / NAME, uuid.uuid4().hex
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _acquire(path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to the output folder {folder}: {error.strerror}. "
+            "Remedy: choose another one with `out`, or mend its permissions or free space"
+        ) from error
+    try:
+        owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+            "run": run,
+        }
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(owner).encode(), 0)
+        os.fsync(handle)
+        yield run
+    finally:
+        with suppress(FileNotFoundError):
+            if _same_file(handle, path):
+                path.unlink()
+        os.close(handle)
+
+
+def holder(folder: Path) -> str | None:
+    """Id of the run that holds the folder's lock, as its file says; None without one."""
+    return _owner(folder / NAME).get("run")
+
+
+def _acquire(path: Path) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise _refusal(path, _patient_owner(path)) from None
+            if error.errno not in _UNSUPPORTED:
+                raise
+            return _acquire_by_text(path)
+        if _same_file(handle, path):  # else its holder has just left and removed it
+            return handle
+        os.close(handle)
+
+
+def _acquire_by_text(path: Path) -> int:
+    owner = _owner(path)
+    if owner and not _is_dead(owner):
+        raise _refusal(path, owner)
+    # Opened anew: whoever replaces the file next no longer finds this run's id in it.
+    temporary = path.with_name(f"{path.name}-{uuid.uuid4().hex[:8]}.tmp")
+    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    os.replace(temporary, path)
+    return handle
+
+
+def _same_file(handle: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), path.stat())
+    return False
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    try:
+        owner = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _patient_owner(path: Path) -> dict[str, Any]:
+    for _ in range(20):  # it may have taken the lock and not written its name yet
+        if owner := _owner(path):
+            return owner
+        time.sleep(0.05)
+    return {}
+
+
+def _is_dead(owner: dict[str, Any]) -> bool:
+    if owner.get("host") != socket.gethostname():
+        return False
+    try:
+        started = psutil.Process(int(owner["pid"])).create_time()
+    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
+        return True
+    return abs(started - float(owner.get("started", started))) > 1  # the pid was used again
+
+
+def _refusal(path: Path, owner: dict[str, Any]) -> LockedError:
+    return LockedError(
+        f"another job is writing to {path.parent}: host {owner.get('host', 'unknown')}, "
+        f"pid {owner.get('pid', 'unknown')}. Remedy: wait for it, or choose another folder with "
+        f"`out`; if that job is certainly gone, delete {path}"
+    )

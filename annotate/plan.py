@@ -1,0 +1,184 @@
+"""What a run writes: the settings that decide every byte, and their fingerprint."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tokenlabel.annotate.config import AnnotateConfig
+from tokenlabel.annotate.errors import FingerprintError
+from tokenlabel.annotate.manifest import Manifest, shard_count
+from tokenlabel.dataset.errors import FormatError
+from tokenlabel.dataset.shard import Shard, ShardLayout, parse_shard_name, shard_name
+
+#: Raised by one whenever the same settings would give other bytes.
+CONTENT_VERSION = 1
+_LIBRARIES = ("tokenlabel", "torch", "timm", "numpy", "pillow", "h5py")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the driver must know of a teacher without loading it.
+
+    Attributes:
+        model: timm name.
+        weights_digest: hex sha256 of the state dict.
+        preprocessing: input size, mean, std, interpolation.
+        grid: (H, W) of its maps.
+        num_classes: number of classes.
+        class_names: their names, None where unknown.
+        device: "cpu" or "cuda".
+        dense_rule: how the dense logits are had, and `dense_exact` whether their mean must be
+            the pooled logits; `dense_error` is the largest difference met on the first images.
+    """
+
+    model: str
+    weights_digest: str
+    preprocessing: dict[str, Any]
+    grid: tuple[int, int]
+    num_classes: int
+    class_names: list[str] | None
+    device: str
+    dense_rule: str
+    dense_exact: bool
+    dense_error: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything an actor needs to make any shard of the run.
+
+    Attributes:
+        root: folder of the split's images.
+        folder: folder of its shards, which holds the manifest.
+        run: id that the folder's lock must show.
+        rows, shards, shard_size, batch_size, window: sizes, in images and batches.
+        layout: shapes and dtypes of the shards.
+        fingerprint: of the settings.
+        attrs: root attributes that all shards share.
+        label_space: "teacher" or "folders".
+    """
+
+    root: Path
+    folder: Path
+    run: str
+    rows: int
+    shards: int
+    shard_size: int
+    batch_size: int
+    window: int
+    layout: ShardLayout
+    fingerprint: str
+    attrs: dict[str, Any]
+    label_space: str
+
+
+def make_plan(
+    config: AnnotateConfig, root: Path, run: str, manifest: Manifest, teacher: Identity
+) -> Plan:
+    """Combine options, images and teacher."""
+    settings = {
+        "content_version": CONTENT_VERSION,
+        "manifest": manifest.digest,
+        "label_space": manifest.label_space,
+        "model": teacher.model,
+        "weights": teacher.weights_digest,
+        "num_classes": teacher.num_classes,
+        "class_names": _digest(teacher.class_names),
+        "dense_rule": teacher.dense_rule,
+        "device": teacher.device,
+        "preprocessing": teacher.preprocessing,
+        "k": config.k,
+        "views": config.views,
+        "score_dtype": config.score_dtype,
+        "precision": config.precision,
+        "channels_last": config.channels_last,
+        "compile": config.compile,
+        "batch_size": config.batch_size,
+        "shard_size": config.shard_size,
+    }
+    rows = len(manifest.keys)
+    layout = ShardLayout(
+        tuple(config.views), teacher.grid, config.k, teacher.num_classes, config.score_dtype
+    )
+    fingerprint = _digest(settings)
+    attrs = {
+        "teacher": teacher.model,
+        "weights_digest": teacher.weights_digest,
+        "dense_rule": teacher.dense_rule,
+        "preprocessing": _json(teacher.preprocessing),
+        "extent": [0.0, 0.0, 1.0, 1.0],
+        "label_space": manifest.label_space,
+        "settings": _json(settings),
+        "fingerprint": fingerprint,
+        "libraries": _json({name: version(name) for name in _LIBRARIES}),
+        "shards": shard_count(rows, config.shard_size),
+        "split_rows": rows,
+    }
+    if teacher.class_names:
+        attrs["class_names"] = teacher.class_names
+    return Plan(
+        root=root,
+        folder=config.folder.absolute(),
+        run=run,
+        rows=rows,
+        shards=shard_count(rows, config.shard_size),
+        shard_size=config.shard_size,
+        batch_size=config.batch_size,
+        window=config.window,
+        layout=layout,
+        fingerprint=fingerprint,
+        attrs=attrs,
+        label_space=manifest.label_space,
+    )
+
+
+def unfinished(plan: Plan) -> list[int]:
+    """Numbers of the shards that are still to be made.
+
+    Raises:
+        FingerprintError: the folder holds a shard of other input or settings; names what differs.
+        FormatError: a shard in the folder is damaged.
+    """
+    todo = set(range(plan.shards))
+    for entry in sorted(plan.folder.iterdir()):
+        if (number := parse_shard_name(entry.name)) is None:
+            continue
+        with Shard(entry) as shard:
+            _check_fingerprint(shard, plan)
+        if entry.name == shard_name(number[0], plan.shards):
+            todo.discard(number[0])
+    return sorted(todo)
+
+
+def _check_fingerprint(shard: Shard, plan: Plan) -> None:
+    found = shard.attrs.get("fingerprint")
+    if found == plan.fingerprint:
+        return
+    try:
+        old = json.loads(shard.attrs["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{shard.path} does not say how it was made: {error}") from error
+    new = json.loads(plan.attrs["settings"])
+    differ = [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    raise FingerprintError(
+        f"{plan.folder} holds finished shards of another run: {shard.path.name} has fingerprint "
+        f"{found}, this job {plan.fingerprint}.\n  "
+        + "\n  ".join(differ or ["the settings are equal, so the header was changed"])
+        + "\nRemedy: annotate into another folder with `out`, go back to the old settings, or "
+        "delete the folder to start over"
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(_json(value).encode()).hexdigest()

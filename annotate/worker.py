@@ -1,0 +1,242 @@
+"""Annotates whole shards on one device and writes them. Lives in a teacher actor."""
+
+import threading
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import torch
+
+from tokenlabel.annotate.config import AnnotateConfig
+from tokenlabel.annotate.errors import LockedError, TeacherError
+from tokenlabel.annotate.images import DecodedBatch, decode_batch
+from tokenlabel.annotate.lock import holder
+from tokenlabel.annotate.manifest import NAME as MANIFEST
+from tokenlabel.annotate.manifest import open_manifest, scan, shard_rows
+from tokenlabel.annotate.plan import Identity, Plan
+from tokenlabel.annotate.teacher import Teacher, TeacherOutput
+from tokenlabel.annotate.window import DecodeWindow
+from tokenlabel.dataset.shard import ShardWriter, shard_name, write_shard
+
+#: Pictures on which the dense logits are compared with the pooled ones at start-up.
+_CHECKED = 8
+
+
+class Progress(NamedTuple):
+    """What an actor has done since it started: images, error rows, and seconds of its teacher.
+
+    `busy` is the time the teacher computed; `since` and `until` (time.time()) are when its first
+    batch began and its last one ended.
+    """
+
+    images: int
+    errors: int
+    busy: float
+    since: float
+    until: float
+
+
+def build_teacher(config: AnnotateConfig) -> Teacher:
+    """The teacher that the options name."""
+    teacher = Teacher(
+        config.model,
+        weights=config.weights,
+        num_classes=config.num_classes,
+        input_size=config.height_width,
+        k=config.k,
+        views=config.views,
+        precision=config.precision,
+        channels_last=config.channels_last,
+        compile=config.compile,
+        device=config.device,
+        interpolation=config.interpolation,
+    )
+    if config.class_names:
+        teacher.class_names = read_class_names(config.class_names, teacher.num_classes)
+    return teacher
+
+
+def read_class_names(path: str, num_classes: int) -> list[str]:
+    """Lines of a text file; raises TeacherError unless there is one a class, all different."""
+    try:
+        names = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TeacherError(f"class_names: {path} cannot be read: {error}") from error
+    if len(names) != num_classes or len(set(names)) != num_classes or "" in names:
+        raise TeacherError(
+            f"class_names: {path} must hold a different name a line for each of the teacher's "
+            f"{num_classes} classes; it has {len(names)} lines, {len(set(names))} different"
+        )
+    return names
+
+
+def identify(teacher: Teacher, root: Path) -> Identity:
+    """Describe a teacher, after comparing its dense with its pooled logits on the first images.
+
+    Raises:
+        TeacherError: they differ although they must not.
+    """
+    keys = [key.decode() for key in islice(scan(root), _CHECKED)]
+    batch = decode_batch(str(root), keys, teacher.input_size, teacher.interpolation)
+    return Identity(
+        model=teacher.name,
+        weights_digest=teacher.weights_digest,
+        preprocessing=teacher.preprocessing(),
+        grid=teacher.grid,
+        num_classes=teacher.num_classes,
+        class_names=teacher.class_names,
+        device=teacher.device.type,
+        dense_rule=teacher.rule,
+        dense_exact=teacher.exact,
+        dense_error=float(teacher.check(batch.images)),
+    )
+
+
+class Worker:
+    """One teacher on one device, for shards from up to two threads.
+
+    Of two shards, one runs through the teacher while the first batches of the other are decoded.
+    """
+
+    def __init__(self, config: AnnotateConfig, root: Path, threads: int) -> None:
+        torch.set_num_threads(threads)  # a reused worker keeps the number it had
+        self._config, self._root = config, root
+        self._device = threading.Lock()
+        # Made here, so that each owner has a function of its own: a raylet leaks the leases of a
+        # function whose owner was killed, and then runs that function's tasks one at a time.
+        self._decode = ray.remote(num_cpus=1, max_retries=2)(decode_batch)
+        self._done = Progress(0, 0, 0.0, 0.0, 0.0)
+
+    def ready(self) -> Identity:
+        """Build the teacher and describe it."""
+        self._teacher = build_teacher(self._config)
+        return identify(self._teacher, self._root)
+
+    def progress(self) -> Progress:
+        """What was done so far."""
+        return self._done
+
+    def annotate(self, plan: Plan, shard: int) -> int:
+        """Make one shard; returns its number of rows.
+
+        Raises:
+            LockedError: the run has lost its lock on the folder to another one.
+            OSError: the shard cannot be written.
+        """
+        rows = shard_rows(plan.rows, plan.shard_size, shard)
+        manifest = open_manifest(plan.folder / MANIFEST)
+        keys = manifest.keys[rows.start : rows.stop]
+        labels = manifest.labels[rows.start : rows.stop]
+        size = plan.batch_size
+        window = DecodeWindow(
+            self._decode,
+            str(plan.root),
+            [keys[start : start + size] for start in range(0, len(keys), size)],
+            self._teacher.input_size,
+            self._teacher.interpolation,
+            plan.window,
+        )
+        attrs = {**plan.attrs, "shard": shard, "first_row": rows.start}
+        path = plan.folder / shard_name(shard, plan.shards)
+        with write_shard(path, plan.layout, keys, labels, attrs) as writer:
+            stats = ShardStats(
+                labels if plan.label_space == "teacher" else np.full_like(labels, -1)
+            )
+            with self._device:
+                for batch, output in self._annotated(window):
+                    _append(writer, batch, output)
+                    stats.add(batch, output)
+            writer.attrs |= stats.attrs()
+            if holder(plan.folder) != plan.run:
+                raise LockedError(f"{plan.folder} was taken over by another job: shard discarded")
+        return len(keys)
+
+    def _annotated(self, window: DecodeWindow) -> Iterator[tuple[DecodedBatch, TeacherOutput]]:
+        """Batches with their results; on a GPU the next batch runs while one is written."""
+        pending: _Pending | None = None
+        for batch in window:
+            started = _Pending(batch, self._teacher)
+            if pending:
+                yield self._finish(pending)
+            pending = started
+            if self._teacher.device.type == "cpu":  # nothing runs behind our back
+                yield self._finish(pending)
+                pending = None
+        if pending:
+            yield self._finish(pending)
+
+    def _finish(self, pending: "_Pending") -> tuple[DecodedBatch, TeacherOutput]:
+        output = pending.result()
+        done, now = self._done, time.time()
+        self._done = Progress(
+            done.images + len(pending.batch.errors),
+            done.errors + sum(map(bool, pending.batch.errors)),
+            done.busy + now - max(pending.since, done.until),
+            done.since or pending.since,
+            now,
+        )
+        return pending.batch, output
+
+
+class _Pending:
+    """A batch on its way through the device and back."""
+
+    def __init__(self, batch: DecodedBatch, teacher: Teacher) -> None:
+        self.batch, self.since = batch, time.time()
+        output = teacher.annotate(batch.images)
+        # Copied in stream order, before the next batch is queued; non_blocking pins the memory.
+        self._output = TeacherOutput(*(part.to("cpu", non_blocking=True) for part in output))
+        self._event = None
+        if teacher.device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def result(self) -> TeacherOutput:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._output
+
+
+def _append(writer: ShardWriter, batch: DecodedBatch, output: TeacherOutput) -> None:
+    writer.append(
+        output.scores.numpy(),
+        output.classes.numpy(),
+        output.rest.numpy(),
+        batch.sizes,
+        batch.digests,
+        batch.errors,
+    )
+
+
+class ShardStats:
+    """Counts of a shard that its header keeps, so that a report need not read the maps."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self._labels, self._row = labels, 0
+        self._labelled = self._top1 = self._top5 = 0
+        self._mass = 0.0
+
+    def add(self, batch: DecodedBatch, output: TeacherOutput) -> None:
+        """Count the next rows, those with an error left out."""
+        good = np.array([not error for error in batch.errors])
+        labels = self._labels[self._row : self._row + len(good)]
+        self._row += len(good)
+        hits = output.top5.numpy() == labels[:, None]
+        known = good & (labels >= 0)
+        self._labelled += int(known.sum())
+        self._top1 += int(hits[known, 0].sum())
+        self._top5 += int(hits[known].any(1).sum())
+        self._mass += float(output.mass.numpy()[good].sum(dtype=np.float64))
+
+    def attrs(self) -> dict[str, Any]:
+        """As root attributes of the shard."""
+        return {
+            "labelled": self._labelled,
+            "top1": self._top1,
+            "top5": self._top5,
+            "mass": self._mass,
+        }

@@ -1,0 +1,192 @@
+"""Command line of tokenlabel: `python cli.py COMMAND` or `tokenlabel COMMAND`.
+
+Parses, calls, prints; the work is done in tokenlabel.annotate and tokenlabel.dataset. Exit status
+0: done; 1: done with too many errors, or a check failed; 2: bad usage or configuration.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+_HERE = Path(__file__).resolve().parent
+
+
+def _use_project_environment() -> None:
+    """Go on in the repository's .venv when this interpreter lacks what is needed."""
+    if importlib.util.find_spec("click") and importlib.util.find_spec("tokenlabel"):
+        return
+    python = _HERE / ".venv" / "bin" / "python"
+    if python.exists() and Path(sys.prefix) != _HERE / ".venv":
+        os.execv(python, [str(python), str(_HERE / "cli.py"), *sys.argv[1:]])
+    sys.exit(
+        "tokenlabel is not installed for this Python. Remedy: run `make setup` in the repository, "
+        "or `pip install 'tokenlabel[annotate]'`"
+    )
+
+
+if __name__ == "__main__":
+    _use_project_environment()
+
+import click
+import yaml
+from rich.console import Console
+from rich.logging import RichHandler
+
+from tokenlabel.annotate.config import AnnotateConfig, load_config
+from tokenlabel.annotate.errors import ConfigError
+from tokenlabel.dataset.errors import TokenLabelError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+_INTERRUPTED = 130
+
+
+class _Failure(click.ClickException):
+    exit_code = 1
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+
+
+class _UsageFailure(_Failure):
+    exit_code = 2
+
+
+class _Group(click.Group):
+    """Prints domain errors as one message, without traceback, and gives their exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (TokenLabelError, OSError) as error:
+            raise (_UsageFailure if isinstance(error, ConfigError) else _Failure)(error) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tokenlabel")
+@click.option("-v", "--verbose", is_flag=True, help="Say more about what goes on.")
+def main(verbose: bool) -> None:
+    """Per-patch soft labels for vision transformers: make them, look at them."""
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
+
+
+class _Value(click.ParamType[Any]):
+    """A value as it would stand in the YAML file; a list as values with commas between them."""
+
+    def __init__(self, name: str, always_list: bool) -> None:
+        self.name = name
+        self._always_list = always_list
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse the text; the configuration checks type and range."""
+        try:
+            parts = [yaml.safe_load(part) for part in str(value).split(",")]
+        except yaml.YAMLError:
+            self.fail(f"{value!r} is not a value", param, ctx)
+        return parts if len(parts) > 1 or self._always_list else parts[0]
+
+
+def _option(name: str, field: "FieldInfo") -> Callable[[Any], Any]:
+    """The command-line option of a configuration field."""
+    flag = f"--{name.replace('_', '-')}"
+    text = str(field.annotation)
+    kinds = [get_args(kind) for kind in (field.annotation, *get_args(field.annotation))]
+    choices = next((kind for kind in kinds if kind and isinstance(kind[0], str)), None)
+    kind: Any = str
+    if field.annotation is bool:
+        return click.option(f"{flag}/--no{flag[1:]}", name, default=None, help=_help(field))
+    if "list" in text:
+        kind = _Value("VALUE[,VALUE]", always_list="int" not in text)
+    elif choices:
+        kind = click.Choice(choices)
+    elif "int" in text or "float" in text:
+        kind = _Value("NUMBER", always_list=False)
+    return click.option(flag, name, type=kind, help=_help(field))
+
+
+def _help(field: "FieldInfo") -> str:
+    return f"{field.description}." + ("" if field.default is None else f" [{field.default}]")
+
+
+def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for name, field in reversed(AnnotateConfig.model_fields.items()):
+        command = _option(name, field)(command)
+    return command
+
+
+@main.command()
+@click.option(
+    "--config", metavar="FILE", help="YAML file with any of the options below, or a shipped name."
+)
+@_config_options
+def annotate(config: str | None, **options: Any) -> None:
+    """Annotate a split with a teacher. Finished shards are kept, so a stopped job goes on.
+
+    \b
+    Examples:
+      python cli.py annotate --config sample --split train
+      python cli.py annotate --config nfnet_f6 --data /path/to/imagenet --split val
+    """
+    from tokenlabel.annotate.job import annotate as run
+    from tokenlabel.annotate.terminal import print_report, progress_display
+
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = load_config(config, given)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console = Console(stderr=True)
+    try:
+        with progress_display(console) as show:
+            report = run(settings, show)
+    except KeyboardInterrupt:
+        console.print("Stopped. Finished shards are kept; run the same command again to go on.")
+        sys.exit(_INTERRUPTED)
+    print_report(report, Console())
+    if not report.ok:
+        sys.exit(1)
+    click.echo(f"Next: python cli.py inspect-labels {settings.out}")
+
+
+@main.command("inspect-labels")
+@click.argument("labels", default="labels", type=click.Path(path_type=Path))
+@click.option("--key", help="Show the map of one image: its path relative to the split.")
+@click.option("--all", "everything", is_flag=True, help="Read every map, not a sample.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect_labels(labels: Path, key: str | None, everything: bool, as_json: bool) -> None:
+    """Summarise the label maps in LABELS (default: labels), or show one image's map.
+
+    \b
+    Examples:
+      python cli.py inspect-labels
+      python cli.py inspect-labels labels/train --key n02108422/imagenet_00_243.jpg
+    """
+    from tokenlabel.annotate import inspect
+
+    splits = inspect.find_splits(labels)
+    console = Console()
+    if key is not None:
+        facts = inspect.map_facts(inspect.find_key(splits, key), key)
+        if as_json:
+            click.echo(json.dumps(facts))
+        else:
+            inspect.print_map(facts, console)
+        return
+    summaries = [inspect.summarise(split, everything) for split in splits]
+    if as_json:
+        click.echo(json.dumps(summaries, indent=2))
+        return
+    for facts in summaries:
+        inspect.print_summary(facts, console)
+    click.echo("One image: python cli.py inspect-labels --key KEY; for programs: --json")
+
+
+if __name__ == "__main__":
+    main(prog_name="python cli.py")

@@ -1,0 +1,1 @@
+"""Ready-made annotation configurations, one YAML file each."""

@@ -1,0 +1,120 @@
+"""Options: files, defaults, and errors that name file, key, value and remedy."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tokenlabel.annotate.config import AnnotateConfig, load_config
+from tokenlabel.annotate.errors import ConfigError
+from tokenlabel.cli import main
+
+SHIPPED = ["sample", "nfnet_f6", "efficientnetv2_l"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_load_by_name_and_path(name: str) -> None:
+    path = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    assert load_config(name) == load_config(f"{name}.yaml") == load_config(str(path))
+    header = path.read_text().split("\nmodel:")[0]
+    for word in ("teacher" if name != "efficientnetv2_l" else "paper", "result", "command"):
+        assert f"# {word}" in header
+    assert f"# command  make annotate SPLIT=train{'' if name == 'sample' else ' DATA='}" in header
+
+
+def test_options_win_over_the_file() -> None:
+    config = load_config("nfnet_f6", {"k": 5, "input_size": [288, 384]})
+    assert (config.model, config.k, config.batch_size) == ("dm_nfnet_f6.dm_in1k", 5, 32)
+    assert config.height_width == (288, 384)
+    assert load_config(None).folder == Path("labels/train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kk: 5", "kk: unknown key (value 5). Remedy: did you mean 'k'?"),
+        ("zzzz: 5", "zzzz: unknown key (value 5). Remedy: one of data, split"),
+        ("k: ten", "k: Input should be a valid integer, got 'ten'. Remedy: k is scores to keep"),
+        ("k: '10'", "k: Input should be a valid integer, got '10'. Remedy: k is"),
+        ("k: 0", "k: Input should be greater than or equal to 1, got 0. Remedy: k is"),
+        ("batch_size: 1.5", "batch_size: Input should be a valid integer"),
+        ("channels_last: 1", "channels_last: Input should be a valid boolean, got 1"),
+        ("precision: fp8", "precision: Input should be 'float32', 'bfloat16' or 'float16'"),
+        ("input_size: [1, 2, 3]", "input_size: must be one number or [height, width], got"),
+        ("views: [hflip]", "views: must be [identity] or [identity, hflip], got ['hflip']"),
+        ("split: ../x", "split: must be a folder inside `data`, such as train, got '../x'"),
+        ("model: ''", "model: must not be empty"),
+        ("device: cpu\nprecision: float16", "precision float16 needs a GPU"),
+        ("- k", "must be `key: value` lines, got a list"),
+        ("k: [1", "not valid YAML: while parsing a flow sequence"),
+        ("a: &x [1]\nb: *x", "YAML aliases (*name) are not used"),
+        ("!!python/object/apply:os.system ['true']", "not valid YAML: could not determine"),
+    ],
+)
+def test_faults_name_file_key_value_and_remedy(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("k: 0\nmodle: x")
+    with pytest.raises(ConfigError, match=r"(?s)k: .*modle: .*did you mean 'model'"):
+        load_config(str(tmp_path / "mine.yaml"))
+
+
+def test_a_fault_of_an_option_is_not_blamed_on_the_file() -> None:
+    with pytest.raises(ConfigError, match=r"^option k: .* got 0"):
+        load_config("sample", {"k": 0})
+
+
+def test_unknown_and_odd_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"neither a file nor one of .*nfnet_f6.*sample"):
+        load_config("nope")
+    (tmp_path / "latin.yaml").write_bytes(b"model: \xff")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(str(tmp_path / "latin.yaml"))
+    (tmp_path / "long.yaml").write_text("#" * (1 << 21))
+    with pytest.raises(ConfigError, match="has at most"):
+        load_config(str(tmp_path / "long.yaml"))
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert load_config(str(tmp_path / "empty.yaml")) == AnnotateConfig()
+    (tmp_path / "deep.yaml").write_text("[" * 8_000)
+    with pytest.raises(ConfigError, match="more than 64 brackets"):
+        load_config(str(tmp_path / "deep.yaml"))
+    (tmp_path / "deep.yaml").write_text("- " * 8_000)
+    with pytest.raises(ConfigError, match="not valid YAML|must be `key: value` lines"):
+        load_config(str(tmp_path / "deep.yaml"))
+
+
+def test_every_option_is_on_the_command_line() -> None:
+    text = CliRunner().invoke(main, ["annotate", "--help"], terminal_width=200).output
+    for name, field in AnnotateConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in text
+        assert field.description, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--k", "0"], "option k: Input should be greater than or equal to 1, got 0"),
+        (["--k", "many"], "option k: Input should be a valid integer, got 'many'"),
+        (["--views", "hflip"], "option views: must be [identity] or [identity, hflip]"),
+        (["--input-size", "1,2,3"], "option input_size: must be one number or"),
+        (["--precision", "int4"], "'int4' is not one of 'float32', 'bfloat16', 'float16'"),
+        (["--data", "/nowhere"], "no folder /nowhere/train: `data` must hold a folder a split"),
+        (["--config", "nope"], "no configuration 'nope'"),
+        (["--nope"], "No such option"),
+    ],
+)
+def test_bad_options_end_with_status_2_and_no_traceback(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = CliRunner().invoke(main, ["annotate", "--out", str(tmp_path), *arguments])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())

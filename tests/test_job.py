@@ -1,0 +1,233 @@
+"""The job on a real Ray: what it stores, resumes, refuses and reports."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from tests.jobs import config, digests
+from tokenlabel.annotate import annotate
+from tokenlabel.annotate.errors import ConfigError, FingerprintError, LockedError, TeacherError
+from tokenlabel.annotate.lock import folder_lock
+from tokenlabel.annotate.weights import load_weights
+from tokenlabel.dataset.errors import FormatError
+from tokenlabel.dataset.store import LabelStore
+
+pytestmark = pytest.mark.usefixtures("ray_here")
+
+
+@pytest.fixture(scope="session")
+def labels(
+    sample: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None
+) -> tuple[Path, dict[str, str]]:
+    """An undisturbed run over the sample's 16 training pictures, and its digests."""
+    out = tmp_path_factory.mktemp("labels")
+    report = annotate(config(sample, out))
+    assert report.ok and (report.written, report.skipped, report.errors) == (2, 0, 0)
+    return out, digests(out / "train")
+
+
+@pytest.fixture
+def copy(labels: tuple[Path, dict[str, str]], tmp_path: Path) -> Path:
+    """A copy of that run's folder, to disturb."""
+    return Path(shutil.copytree(labels[0], tmp_path / "labels"))
+
+
+def test_scores_are_those_of_a_plain_loop_over_timm(
+    sample: Path, labels: tuple[Path, dict[str, str]]
+) -> None:
+    """Written without any code of ours but the weights' loader: resize, normalise, model, top-k."""
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    load_weights(model, "sample")
+    data = timm.data.resolve_model_data_config(model)
+    mean, std = torch.tensor(data["mean"]), torch.tensor(data["std"])
+    store = LabelStore(labels[0] / "train")
+    assert list(store.keys) == sorted(
+        p.relative_to(sample / "train").as_posix() for p in (sample / "train").rglob("*.jpg")
+    )
+    for key in store.keys:
+        picture = Image.open(sample / "train" / key).convert("RGB")
+        pixels = np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC))
+        x = (torch.tensor(pixels) / 255 - mean) / std
+        with torch.no_grad():
+            features = model.forward_features(x.permute(2, 0, 1)[None])
+            logits = model.classifier(features.permute(0, 2, 3, 1))[0]
+        entry = store[key]
+        assert entry.scores.shape == (1, 2, 2, 10)
+        top = logits.topk(10)
+        np.testing.assert_allclose(entry.scores[0], top.values, rtol=2e-3, atol=2e-3)
+        at_stored = logits.gather(-1, torch.tensor(entry.classes[0].astype(np.int64)))
+        np.testing.assert_allclose(entry.scores[0], at_stored, rtol=2e-3, atol=2e-3)
+        others = logits.clone().scatter_(-1, top.indices, -torch.inf).logsumexp(-1)
+        np.testing.assert_allclose(entry.rest[0], others, rtol=2e-3, atol=2e-3)
+        assert entry.size == picture.size
+        assert timm.data.ImageNetInfo().index_to_label_name(entry.label) == key.split("/")[0]
+
+
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_bytes_are_equal_with_any_number_of_teachers(
+    sample: Path, labels: tuple[Path, dict[str, str]], tmp_path: Path, teachers: int
+) -> None:
+    annotate(config(sample, tmp_path, teachers=teachers, threads=3 - teachers, window=teachers))
+    assert digests(tmp_path / "train") == labels[1]
+
+
+def test_resume_makes_only_what_is_missing(
+    sample: Path, labels: tuple[Path, dict[str, str]], copy: Path
+) -> None:
+    lost, kept = (copy / "train" / f"shard-0000{i}-of-00002.h5" for i in (0, 1))
+    lost.unlink()
+    (copy / "train" / ".shard-00000-of-00002.h5.host-1-ab.tmp").write_bytes(b"half")
+    stamp = kept.stat().st_mtime_ns
+    report = annotate(config(sample, copy))
+    assert (report.written, report.skipped) == (1, 1)
+    assert kept.stat().st_mtime_ns == stamp
+    assert digests(copy / "train") == labels[1]
+    assert (report.images, report.labelled) == (16, 16), "the report is of the whole split"
+
+
+def test_a_finished_split_needs_no_ray(
+    sample: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise AssertionError("Ray was asked for")
+
+    monkeypatch.setattr("tokenlabel.annotate.job.ray_session", refuse)
+    report = annotate(config(sample, copy))
+    assert (report.written, report.skipped) == (0, 2)
+    saved = json.loads((copy / "train" / "report.json").read_text())
+    assert saved["ok"] and saved["top1"] == report.top1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 5}, "k: 10 there, 5 now"),
+        ({"input_size": 96}, "preprocessing: "),
+        ({"batch_size": 8}, "batch_size: 4 there, 8 now"),
+        ({"shard_size": 4}, "shard_size: 8 there, 4 now"),
+        ({"score_dtype": "uint8"}, "score_dtype: 'float16' there, 'uint8' now"),
+    ],
+)
+def test_another_fingerprint_is_refused_with_both_values(
+    sample: Path, labels: tuple[Path, dict[str, str]], copy: Path, change: dict, message: str
+) -> None:
+    with pytest.raises(FingerprintError, match=r"(?s)has fingerprint \w{64}, .*Remedy") as caught:
+        annotate(config(sample, copy, **change))
+    assert message in str(caught.value)
+    assert digests(copy / "train") == labels[1], "nothing was touched"
+
+
+def test_changed_images_are_refused(sample: Path, copy: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(sample, tmp_path / "data"))
+    first = min((data / "train").rglob("*.jpg"))
+    shutil.copy(first, first.with_name("zz.jpg"))
+    with pytest.raises(FingerprintError, match=r"16 then .* 17 now .*: 'n\d+/.*' then, 'n\d+/zz"):
+        annotate(config(data, copy))
+    first.with_name("zz.jpg").unlink()
+    assert annotate(config(data, copy)).skipped == 2
+    shutil.copy(first, first.with_name("zz.jpg"))
+    assert annotate(config(data, copy, rescan=False)).skipped == 2, "the manifest is trusted"
+
+
+def test_a_damaged_shard_is_refused_by_name(sample: Path, copy: Path) -> None:
+    path = copy / "train" / "shard-00001-of-00002.h5"
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(FormatError, match="shard-00001-of-00002.h5 is not a complete HDF5 file"):
+        annotate(config(sample, copy))
+
+
+def test_a_locked_folder_is_refused(sample: Path, copy: Path) -> None:
+    with folder_lock(copy / "train"), pytest.raises(LockedError, match="another job is writing"):
+        annotate(config(sample, copy))
+
+
+def test_bad_images_become_rows(sample: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sample / "val", data / "train")
+    folder = data / "train" / "n99999999"
+    folder.mkdir()
+    good = next((sample / "val").rglob("*.jpg")).read_bytes()
+    (folder / "cut.jpg").write_bytes(good[:5000])
+    (folder / "empty.JPEG").touch()
+    (folder / "no image.png").write_text("hello")
+    Image.new("CMYK", (50, 20), (9, 99, 0, 0)).save(folder / "cmyk.jpg")
+    report = annotate(config(data, tmp_path / "out", max_errors=3, views=["identity", "hflip"]))
+    assert report.ok and (report.images, report.errors) == (8, 3)
+    assert dict(report.error_list).keys() == {
+        "n99999999/cut.jpg",
+        "n99999999/empty.JPEG",
+        "n99999999/no image.png",
+    }
+    assert report.labelled == 4
+    store = LabelStore(tmp_path / "out" / "train")
+    assert store.failed.sum() == 3
+    assert store["n99999999/cmyk.jpg"].size == (50, 20)
+    assert store["n99999999/cmyk.jpg"].label == -1
+    assert store.views == ("identity", "hflip")
+    with pytest.raises(KeyError, match="the file is empty"):
+        store["n99999999/empty.JPEG"]
+    again = annotate(config(data, tmp_path / "out", max_errors=0.3, views=["identity", "hflip"]))
+    assert not again.ok and again.max_errors_exceeded
+
+
+def test_the_mirrored_view_is_the_mirrored_picture(sample: Path, tmp_path: Path) -> None:
+    mirrored = tmp_path / "mirrored" / "train"
+    for path in (sample / "val").rglob("*.jpg"):
+        target = mirrored / path.parent.name / f"{path.stem}.png"
+        target.parent.mkdir(parents=True)
+        with Image.open(path) as picture:
+            # Squashed first: resampling a mirrored picture rounds otherwise here and there.
+            small = picture.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)
+        small.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(target)
+    annotate(config(sample, tmp_path / "a", split="val", views=["identity", "hflip"]))
+    annotate(config(mirrored.parent, tmp_path / "b"))
+    both, one = LabelStore(tmp_path / "a" / "val"), LabelStore(tmp_path / "b" / "train")
+    for key in both.keys:
+        want = one[key.replace(".jpg", ".png")]
+        np.testing.assert_array_equal(both[key].scores[1], want.scores[0])
+        assert (both[key].scores[0] != want.scores[0]).any()
+
+
+def test_labels_of_folders_that_no_teacher_knows(sample: Path, tmp_path: Path) -> None:
+    for number, path in enumerate(sorted((sample / "val").rglob("*.jpg"))):
+        target = tmp_path / "data" / "train" / f"class {number}" / path.name
+        target.parent.mkdir(parents=True)
+        shutil.copy(path, target)
+    report = annotate(config(tmp_path / "data", tmp_path / "out"))
+    assert (report.labelled, report.top1) == (0, None)
+    store = LabelStore(tmp_path / "out" / "train")
+    assert store.labels.tolist() == [0, 1, 2, 3]
+    assert store.attrs["label_space"] == "folders"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": "tf_efficientnet_lite9"}, TeacherError, "did you mean tf_efficientnet_lite"),
+        ({"weights": "/nope.pth"}, TeacherError, "/nope.pth"),
+        ({"k": 2000}, TeacherError, "1000 classes"),
+        ({"split": "test"}, ConfigError, "holds train, val"),
+    ],
+)
+def test_faults_are_told_before_anything_is_written(
+    sample: Path, tmp_path: Path, change: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        annotate(config(sample, tmp_path / "out", **change))
+    assert message in str(caught.value)
+    assert not list((tmp_path / "out").rglob("*.h5"))
+
+
+def test_progress_reaches_the_end(sample: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, int]] = []
+    annotate(
+        config(sample, tmp_path), lambda tally, images, rows: seen.append((tally.images, images, rows))
+    )
+    assert seen[-1] == (16, 16, 16)
+    assert [images for images, _, _ in seen] == sorted(images for images, _, _ in seen)
