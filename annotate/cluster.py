@@ -4,7 +4,9 @@ import importlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,18 +43,9 @@ def ray_session(address: str | None) -> Iterator[None]:
         yield
         return
     with tempfile.TemporaryDirectory(prefix="tokenlabel-") as folder:
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
-            if address:
-                modules = [str(_copy_package(Path(folder)))]
-                ray.init(address=address, runtime_env={"py_modules": modules}, **quiet)
-            else:
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    _node_ip_address="127.0.0.1",
-                    **quiet,
-                )
+            with _own_signals():
+                _connect(address, Path(folder))
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"cannot reach a Ray cluster at {address or 'this machine'}: {error}. Remedy: "
@@ -62,6 +55,31 @@ def ray_session(address: str | None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def _connect(address: str | None, folder: Path) -> None:
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address:
+        modules = [str(_copy_package(folder))]
+        ray.init(address=address, runtime_env={"py_modules": modules}, **quiet)
+    else:
+        local: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        ray.init(address="local", **local, **quiet)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep the caller's SIGTERM handler, which `ray.init` replaces with one that exits."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _copy_package(folder: Path) -> Path:

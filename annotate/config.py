@@ -200,10 +200,7 @@ def _find(source: str) -> tuple[str, str]:
 
 def _read_yaml(name: str, text: str) -> dict[str, Any]:
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ConfigError(
-                f"{name}: YAML aliases (*name) are not used. Remedy: write values out"
-            )
+        _refuse_bombs(name, text)
         values = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         where = " ".join(str(error).split())

@@ -1,6 +1,17 @@
 """Errors of the annotation job, each with the exit status the CLI gives it."""
 
+import errno
+
 from tokenlabel.dataset.errors import TokenLabelError
+
+#: What no second try mends.
+_FATAL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission was denied",
+    errno.EPERM: "permission was denied",
+}
 
 
 class ConfigError(TokenLabelError):
@@ -25,3 +36,13 @@ class LockedError(OutputError):
 
 class JobError(TokenLabelError):
     """The job ran but did not reach its goal (exit status 1)."""
+
+
+def output_error(error: BaseException) -> OutputError | None:
+    """What to tell a user of a failed write that no second try mends; None for other errors."""
+    if not isinstance(error, OSError) or error.errno not in _FATAL:
+        return None
+    return OutputError(
+        f"cannot write: {_FATAL[error.errno]} ({error}). Finished shards are kept. Remedy: make "
+        "room or mend the permissions, and run the same command again"
+    )

@@ -2,13 +2,13 @@
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tokenlabel.annotate.cluster import plan_resources, ray_session
 from tokenlabel.annotate.config import SAMPLE, AnnotateConfig
-from tokenlabel.annotate.errors import ConfigError, FingerprintError
+from tokenlabel.annotate.errors import ConfigError, FingerprintError, output_error
 from tokenlabel.annotate.lock import folder_lock
 from tokenlabel.annotate.manifest import NAME as MANIFEST
 from tokenlabel.annotate.manifest import (
@@ -57,8 +57,8 @@ def annotate(
     """
     begin = time.monotonic()
     root = split_folder(config)
-    with folder_lock(config.folder.absolute()) as run:
-        remove_temporary(config.folder)
+    folder = config.folder.absolute()
+    with folder_lock(folder) as run, _no_temporary(folder), _told_errors():
         if _looks_finished(config.folder):
             # Nothing to run: the teacher is only asked who it is, here in this process.
             identity = _identify_here(config, root)
@@ -102,12 +102,32 @@ def split_folder(config: AnnotateConfig) -> Path:
     return root
 
 
-def remove_temporary(folder: Path) -> None:
-    """Delete what killed runs left half-written. Only under the folder's lock."""
-    for path in folder.iterdir():
-        if path.name.startswith(".") and path.name.endswith(TEMPORARY):
-            with suppress(FileNotFoundError):
-                path.unlink()
+@contextmanager
+def _told_errors() -> Iterator[None]:
+    """Say what to do about a disk that is full or may not be written."""
+    try:
+        yield
+    except OSError as error:
+        if told := output_error(error):
+            raise told from error
+        raise
+
+
+@contextmanager
+def _no_temporary(folder: Path) -> Iterator[None]:
+    """Delete what killed runs and actors left half-written. Only under the folder's lock."""
+
+    def clean() -> None:
+        for path in folder.iterdir():
+            if path.name.startswith(".") and path.name.endswith(TEMPORARY):
+                with suppress(FileNotFoundError):
+                    path.unlink()
+
+    clean()
+    try:
+        yield
+    finally:
+        clean()
 
 
 def _looks_finished(folder: Path) -> bool:

@@ -1,6 +1,5 @@
 """The driver's half of the job: hands shards to teacher actors and outlives their deaths."""
 
-import errno
 import logging
 import time
 from collections import deque
@@ -14,7 +13,7 @@ import ray.exceptions as rx
 
 from tokenlabel.annotate.actor import SHARDS_AT_ONCE, remote_actor
 from tokenlabel.annotate.cluster import Resources
-from tokenlabel.annotate.errors import JobError, OutputError
+from tokenlabel.annotate.errors import JobError, output_error
 from tokenlabel.annotate.plan import Identity, Plan
 from tokenlabel.dataset.errors import TokenLabelError
 
@@ -24,13 +23,6 @@ _STARTS = 3
 _POLL_SECONDS = 0.5
 #: How long a job waits for a cluster that has lost all its nodes.
 _PATIENCE_SECONDS = 60
-_FATAL_ERRNOS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the quota is used up",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission was denied",
-    errno.EPERM: "permission was denied",
-}
 
 
 @dataclass(eq=False)
@@ -222,12 +214,8 @@ class Pool:
         """Raise what no other try would mend."""
         if isinstance(cause, TokenLabelError):
             raise cause
-        if isinstance(cause, OSError) and cause.errno in _FATAL_ERRNOS:
-            raise OutputError(
-                f"a shard cannot be written: {_FATAL_ERRNOS[cause.errno]} ({cause}). Finished "
-                "shards are kept. Remedy: make room or mend the permissions, and run the same "
-                "command again"
-            ) from cause
+        if fatal := output_error(cause):
+            raise fatal from cause
 
     def _count(self, tally: Tally) -> None:
         for actor in self._actors:

@@ -1,6 +1,7 @@
 """Files that are whole or not there: written beside their place, flushed, then renamed."""
 
 import os
+import re
 import socket
 import uuid
 from collections.abc import Iterator
@@ -48,9 +49,20 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def create_h5(path: Path) -> h5py.File:
-    """A new HDF5 file, readable by HDF5 1.10 and later; half-written it refuses to open."""
-    return h5py.File(path, "w", libver=("v110", "v110"), rdcc_nbytes=0)
+@contextmanager
+def create_h5(path: Path) -> Iterator[h5py.File]:
+    """A new HDF5 file, readable by HDF5 1.10 and later; half-written it refuses to open.
+
+    Raises OSError with the system's own number when a write fails, where h5py may raise
+    RuntimeError with the number in its text (as it does when closing a file on a full disk).
+    """
+    try:
+        with h5py.File(path, "w", libver=("v110", "v110"), rdcc_nbytes=0) as file:
+            yield file
+    except (OSError, RuntimeError) as error:
+        if number := re.search(r"errno = (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
 
 
 def open_h5(path: Path) -> h5py.File:

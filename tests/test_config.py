@@ -86,7 +86,7 @@ def test_unknown_and_odd_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="more than 64 brackets"):
         load_config(str(tmp_path / "deep.yaml"))
     (tmp_path / "deep.yaml").write_text("- " * 8_000)
-    with pytest.raises(ConfigError, match="not valid YAML|must be `key: value` lines"):
+    with pytest.raises(ConfigError, match=r"not valid YAML|must be `key: value` lines"):
         load_config(str(tmp_path / "deep.yaml"))
 
 

@@ -138,7 +138,7 @@ def test_changed_images_are_refused(sample: Path, copy: Path, tmp_path: Path) ->
 def test_a_damaged_shard_is_refused_by_name(sample: Path, copy: Path) -> None:
     path = copy / "train" / "shard-00001-of-00002.h5"
     path.write_bytes(path.read_bytes()[:9000])
-    with pytest.raises(FormatError, match="shard-00001-of-00002.h5 is not a complete HDF5 file"):
+    with pytest.raises(FormatError, match=r"shard-00001-of-00002.h5 is not a complete HDF5 file"):
         annotate(config(sample, copy))
 
 
@@ -227,7 +227,8 @@ def test_faults_are_told_before_anything_is_written(
 def test_progress_reaches_the_end(sample: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int, int]] = []
     annotate(
-        config(sample, tmp_path), lambda tally, images, rows: seen.append((tally.images, images, rows))
+        config(sample, tmp_path),
+        lambda tally, images, rows: seen.append((tally.images, images, rows)),
     )
     assert seen[-1] == (16, 16, 16)
     assert [images for images, _, _ in seen] == sorted(images for images, _, _ in seen)
