@@ -38,11 +38,7 @@ def find_splits(labels: Path) -> list[Path]:
             f"no folder {labels}. Remedy: make labels with `annotate`, or name their folder"
         )
     places = [labels, *sorted(path for path in labels.rglob("*") if path.is_dir())]
-    splits = [
-        place
-        for place in places
-        if any(parse_shard_name(entry.name) for entry in os.scandir(place))
-    ]
+    splits = [place for place in places if any(map(parse_shard_name, os.listdir(place)))]
     if not splits:
         raise ConfigError(
             f"no shards in {labels} or its folders. Remedy: make labels with `annotate`, or name "

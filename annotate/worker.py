@@ -12,7 +12,7 @@ import ray
 import torch
 
 from tokenlabel.annotate.config import AnnotateConfig
-from tokenlabel.annotate.errors import LockedError, TeacherError
+from tokenlabel.annotate.errors import JobError, LockedError, TeacherError
 from tokenlabel.annotate.images import DecodedBatch, decode_batch
 from tokenlabel.annotate.lock import holder
 from tokenlabel.annotate.manifest import NAME as MANIFEST
@@ -226,11 +226,17 @@ class ShardStats:
         labels = self._labels[self._row : self._row + len(good)]
         self._row += len(good)
         hits = output.top5.numpy() == labels[:, None]
+        mass = output.mass.numpy()[good]
+        if not np.isfinite(mass).all():
+            raise JobError(
+                "logits must be finite; the teacher gave others for a picture of this shard. "
+                "Remedy: precision bfloat16 or float32"
+            )
         known = good & (labels >= 0)
         self._labelled += int(known.sum())
         self._top1 += int(hits[known, 0].sum())
         self._top5 += int(hits[known].any(1).sum())
-        self._mass += float(output.mass.numpy()[good].sum(dtype=np.float64))
+        self._mass += float(mass.sum(dtype=np.float64))
 
     def attrs(self) -> dict[str, Any]:
         """As root attributes of the shard."""

