@@ -159,7 +159,7 @@ class Worker:
         """Batches with their results; on a GPU the next batch runs while one is written."""
         pending: _Pending | None = None
         for batch in window:
-            started = _Pending(batch, self._teacher)
+            started = _Pending(batch, self._teacher, self._config.batch_size)
             if pending:
                 yield self._finish(pending)
             pending = started
@@ -185,9 +185,15 @@ class Worker:
 class _Pending:
     """A batch on its way through the device and back."""
 
-    def __init__(self, batch: DecodedBatch, teacher: Teacher) -> None:
+    def __init__(self, batch: DecodedBatch, teacher: Teacher, batch_size: int) -> None:
         self.batch, self.since = batch, time.time()
-        output = teacher.annotate(batch.images)
+        images, count = batch.images, len(batch.errors)
+        if count < batch_size:
+            # Always the same shape: kernels split small batches among threads in other ways, which
+            # changes the last bits, and a compiled teacher would need another graph.
+            images = np.zeros((batch_size, *images.shape[1:]), np.uint8)
+            images[:count] = batch.images
+        output = (part[:count] for part in teacher.annotate(images))
         # Copied in stream order, before the next batch is queued; non_blocking pins the memory.
         self._output = TeacherOutput(*(part.to("cpu", non_blocking=True) for part in output))
         self._event = None
