@@ -5,10 +5,11 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +29,18 @@ class Resources(NamedTuple):
 
 
 @contextmanager
-def ray_session(address: str | None) -> Iterator[None]:
+def ray_session(address: str | None, num_cpus: int | None = None) -> Iterator[None]:
     """Ray for the `with` block; a session that the caller had started is used and left running.
 
     Without an address, Ray runs on this machine only, bound to the loopback interface, without
     dashboard or usage statistics.
+
+    Args:
+        address: host:port of a cluster's head node, "auto", or None.
+        num_cpus: decode tasks at a time on this machine; None: its cores.
+
+    Raises:
+        ConfigError: no cluster answers at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would otherwise hide the GPUs from actors that ask for none, and warn that it will not.
@@ -42,14 +50,17 @@ def ray_session(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="tokenlabel-") as folder:
+    where = nullcontext() if address else _loopback_only()
+    with where, tempfile.TemporaryDirectory(prefix="tokenlabel-") as folder:
         try:
             with _own_signals():
-                _connect(address, Path(folder))
-        except (ConnectionError, RuntimeError, ValueError) as error:
+                _connect(address, Path(folder), num_cpus)
+        except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"cannot reach a Ray cluster at {address or 'this machine'}: {error}. Remedy: "
-                "`ray_address` is host:port of the head node, or auto on a node of the cluster"
+                "`ray_address` is host:port of the head node, or auto on a node of the cluster; "
+                "for a cluster with token authentication also set RAY_AUTH_MODE=token here and "
+                "have the cluster's token in ~/.ray/auth_token"
             ) from error
         try:
             yield
@@ -57,16 +68,44 @@ def ray_session(address: str | None) -> Iterator[None]:
             ray.shutdown()
 
 
-def _connect(address: str | None, folder: Path) -> None:
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Bind all of Ray's servers to 127.0.0.1, as Ray itself does on macOS and Windows only.
+
+    `_node_ip_address="127.0.0.1"` does not: Ray replaces it by the address of the network.
+    """
+    from ray._private import ray_constants
+
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, enabled = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name] = "0"  # for the processes that Ray starts
+    ray_constants.ENABLE_RAY_CLUSTER = False  # read from the environment long ago
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _connect(address: str | None, folder: Path, num_cpus: int | None) -> None:
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address:
+        _check_answers(address)
         modules = [str(_copy_package(folder))]
         ray.init(address=address, runtime_env={"py_modules": modules}, **quiet)
     else:
-        local: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        ray.init(address="local", **local, **quiet)
+        ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **quiet)
+
+
+def _check_answers(address: str) -> None:
+    """Raise OSError unless something listens there; `ray.init` would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 @contextmanager
