@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 #: Times in a row that no actor gets ready before the job gives up.
 _STARTS = 3
 _POLL_SECONDS = 0.5
-#: How long a job waits for a cluster that has lost all its nodes.
+#: After this a job gives up on a cluster without nodes, and says that it waits for a teacher.
 _PATIENCE_SECONDS = 60
 
 
@@ -84,9 +84,17 @@ class Pool:
             TokenLabelError: the teacher cannot be built; the real cause.
         """
         self._start(wanted)
+        patience = time.monotonic() + _PATIENCE_SECONDS
         while self._identity is None:
             self._wait()
             self._start(wanted)
+            if time.monotonic() > patience:
+                patience = float("inf")
+                _log.warning(
+                    "no teacher is ready yet: waiting for weights to download, or for a node with "
+                    "%g free GPUs",
+                    self._resources.gpus,
+                )
         return self._identity
 
     def run(
