@@ -1,15 +1,18 @@
 """Command line of tokenlabel: `python cli.py COMMAND` or `tokenlabel COMMAND`.
 
 Parses, calls, prints; the work is done in tokenlabel.annotate and tokenlabel.dataset. Exit status
-0: done; 1: done with too many errors, or a check failed; 2: bad usage or configuration.
+0: done; 1: done with too many errors, or a check failed; 2: bad usage or configuration; 130:
+stopped by Ctrl-C or SIGTERM.
 """
 
 import importlib.util
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -31,7 +34,11 @@ def _use_project_environment() -> None:
 
 
 if __name__ == "__main__":
+    # Until there is something to tidy up, Ctrl-C just ends the process, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     _use_project_environment()
+elif not importlib.util.find_spec("click"):
+    sys.exit("The command line needs more packages. Remedy: pip install 'tokenlabel[annotate]'")
 
 import click
 import yaml
@@ -40,7 +47,7 @@ from rich.logging import RichHandler
 
 from tokenlabel.annotate.config import AnnotateConfig, load_config
 from tokenlabel.annotate.errors import ConfigError
-from tokenlabel.dataset.errors import TokenLabelError
+from tokenlabel.dataset.errors import FormatError, TokenLabelError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -114,7 +121,12 @@ def _option(name: str, field: "FieldInfo") -> Callable[[Any], Any]:
 
 
 def _help(field: "FieldInfo") -> str:
-    return f"{field.description}." + ("" if field.default is None else f" [{field.default}]")
+    return f"{field.description}." + ("" if field.default is None else f" [{_shown(field)}]")
+
+
+def _shown(field: "FieldInfo") -> str:
+    value = field.default
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,18 +153,38 @@ def annotate(config: str | None, **options: Any) -> None:
 
     given = {name: value for name, value in options.items() if value is not None}
     settings = load_config(config, given)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False, highlight=False)
+    stopped = _stop_on_signals()
     try:
         with progress_display(console) as show:
-            report = run(settings, show)
+
+            def watch(*progress: Any) -> None:
+                if stopped.is_set():  # an exception that some callback has swallowed
+                    raise KeyboardInterrupt
+                show(*progress)
+
+            report = run(settings, watch)
     except KeyboardInterrupt:
         console.print("Stopped. Finished shards are kept; run the same command again to go on.")
         sys.exit(_INTERRUPTED)
-    print_report(report, Console())
+    print_report(report, Console(emoji=False, highlight=False))
     if not report.ok:
         sys.exit(1)
-    click.echo(f"Next: python cli.py inspect-labels {settings.out}")
+    click.echo(f"Next: python cli.py inspect-labels {shlex.quote(settings.out)}")
+
+
+def _stop_on_signals() -> threading.Event:
+    """Turn SIGINT and SIGTERM into KeyboardInterrupt; the event remembers that one came."""
+    stopped = threading.Event()
+
+    def stop(*_: object) -> None:
+        stopped.set()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+    return stopped
 
 
 @main.command("inspect-labels")
@@ -171,7 +203,7 @@ def inspect_labels(labels: Path, key: str | None, everything: bool, as_json: boo
     from tokenlabel.annotate import inspect
 
     splits = inspect.find_splits(labels)
-    console = Console()
+    console = Console(emoji=False, highlight=False)
     if key is not None:
         facts = inspect.map_facts(inspect.find_key(splits, key), key)
         if as_json:
@@ -179,13 +211,23 @@ def inspect_labels(labels: Path, key: str | None, everything: bool, as_json: boo
         else:
             inspect.print_map(facts, console)
         return
-    summaries = [inspect.summarise(split, everything) for split in splits]
+    summaries, faults = [], []
+    for split in splits:
+        try:
+            summaries.append(inspect.summarise(split, everything))
+        except FormatError as error:  # of one split; the others are worth a look all the same
+            faults.append(f"Error: {error}")
     if as_json:
         click.echo(json.dumps(summaries, indent=2))
-        return
-    for facts in summaries:
-        inspect.print_summary(facts, console)
-    click.echo("One image: python cli.py inspect-labels --key KEY; for programs: --json")
+    else:
+        for facts in summaries:
+            inspect.print_summary(facts, console)
+        if summaries:
+            click.echo("One image: python cli.py inspect-labels --key KEY; for programs: --json")
+    for fault in faults:
+        click.echo(fault, err=True)
+    if faults:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

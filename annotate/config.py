@@ -117,7 +117,7 @@ class AnnotateConfig(BaseModel):
     @field_validator("split")
     @classmethod
     def _one_folder(cls, value: str) -> str:
-        if Path(value).is_absolute() or ".." in Path(value).parts or value == ".":
+        if Path(value).is_absolute() or ".." in Path(value).parts or not Path(value).parts:
             raise ValueError("must be a folder inside `data`, such as train")
         return value
 
@@ -225,11 +225,11 @@ def _explain(fault: dict[str, Any], source: str | None, given: dict[str, Any]) -
     key = str(path[0]) if path else ""
     where = f"{source}: {key}" if source and key not in given else f"option {key}"
     fields = AnnotateConfig.model_fields
+    rule = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, fields, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(fields)}"
         return f"{where}: unknown key (value {fault['input']!r}). Remedy: {hint}"
     if not key:
-        return f"{source or 'options'}: {fault['msg']}"
-    rule = fault["msg"].removeprefix("Value error, ")
-    return f"{where}: {rule}, got {fault['input']!r}. Remedy: {key} is {fields[key].description}"
+        return f"{source or 'options'}: {rule}"
+    return f"{where}: {rule}, got {fault['input']!r}. Remedy: set {key}: {fields[key].description}"

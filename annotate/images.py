@@ -75,9 +75,7 @@ def decode_batch(
         try:
             data = _read(os.path.join(root, key))
             batch.digests[row] = file_digest(data)
-            picture = _open(data)
-            batch.sizes[row] = picture.size
-            batch.images[row] = np.asarray(picture.resize((width, height), resample))
+            batch.sizes[row], batch.images[row] = _squash(data, (width, height), resample)
         except ImageError as error:
             batch.errors[row] = str(error)
     return batch
@@ -126,12 +124,16 @@ def _read(path: str) -> bytes:
         raise ImageError(f"cannot be read: {error.strerror or type(error).__name__}") from error
 
 
-def _open(data: bytes) -> Image.Image:
+def _squash(
+    data: bytes, size: tuple[int, int], resample: Image.Resampling
+) -> tuple[tuple[int, int], np.ndarray]:
+    """(width, height) of a picture, and the whole of it at `size` = (width, height)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large pictures and odd EXIF are no news here
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                return picture.convert("RGB")
+                rgb = picture.convert("RGB")
+            return rgb.size, np.asarray(rgb.resize(size, resample))
     except UnidentifiedImageError as error:  # its text holds a memory address
         raise ImageError("not an image, or its header is damaged") from error
     except Image.DecompressionBombError as error:

@@ -144,6 +144,8 @@ def print_summary(facts: dict[str, Any], console: Console) -> None:
     """A summary as a table."""
     attrs = facts["attrs"]
     table = Table(show_header=False, box=None, pad_edge=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
     table.title = f"[bold]{escape(facts['folder'])}[/bold]"
     height, width = facts["grid"]
     rows = [
@@ -221,13 +223,15 @@ def print_map(facts: dict[str, Any], console: Console) -> None:
     classes, probs = np.array(facts["classes"]), np.array(facts["probs"])
     order = [c for c, _ in Counter(classes.ravel().tolist()).most_common(len(_LETTERS))]
     width, height = facts["size"]
-    name = facts["label_name"] or ("unknown" if facts["label"] < 0 else facts["label"])
-    console.print(f"[bold]{escape(repr(facts['key']))}[/bold] {width} x {height} px, label: {name}")
+    name = facts["label_name"] or ("unknown" if facts["label"] < 0 else str(facts["label"]))
+    console.print(
+        f"[bold]{escape(repr(facts['key']))}[/bold] {width} x {height} px, label: {escape(name)}"
+    )
     for row, chances in zip(classes.tolist(), probs.tolist(), strict=True):
         line = Text("  ")
         for class_id, chance in zip(row, chances, strict=True):
             line.append(_cell(order, class_id, chance), _style(order, class_id))
-        console.print(line)
+        console.print(line, no_wrap=True, crop=False)
     for class_id in order:
         where = classes == class_id
         line = Text("  ").append(_cell(order, class_id, 1), _style(order, class_id))
@@ -253,11 +257,17 @@ def _style(order: list[int], class_id: int) -> Style:
 
 def find_key(splits: Sequence[Path], key: str) -> LabelStore:
     """The first of the splits that holds `key`; raises MissingMapError."""
-    stores = [LabelStore(root) for root in splits]
-    for store in stores:
+    faults, example = [], ""
+    for root in splits:
+        try:
+            store = LabelStore(root)
+        except FormatError as error:
+            faults.append(str(error))
+            continue
         if key in store:
             return store
+        example = f", such as {store.keys[0]!r}"
     raise MissingMapError(
         f"no image {key!r} in {', '.join(map(str, splits))}: keys are paths relative to the "
-        f"split, such as {stores[0].keys[0]!r}. Remedy: check the key"
+        f"split{example}. Remedy: check the key" + "".join(f"\n{fault}" for fault in faults)
     )

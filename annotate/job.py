@@ -1,5 +1,7 @@
 """`annotate`: the whole job, from options to verified shards and a report."""
 
+import dataclasses
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from pathlib import Path
 from tokenlabel.annotate.cluster import plan_resources, ray_session
 from tokenlabel.annotate.config import SAMPLE, AnnotateConfig
 from tokenlabel.annotate.errors import ConfigError, FingerprintError, output_error
+from tokenlabel.annotate.images import EXTENSIONS
 from tokenlabel.annotate.lock import folder_lock
 from tokenlabel.annotate.manifest import NAME as MANIFEST
 from tokenlabel.annotate.manifest import (
@@ -24,7 +27,8 @@ from tokenlabel.annotate.report import Report, make_report
 from tokenlabel.annotate.sample import sample_folder
 from tokenlabel.dataset.errors import FormatError
 from tokenlabel.dataset.files import TEMPORARY
-from tokenlabel.dataset.index import build_index, open_index
+from tokenlabel.dataset.index import build_index, find_shards, open_index
+from tokenlabel.dataset.shard import Shard
 
 _log = logging.getLogger(__name__)
 #: Where the embedded sample is laid out.
@@ -71,6 +75,8 @@ def annotate(
                 config = config.model_copy(update={"device": "cpu"})
             with Pool((config, root, resources.threads), resources) as pool:
                 identity = pool.identify(resources.teachers)
+                for note in identity.notes:
+                    _log.warning(note)
                 plan, todo = _plan(config, root, run, identity)
                 images = sum(len(shard_rows(plan.rows, plan.shard_size, shard)) for shard in todo)
                 tally = pool.run(
@@ -97,7 +103,7 @@ def split_folder(config: AnnotateConfig) -> Path:
     if next(scan(root), None) is None:
         raise ConfigError(
             f"no images found in {root} or its folders. Remedy: check the path; the images of a "
-            "split lie in DATA/SPLIT/CLASS/ and end in .jpg, .jpeg, .png, .webp, .bmp, .tif or .ppm"
+            f"split lie in DATA/SPLIT/CLASS/ and end in {', '.join(EXTENSIONS)}"
         )
     return root
 
@@ -140,7 +146,13 @@ def _looks_finished(folder: Path) -> bool:
 def _identify_here(config: AnnotateConfig, root: Path) -> Identity:
     from tokenlabel.annotate.worker import build_teacher, identify
 
-    return identify(build_teacher(config), root)
+    identity = identify(build_teacher(config), root)
+    if config.device == "auto":
+        # This machine may be a head node without the GPUs that made the shards.
+        with Shard(find_shards(config.folder)[0]) as shard, suppress(KeyError, ValueError):
+            made_on = json.loads(shard.attrs["settings"])["device"]
+            identity = dataclasses.replace(identity, device=made_on)
+    return identity
 
 
 def _plan(
@@ -156,16 +168,13 @@ def _manifest(config: AnnotateConfig, root: Path, identity: Identity) -> Manifes
     path = config.folder / MANIFEST
     saved: Manifest | None = None
     with suppress(FileNotFoundError, FormatError):
-        saved = open_manifest(path)
+        saved = open_manifest(path, verify=True)
     if saved and not config.rescan:
         return saved
     fresh_path = path.with_name(f".{MANIFEST}{TEMPORARY}")
     fresh = build_manifest(root, fresh_path, identity.class_names, identity.num_classes)
-    if saved and saved.digest == fresh.digest:
-        fresh_path.unlink()
-        return saved
     has_shards = any(config.folder.glob("shard-*.h5"))
-    if saved and has_shards:
+    if saved and saved.digest != fresh.digest and has_shards:
         fresh_path.unlink()
         raise FingerprintError(_changed(config, saved, fresh))
     fresh_path.replace(path)
@@ -176,11 +185,14 @@ def _changed(config: AnnotateConfig, saved: Manifest, fresh: Manifest) -> str:
     pairs = zip(saved.keys, fresh.keys, strict=False)
     where = next((row for row, (old, new) in enumerate(pairs) if old != new), None)
     if where is None and len(saved.keys) == len(fresh.keys):
-        what = "the same images have other classes now"
-    else:
-        row = min(len(saved.keys), len(fresh.keys)) if where is None else where
-        old, new = ((m.keys[row] if row < len(m.keys) else "nothing") for m in (saved, fresh))
-        what = f"the first difference is row {row}: {old!r} then, {new!r} now"
+        return (
+            f"the ground truth of the images has changed since {config.folder} was begun: class "
+            "folders get other class ids now. Remedy: go back to the old model or class_names, or "
+            "annotate into another folder with `out`"
+        )
+    row = min(len(saved.keys), len(fresh.keys)) if where is None else where
+    old, new = ((m.keys[row] if row < len(m.keys) else "nothing") for m in (saved, fresh))
+    what = f"the first difference is row {row}: {old!r} then, {new!r} now"
     return (
         f"the images have changed since {config.folder} was begun: {len(saved.keys)} then "
         f"(manifest {saved.digest[:16]}), {len(fresh.keys)} now ({fresh.digest[:16]}); {what}. "

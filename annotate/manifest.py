@@ -103,13 +103,24 @@ def build_manifest(
     return open_manifest(path)
 
 
-def open_manifest(path: Path) -> Manifest:
-    """Map a stored manifest; raises FileNotFoundError or FormatError."""
+def open_manifest(path: Path, verify: bool = False) -> Manifest:
+    """Map a stored manifest.
+
+    Args:
+        path: the file.
+        verify: read it all and compare its digest, for it has no other checksum.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        FormatError: it is damaged or of a newer version.
+    """
     with open_h5(path) as file:
         check_identity(file, FORMAT, VERSION, "Remedy: delete it; `annotate` makes it again")
         try:
             attrs = {name: attribute(value) for name, value in file.attrs.items()}
             mapped, rows = MappedFile(path, file), int(attrs["rows"])
+            if verify and _content_digest(mapped, rows, int(attrs["key_size"])) != attrs["sha256"]:
+                raise FormatError(f"{path} is damaged: its content is not what was written")
             return Manifest(
                 KeyTable.mapped(mapped, rows, int(attrs["key_size"])),
                 mapped.array("label", "<i4", (rows,)),
@@ -118,6 +129,13 @@ def open_manifest(path: Path) -> Manifest:
             )
         except (KeyError, OSError, TypeError, ValueError) as error:
             raise FormatError(f"{path} is damaged: {error}") from error
+
+
+def _content_digest(mapped: MappedFile, rows: int, key_size: int) -> str:
+    digest = hashlib.sha256(mapped.array("key_bytes", "|u1", (key_size,)).data)
+    digest.update(mapped.array("key_offsets", "<u8", (rows + 1,)).data)
+    digest.update(mapped.array("label", "<i4", (rows,)).data)
+    return digest.hexdigest()
 
 
 def find_classes(root: Path, names: Sequence[str] | None, num_classes: int | None) -> Classes:
@@ -134,7 +152,7 @@ def find_classes(root: Path, names: Sequence[str] | None, num_classes: int | Non
             "a folder a split (train, val), `split` one of these"
         )
     with os.scandir(root) as entries:
-        folders = sorted(_encode(entry.name, root) for entry in entries if entry.is_dir())
+        folders = sorted(_encode(entry.name, root) for entry in entries if _is_folder(entry))
     known = {name.encode(): number for number, name in enumerate(names or [])}
     ids = {folder: known[folder] for folder in folders if folder in known}
     if ids or (folders and all(_WNID.fullmatch(folder.decode()) for folder in folders)):
@@ -172,9 +190,9 @@ def _scan(folder: str, prefix: bytes, above: list[tuple[int, int]]) -> Iterator[
         with os.scandir(folder) as entries:
             # A folder sorts as its name plus "/", which makes the walk's order the keys' order.
             names = sorted(
-                _encode(entry.name, folder) + (b"/" if entry.is_dir() else b"")
+                _encode(entry.name, folder) + (b"/" if _is_folder(entry) else b"")
                 for entry in entries
-                if entry.is_dir() or entry.name.lower().endswith(EXTENSIONS)
+                if _is_folder(entry) or entry.name.lower().endswith(EXTENSIONS)
             )
     except OSError as error:
         raise ConfigError(
@@ -187,6 +205,13 @@ def _scan(folder: str, prefix: bytes, above: list[tuple[int, int]]) -> Iterator[
             yield from _scan(child, prefix + name, [*above, here])
         else:
             yield prefix + name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _encode(name: str, folder: str | Path) -> bytes:

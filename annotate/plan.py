@@ -32,6 +32,7 @@ class Identity:
         device: "cpu" or "cuda".
         dense_rule: how the dense logits are had, and `dense_exact` whether their mean must be
             the pooled logits; `dense_error` is the largest difference met on the first images.
+        notes: warnings from building the teacher, to be shown to the user.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Identity:
     dense_rule: str
     dense_exact: bool
     dense_error: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

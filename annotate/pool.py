@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 #: Times in a row that no actor gets ready before the job gives up.
 _STARTS = 3
 _POLL_SECONDS = 0.5
+_LAST_WORD_SECONDS = 5.0
 #: After this a job gives up on a cluster without nodes, and says that it waits for a teacher.
 _PATIENCE_SECONDS = 60
 
@@ -63,6 +64,7 @@ class Pool:
         self._class = remote_actor(resources.gpus)
         self._arguments, self._resources = arguments, resources
         self._actors: list[_Actor] = []
+        self._teachers = resources.teachers
         self._bad_starts = 0
         self._identity: Identity | None = None
         self._gone: list[Any] = []  # last progress of actors that died
@@ -132,10 +134,12 @@ class Pool:
                     (suspects if died else queue).append(shard)
             self._count(tally)
             report(tally)
+        self._count(tally, wait=_LAST_WORD_SECONDS)
+        report(tally)
         return tally
 
     def _start(self, wanted: int) -> None:
-        while len(self._actors) < min(self._resources.teachers, wanted):
+        while len(self._actors) < min(self._teachers, wanted):
             handle = self._class.remote(*self._arguments)
             self._actors.append(_Actor(handle, handle.ready.remote()))
 
@@ -212,7 +216,12 @@ class Pool:
             self._lost += 1
             return
         self._bad_starts += 1
-        if self._bad_starts >= _STARTS:
+        if self._bad_starts >= _STARTS and any(other.starting is None for other in self._actors):
+            # A node without working GPUs, say: the others go on without it.
+            self._bad_starts = 0
+            self._teachers = len(self._actors)
+            _log.warning("going on with %d teachers: %s", self._teachers, _text(error))
+        elif self._bad_starts >= _STARTS:
             raise JobError(
                 f"no teacher could be started in {_STARTS} tries: {_text(error)}. Finished shards "
                 "are kept. Remedy: mend the cause and run the same command again"
@@ -225,13 +234,17 @@ class Pool:
         if fatal := output_error(cause):
             raise fatal from cause
 
-    def _count(self, tally: Tally) -> None:
+    def _count(self, tally: Tally, wait: float = 0) -> None:
+        """Bring the tally up to date; without `wait` (seconds), with what has arrived."""
+        if wait:  # what is under way may have been asked before the last batch
+            for actor in self._actors:
+                actor.progress = None
         for actor in self._actors:
             if actor.progress is None and actor.starting is None:
                 actor.progress = actor.handle.progress.remote()
         pending = {actor.progress: actor for actor in self._actors if actor.progress is not None}
         if pending:
-            for call in ray.wait(list(pending), num_returns=len(pending), timeout=0)[0]:
+            for call in ray.wait(list(pending), num_returns=len(pending), timeout=wait)[0]:
                 with suppress(rx.RayError):  # its shards' calls tell of the death
                     pending[call].last = ray.get(call)
                 pending[call].progress = None
@@ -249,4 +262,5 @@ class Pool:
 
 def _text(error: Exception) -> str:
     """The first line of an error, without Ray's traceback."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

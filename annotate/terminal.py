@@ -91,7 +91,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     height, width = report.grid
     views = " + ".join(report.views)
     yield "maps", f"{height} x {width} patches, top {report.k} of {report.num_classes}, {views}"
-    how = "must be 0" if report.dense_exact else "not expected to be 0"
+    how = "0 up to rounding, as it must be" if report.dense_exact else "not expected to be 0"
     yield (
         "teacher",
         f"{report.teacher}; patch logits: {report.dense_rule}; their mean differs from the "

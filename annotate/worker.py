@@ -1,8 +1,11 @@
 """Annotates whole shards on one device and writes them. Lives in a teacher actor."""
 
+import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,8 +116,9 @@ class Worker:
 
     def ready(self) -> Identity:
         """Build the teacher and describe it."""
-        self._teacher = build_teacher(self._config)
-        return identify(self._teacher, self._root)
+        with _collected_warnings() as notes:
+            self._teacher = build_teacher(self._config)
+        return dataclasses.replace(identify(self._teacher, self._root), notes=tuple(notes))
 
     def progress(self) -> Progress:
         """What was done so far."""
@@ -180,6 +184,28 @@ class Worker:
             now,
         )
         return pending.batch, output
+
+
+class _Notes(logging.Handler):
+    """Collects the texts of warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@contextmanager
+def _collected_warnings() -> Iterator[list[str]]:
+    """Texts of the warnings that are logged meanwhile: an actor's log is far from the user."""
+    handler, logger = _Notes(), logging.getLogger("tokenlabel")
+    logger.addHandler(handler)
+    try:
+        yield handler.texts
+    finally:
+        logger.removeHandler(handler)
 
 
 class _Pending:

@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` durable, where the system can (Windows cannot open folders)."""
-    with suppress(PermissionError, OSError):
+    with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -98,7 +98,7 @@ def open_index(root: Path) -> Index:
         _log.info("building the index anew: %s", error)
     try:
         build_index(root, shards)
-    except (PermissionError, OSError) as error:
+    except OSError as error:
         _log.info("the index cannot be kept in %s (%s): it is built in memory", root, error)
         # Mapped memory outlives the file's name, so the folder may go at once.
         with tempfile.TemporaryDirectory(prefix="tokenlabel-") as folder:

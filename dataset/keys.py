@@ -70,6 +70,10 @@ class KeyTable(Sequence[str]):
             raise IndexError(f"row {index} is outside 0..{len(self) - 1}")
         return self._raw(row).decode()
 
+    def raw(self, start: int, stop: int) -> bytes:
+        """The UTF-8 of the keys from row `start` up to `stop`, end to end."""
+        return bytes(self._bytes[int(self._offsets[start]) : int(self._offsets[stop])])
+
     def _raw(self, row: int) -> bytes:
         return bytes(self._bytes[int(self._offsets[row]) : int(self._offsets[row + 1])])
 

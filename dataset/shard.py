@@ -36,6 +36,19 @@ MAPS = ("scores", "classes", "rest")
 ROWS = ("key", "label", "size", "digest", "error")
 #: Present only in uint8 shards, and only where maps do not cover the whole picture.
 OPTIONAL_ROWS = ("score_range", "extent")
+#: Root attributes without which a file is no shard.
+HEADER = (
+    "num_classes",
+    "k",
+    "views",
+    "extent",
+    "shard",
+    "shards",
+    "first_row",
+    "errors",
+    "sha256",
+    "fingerprint",
+)
 _GZIP = 4
 _NAME = re.compile(r"shard-(\d{5,})-of-(\d{5,})\.h5")
 _REMEDY = "Remedy: delete the file and run `annotate` again; it remakes just what is missing"
@@ -274,7 +287,7 @@ class Shard:
         try:
             check_identity(self._file, FORMAT, VERSION, _REMEDY)
             self._check()
-        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             self._file.close()
             raise FormatError(f"{path}: damaged shard: {error}. {_REMEDY}") from error
         except FormatError:
@@ -283,6 +296,8 @@ class Shard:
 
     def _check(self) -> None:
         self.attrs: dict[str, Any] = {k: attribute(v) for k, v in self._file.attrs.items()}
+        if missing := [name for name in HEADER if name not in self.attrs]:
+            raise ValueError(f"the header lacks {', '.join(missing)}")
         # Bound once: looking a dataset up by name costs as much as reading a map.
         self._data = {name: self._file[name] for name in (*MAPS, *ROWS)}
         self._data |= {name: self._file[name] for name in OPTIONAL_ROWS if name in self._file}
@@ -352,9 +367,8 @@ class Shard:
 
     def extent(self, row: int) -> tuple[float, float, float, float]:
         """Box (x0, y0, x1, y1), normalised to the picture, that the row's map covers."""
-        if "extent" not in self._data:
-            return (0.0, 0.0, 1.0, 1.0)
-        x0, y0, x1, y1 = map(float, self._data["extent"][row])
+        box = self._data["extent"][row] if "extent" in self._data else self.attrs["extent"]
+        x0, y0, x1, y1 = map(float, box)
         return x0, y0, x1, y1
 
     def content_digest(self, block: int = 256) -> str:

@@ -43,6 +43,7 @@ def attrs(shard: int, shards: int, first_row: int, **more: Any) -> dict[str, Any
         "teacher": "made up",
         "weights_digest": "0" * 64,
         "fingerprint": "f" * 64,
+        "extent": [0.0, 0.0, 1.0, 1.0],
         "shard": shard,
         "shards": shards,
         "first_row": first_row,

@@ -88,6 +88,16 @@ def test_keys_without_a_map(labels: Path) -> None:
     assert "'n02108422/cut.jpg' has no score map: not an image" in text
 
 
+def test_one_incomplete_split_does_not_hide_the_others(labels: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(labels, tmp_path / "labels")
+    (copy / "train" / "shard-00001-of-00003.h5").unlink()
+    text = invoke("inspect-labels", copy, code=1)
+    assert "4 in 1 shards" in text
+    assert "is incomplete: 1 of 3 shards are missing" in text
+    key = json.loads(invoke("inspect-labels", labels / "val", "--json"))[0]["folder"]
+    assert key == str(labels / "val")
+
+
 def test_labels_of_another_writer(tmp_path: Path) -> None:
     """The spec asks no writer for statistics; the summary says what it misses."""
     write_split(tmp_path, ["a.jpg"], ShardLayout(("identity",), (2, 2), 3, 50))

@@ -34,9 +34,9 @@ def test_options_win_over_the_file() -> None:
     [
         ("kk: 5", "kk: unknown key (value 5). Remedy: did you mean 'k'?"),
         ("zzzz: 5", "zzzz: unknown key (value 5). Remedy: one of data, split"),
-        ("k: ten", "k: Input should be a valid integer, got 'ten'. Remedy: k is scores to keep"),
-        ("k: '10'", "k: Input should be a valid integer, got '10'. Remedy: k is"),
-        ("k: 0", "k: Input should be greater than or equal to 1, got 0. Remedy: k is"),
+        ("k: ten", "k: Input should be a valid integer, got 'ten'. Remedy: set k: scores to keep"),
+        ("k: '10'", "k: Input should be a valid integer, got '10'. Remedy: set k: "),
+        ("k: 0", "k: Input should be greater than or equal to 1, got 0. Remedy: set k: "),
         ("batch_size: 1.5", "batch_size: Input should be a valid integer"),
         ("channels_last: 1", "channels_last: Input should be a valid boolean, got 1"),
         ("precision: fp8", "precision: Input should be 'float32', 'bfloat16' or 'float16'"),

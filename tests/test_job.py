@@ -89,6 +89,7 @@ def test_resume_makes_only_what_is_missing(
     assert kept.stat().st_mtime_ns == stamp
     assert digests(copy / "train") == labels[1]
     assert (report.images, report.labelled) == (16, 16), "the report is of the whole split"
+    assert report.images_per_second and report.busy and 0 < report.busy <= 1
 
 
 def test_a_finished_split_needs_no_ray(
@@ -133,6 +134,27 @@ def test_changed_images_are_refused(sample: Path, copy: Path, tmp_path: Path) ->
     assert annotate(config(data, copy)).skipped == 2
     shutil.copy(first, first.with_name("zz.jpg"))
     assert annotate(config(data, copy, rescan=False)).skipped == 2, "the manifest is trusted"
+
+
+def test_a_damaged_manifest_is_made_anew(
+    sample: Path, labels: tuple[Path, dict[str, str]], copy: Path
+) -> None:
+    path = copy / "train" / "manifest.h5"
+    damaged = path.read_bytes().replace(b"imagenet_00_243", b"Xmagenet_00_243")
+    assert damaged != path.read_bytes()
+    path.write_bytes(damaged)
+    (copy / "train" / "shard-00000-of-00002.h5").unlink()
+    assert annotate(config(sample, copy)).errors == 0
+    assert digests(copy / "train") == labels[1]
+
+
+def test_changed_class_names_do_not_blame_the_images(
+    sample: Path, copy: Path, tmp_path: Path
+) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"class {number}\n" for number in range(1000)))
+    with pytest.raises(FingerprintError, match="ground truth of the images has changed"):
+        annotate(config(sample, copy, class_names=str(names)))
 
 
 def test_a_damaged_shard_is_refused_by_name(sample: Path, copy: Path) -> None:

@@ -154,3 +154,20 @@ def test_scan_is_sorted_by_bytes_whatever_the_names(
     found = list(scan(root))
     want = sorted(os.fsencode(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
     assert found == want
+
+
+def test_a_link_to_itself_is_left_out(tmp_path: Path) -> None:
+    root = fill(tmp_path / "train", "a/b.jpg")
+    (root / "loop").symlink_to("loop")
+    (root / "a" / "loop").symlink_to("loop")
+    assert list(build(root).keys) == ["a/b.jpg"]
+
+
+def test_a_flipped_byte_is_found_on_verifying(tmp_path: Path) -> None:
+    root = fill(tmp_path / "train", *(f"a/{i:03d}.jpg" for i in range(100)))
+    build(root)
+    path = tmp_path / "out" / "manifest.h5"
+    path.write_bytes(path.read_bytes().replace(b"a/042.jpg", b"a/0X2.jpg"))
+    open_manifest(path)
+    with pytest.raises(FormatError, match="its content is not what was written"):
+        open_manifest(path, verify=True)

@@ -98,7 +98,7 @@ def test_a_shard_swapped_under_a_matching_index_is_noticed(split: tuple[Path, li
     index = root / "index.h5"
     with h5py.File(index, "a") as file:
         file["shard_size"][1] = path.stat().st_size
-    with pytest.raises(FormatError, match="changed after the index was made"):
+    with pytest.raises(FormatError, match="and the index do not agree"):
         LabelStore(root)[4]
 
 
@@ -226,3 +226,39 @@ def test_key_table_finds_what_is_there_and_nothing_else(keys: set[str]) -> None:
             assert (near in table) == (near in keys)
     with pytest.raises(ValueError, match="is not among the keys"):
         table.index("seven!!")
+
+
+@pytest.mark.parametrize("column", ["label", "size", "failed", "key_bytes"])
+def test_a_damaged_index_is_noticed_when_a_shard_is_opened(
+    split: tuple[Path, list[Rows]], column: str
+) -> None:
+    root, _ = split
+    LabelStore(root)
+    with h5py.File(root / "index.h5", "a") as file:
+        data = file[column][:]
+        data.flat[-1] ^= 1  # of the last row, whose key stays in order
+        file[column][:] = data
+    store = LabelStore(root)
+    store[0]
+    with pytest.raises(FormatError, match=r"and the index do not agree: .* Remedy: delete"):
+        store[6]
+
+
+@pytest.mark.parametrize("name", ["fingerprint", "sha256", "first_row", "views", "extent"])
+def test_shards_without_a_whole_header_are_refused(
+    split: tuple[Path, list[Rows]], name: str
+) -> None:
+    root, _ = split
+    with h5py.File(root / "shard-00000-of-00003.h5", "a") as file:
+        del file.attrs[name]
+    with pytest.raises(FormatError, match=f"the header lacks {name}"):
+        LabelStore(root)
+
+
+def test_a_group_in_place_of_a_dataset_is_refused(split: tuple[Path, list[Rows]]) -> None:
+    root, _ = split
+    with h5py.File(root / "shard-00000-of-00003.h5", "a") as file:
+        del file["scores"]
+        file.create_group("scores")
+    with pytest.raises(FormatError, match="damaged shard"):
+        LabelStore(root)
