@@ -1,6 +1,60 @@
-"""Read label maps. Needs neither Ray nor timm nor click."""
+"""Read label maps and keep them in step with any augmentation. Needs no Ray, timm or click.
+
+Names load on first use, so that the annotation job's driver and decode workers, which need the
+file format and the errors only, do not pay for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from tokenlabel.dataset.errors import FormatError, TokenLabelError
-from tokenlabel.dataset.store import LabelStore, MissingMapError, ScoreMap
 
-__all__ = ["FormatError", "LabelStore", "MissingMapError", "ScoreMap", "TokenLabelError"]
+if TYPE_CHECKING:
+    from tokenlabel.dataset.augment import AutoAugment, RandAugment, TrivialAugmentWide
+    from tokenlabel.dataset.label_map import TokenLabelMap
+    from tokenlabel.dataset.recipe import eval_transform, train_transform
+    from tokenlabel.dataset.store import LabelStore, MissingMapError, ScoreMap
+    from tokenlabel.dataset.targets import TokenTargets, ToTokenTargets
+    from tokenlabel.dataset.token_label_dataset import TokenLabelDataset
+
+__all__ = [
+    "AutoAugment",
+    "FormatError",
+    "LabelStore",
+    "MissingMapError",
+    "RandAugment",
+    "ScoreMap",
+    "ToTokenTargets",
+    "TokenLabelDataset",
+    "TokenLabelError",
+    "TokenLabelMap",
+    "TokenTargets",
+    "TrivialAugmentWide",
+    "eval_transform",
+    "train_transform",
+]
+
+_HOMES = {
+    "AutoAugment": "augment",
+    "LabelStore": "store",
+    "MissingMapError": "store",
+    "RandAugment": "augment",
+    "ScoreMap": "store",
+    "ToTokenTargets": "targets",
+    "TokenLabelDataset": "token_label_dataset",
+    "TokenLabelMap": "label_map",
+    "TokenTargets": "targets",
+    "TrivialAugmentWide": "augment",
+    "eval_transform": "recipe",
+    "train_transform": "recipe",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

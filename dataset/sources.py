@@ -1,0 +1,135 @@
+"""Picture data sets of all sorts: how to get a picture, its class and its key from each."""
+
+import operator
+import os
+from collections.abc import Callable, Mapping, Sequence, Sized
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from torch.utils.data import IterableDataset, Subset
+from torchvision.datasets import ImageFolder
+
+#: Columns of a row that is a dictionary, as Hugging Face `datasets` name them.
+_IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
+
+Key = Callable[[int], str]
+
+
+class Pictures:
+    """A map-style data set of pictures, whatever its kind.
+
+    Args:
+        images: folder for torchvision's ImageFolder, or a map-style data set whose items are
+            (picture, class) pairs or dictionaries with a picture and a class.
+        key: index to key, for data sets that do not tell the files of their pictures.
+
+    Raises:
+        FileNotFoundError: the folder is not there, or has no pictures.
+        TypeError: not a map-style data set, or one that needs `key`.
+        ValueError: the data set transforms its pictures itself.
+    """
+
+    def __init__(self, images: Any, key: Key | None) -> None:
+        if isinstance(images, str | os.PathLike):
+            images = ImageFolder(images)
+        map_style = hasattr(images, "__getitem__") and isinstance(images, Sized)
+        if isinstance(images, IterableDataset) or not map_style:
+            raise TypeError(
+                "images must be a folder or a map-style data set (with len() and [index]), because "
+                f"labels are looked up by key; got {type(images).__name__}"
+            )
+        _refuse_transforms(images)
+        self.images: Any = images
+        self._key = key or _key_of(images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def key(self, index: int) -> str:
+        """Key of a picture: its path relative to the split, `/` between folders."""
+        return self._key(index)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """(picture, class), the picture in RGB if Pillow holds it; class -1 where there is none."""
+        item = self.images[index]
+        picture, label = _from_columns(item) if isinstance(item, Mapping) else _from_pair(item)
+        if isinstance(picture, PIL.Image.Image) and picture.mode != "RGB":
+            picture = picture.convert("RGB")
+        return picture, label
+
+
+def _refuse_transforms(images: Any) -> None:
+    """A picture that was cropped or flipped before its map is there can no longer be matched."""
+    if isinstance(images, Subset):
+        return _refuse_transforms(images.dataset)
+    for name in ("transform", "transforms"):
+        if getattr(images, name, None) is not None:
+            raise ValueError(
+                f"pictures must come untransformed, but {type(images).__name__} has a {name!r} of "
+                "its own, which the label maps would not follow. Remedy: take it away there and "
+                "give it to TokenLabelDataset(transform=...)"
+            )
+    return None
+
+
+def _key_of(images: Any) -> Key:
+    """How the data set tells the file of a picture, relative to its root."""
+    # Functions of the module, not closures: the data set is pickled to spawned workers.
+    if isinstance(images, Subset):
+        return partial(_subset_key, images.indices, _key_of(images.dataset))
+    if hasattr(images, "samples") and hasattr(images, "root"):
+        return partial(_samples_key, images)
+    if callable(getattr(images, "filename", None)) and hasattr(images, "reader"):  # timm
+        return partial(_reader_key, images)
+    raise TypeError(
+        f"{type(images).__name__} does not tell the files of its pictures. Remedy: pass key, a "
+        "function from index to the picture's path relative to the annotated split, such as "
+        "key=lambda index: names[index]"
+    )
+
+
+def _subset_key(indices: Sequence[int], inner: Key, index: int) -> str:
+    return inner(int(indices[index]))
+
+
+def _samples_key(images: Any, index: int) -> str:
+    return Path(os.path.relpath(images.samples[index][0], images.root)).as_posix()
+
+
+def _reader_key(images: Any, index: int) -> str:
+    return Path(images.filename(index, absolute=False)).as_posix()
+
+
+def _from_pair(item: Any) -> tuple[Any, int]:
+    try:
+        picture, label = item
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"items must be (picture, class) pairs or dictionaries, got {type(item).__name__}"
+        ) from None
+    return picture, _class(label)
+
+
+def _from_columns(item: Mapping[str, Any]) -> tuple[Any, int]:
+    picture = next((item[name] for name in _IMAGE_COLUMNS if name in item), None)
+    if picture is None:
+        raise TypeError(
+            f"a row needs a picture in a column called {', '.join(_IMAGE_COLUMNS)}; it has "
+            f"{', '.join(item)}. Remedy: rename the column"
+        )
+    return picture, _class(next((item[name] for name in _LABEL_COLUMNS if name in item), None))
+
+
+def _class(label: Any) -> int:
+    if label is None:
+        return -1
+    try:
+        return operator.index(label)  # int, NumPy and 0-d tensors of integers alike
+    except TypeError:
+        raise TypeError(
+            f"a picture's class must be an integer, got {label!r}. Remedy: mix labels after the "
+            "data set, on batches"
+        ) from None

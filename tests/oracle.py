@@ -1,0 +1,178 @@
+"""Painted pictures whose every pixel tells which cell of the map it came from.
+
+`flat` pictures give each cell one RGB colour, as a photograph would be labelled by hand; from the
+transformed picture, each patch's colour says which cell it must have as its target. `smooth`
+pictures have a channel for each cell, which holds the cell's share of every pixel, and one more of
+ones, which says where the picture still is and where fill is: pooled over a patch, the channels are
+its target to the last digit that torchvision's own resampling leaves.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from tokenlabel.dataset.label_map import TokenLabelMap
+from tokenlabel.dataset.targets import TokenTargets, ToTokenTargets
+
+Size = tuple[int, int]
+GRIDS: list[Size] = [(14, 14), (16, 16), (7, 7), (24, 24), (12, 16)]
+#: A patch shows a cell if more than this share of its pixels have its very colour. In patches
+#: of 6 pixels, a border that painting and nearest sampling moved by one makes 2/3 of a half.
+CLEAR = 0.7
+# The palette: a lattice in RGB, so coarse that rounding does not matter.
+_LEVELS, _DARKEST, _STEP = 8, 40, 30
+
+
+def label_map(cells: Size, canvas_size: Size) -> TokenLabelMap:
+    """A map whose cell (r, c) is of class r * W + c for certain."""
+    height, width = cells
+    return TokenLabelMap.from_scores(
+        torch.zeros(height, width, 1),
+        torch.arange(height * width).reshape(height, width, 1),
+        torch.full((height, width), -torch.inf),
+        canvas_size=canvas_size,
+    )
+
+
+def colours(count: int) -> np.ndarray:
+    """Distinct RGB colours, none of them near black (fill), uint8 [count, 3]."""
+    axes = np.meshgrid(*[np.arange(_LEVELS)] * 3, indexing="ij")
+    lattice = _DARKEST + _STEP * np.stack(axes, -1).reshape(-1, 3)
+    return np.random.default_rng(0).permutation(lattice)[:count].astype(np.uint8)
+
+
+def which_colour(pixels: np.ndarray, count: int) -> np.ndarray:
+    """Index among `colours(count)` of each pixel [h, w, 3]; -1 for any other colour."""
+    palette = colours(count).astype(int)
+    table = np.full(_LEVELS**3, -1)
+    base = _LEVELS ** np.arange(2, -1, -1)
+    table[((palette - _DARKEST) // _STEP) @ base] = np.arange(count)
+    level = (pixels.astype(int) - _DARKEST + _STEP // 2) // _STEP
+    off = np.abs(pixels - (_DARKEST + _STEP * level)).max(-1)
+    known = (off <= 4) & (level.min(-1) >= 0) & (level.max(-1) < _LEVELS)
+    return np.where(known, table[np.where(known, level @ base, 0)], -1)
+
+
+def flat(cells: Size, size: Size) -> np.ndarray:
+    """Picture [h, w, 3], uint8: each cell in its colour."""
+    rows = ((np.arange(size[0]) + 0.5) * cells[0] / size[0]).astype(int)
+    columns = ((np.arange(size[1]) + 0.5) * cells[1] / size[1]).astype(int)
+    painted: np.ndarray = colours(cells[0] * cells[1])[rows[:, None] * cells[1] + columns]
+    return painted
+
+
+def smooth(cells: Size, size: Size, interpolation: str = "bilinear") -> Tensor:
+    """Picture [cells + 1, h, w], float: each cell's share of each pixel, and a channel of ones."""
+    count = cells[0] * cells[1]
+    shares = torch.eye(count).reshape(1, count, *cells)
+    mode: dict[str, Any] = (
+        {"mode": "bilinear", "align_corners": False}
+        if interpolation == "bilinear"
+        else {"mode": "nearest-exact"}
+    )
+    painted = torch.nn.functional.interpolate(shares, size=list(size), **mode)[0]
+    return torch.cat([painted, torch.ones(1, *size)])
+
+
+def pool(picture: Tensor, grid: Size) -> Tensor:
+    """Area average of a picture [C, h, w] over each patch, [N, C]; patches may cut pixels."""
+    weights = []
+    for side, patches in zip(picture.shape[-2:], grid, strict=True):
+        edges = torch.arange(patches + 1, dtype=torch.float64) * side / patches
+        pixels = torch.arange(side, dtype=torch.float64)
+        covered = (edges[:, None] - pixels).clamp(0, 1)
+        weights.append(covered.diff(dim=0) * patches / side)
+    pooled = torch.einsum("iy,cyx,jx->ijc", weights[0], picture.double(), weights[1])
+    return pooled.reshape(grid[0] * grid[1], -1)
+
+
+def agreement(
+    transform: Callable[..., Any], cells: Size, size: Size, grid: Size, pil: bool
+) -> tuple[int, int]:
+    """Patches of a transformed flat picture that clearly show one cell, and how many of them have
+    that cell as their most probable class.
+    """
+    painted = flat(cells, size)
+    picture: Any = (
+        PIL.Image.fromarray(painted) if pil else tv_tensors.Image(painted.transpose(2, 0, 1))
+    )
+    picture, targets = v2.Compose([transform, ToTokenTargets(grid, 4)])(
+        picture, label_map(cells, size)
+    )
+    pixels = np.asarray(picture) if pil else picture.numpy().transpose(1, 2, 0)
+    count = cells[0] * cells[1]
+    shown = which_colour(pixels, count)
+    row, column = (
+        ((np.arange(side) + 0.5) * patches / side).astype(int)
+        for side, patches in zip(shown.shape, grid, strict=True)
+    )
+    patch = row[:, None] * grid[1] + column
+    pixels_of = np.bincount(patch.ravel(), minlength=grid[0] * grid[1])
+    votes = np.bincount(
+        (patch * (count + 1) + shown + 1).ravel(), minlength=len(pixels_of) * (count + 1)
+    ).reshape(-1, count + 1)[:, 1:]
+    clear = votes.max(1) > CLEAR * pixels_of
+    right = votes.argmax(1) == targets.classes[:, 0].numpy()
+    return int(clear.sum()), int(right[clear].sum())
+
+
+class Distance(NamedTuple):
+    """How far targets are from pooled colours.
+
+    Attributes:
+        variation: mean total variation over the patches that lie at least half inside.
+        weight: mean difference between `weight` and the patches' share inside the picture.
+    """
+
+    variation: float
+    weight: float
+
+
+def distance(
+    transform: Callable[..., Any],
+    cells: Size,
+    size: Size,
+    grid: Size,
+    *,
+    pil: bool = False,
+    interpolation: str = "bilinear",
+) -> Distance:
+    """Distance between the targets of a transformed picture and its pooled channels."""
+    painted = smooth(cells, size, interpolation)
+    to_targets = ToTokenTargets(grid, cells[0] * cells[1], interpolation=interpolation)
+    pictures = _as_pil(painted) if pil else [tv_tensors.Image(painted)]
+    *pictures, targets = v2.Compose([transform, to_targets])(*pictures, label_map(cells, size))
+    if pil:
+        planes = torch.cat([F.pil_to_tensor(picture) for picture in pictures]) / 255
+    else:
+        planes = pictures[0].as_subclass(Tensor)
+    pooled = pool(planes, grid)
+    shares, weight = pooled[:, : cells[0] * cells[1]], pooled[:, -1]
+    inside = (weight > 0.5) & (targets.weight > 0.5)
+    truth = shares[inside] / weight[inside, None]
+    found = dense(targets, cells[0] * cells[1])[inside]
+    variation = 0.5 * (truth - found).abs().sum(1)
+    return Distance(
+        float(variation.mean()) if len(variation) else 0.0,
+        float((weight - targets.weight).abs().mean()),
+    )
+
+
+def dense(targets: TokenTargets, num_classes: int) -> Tensor:
+    """Probabilities [N, num_classes], float64, of sparse targets."""
+    full = torch.zeros(len(targets.probs), num_classes, dtype=torch.float64)
+    return full.scatter_add_(1, targets.classes.long(), targets.probs.double())
+
+
+def _as_pil(painted: Tensor) -> list[PIL.Image.Image]:
+    """The channels as RGB pictures, the last of them filled up by repeating the last channel."""
+    missing = -len(painted) % 3
+    planes: Sequence[Tensor] = torch.cat([painted, painted[-1:].expand(missing, -1, -1)]).split(3)
+    return [F.to_pil_image((plane * 255).round().to(torch.uint8)) for plane in planes]

@@ -1,0 +1,242 @@
+"""RandAugment, AutoAugment and TrivialAugmentWide: torchvision's picture, the map in step."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+import tokenlabel.dataset.kernels  # noqa: F401
+from tokenlabel.dataset import augment
+from tokenlabel.dataset.label_map import TokenLabelMap
+
+GEOMETRIC = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"}
+SIZE = (24, 32)  # height, width
+KINDS = {
+    "RandAugment": [
+        {},
+        {"num_ops": 4, "magnitude": 25, "interpolation": v2.InterpolationMode.BILINEAR},
+    ],
+    "AutoAugment": [{}, {"policy": v2.AutoAugmentPolicy.SVHN, "fill": [1.0, 2.0, 3.0]}],
+    "TrivialAugmentWide": [{}, {"num_magnitude_bins": 5, "fill": 9}],
+}
+CASES = [(name, kwargs) for name, cases in KINDS.items() for kwargs in cases]
+
+
+def noise(seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+
+
+def index_mask(size=SIZE):
+    """Every pixel its own number, from 1: 0 is what comes from outside."""
+    return tv_tensors.Mask(torch.arange(1, size[0] * size[1] + 1).reshape(1, *size))
+
+
+def pictures(seed=0):
+    array = noise(seed)
+    tensor = torch.from_numpy(array).permute(2, 0, 1).contiguous()
+    return {
+        "pil": PIL.Image.fromarray(array),
+        "tensor": tensor,
+        "image": tv_tensors.Image(tensor),
+    }
+
+
+def plain(picture):
+    if isinstance(picture, PIL.Image.Image):
+        return F.pil_to_tensor(picture)
+    return picture.as_subclass(torch.Tensor)
+
+
+def same(one, other):
+    return torch.equal(plain(one), plain(other))
+
+
+def only(transform, ops):
+    """The transform with fewer ops to draw from."""
+    transform._AUGMENTATION_SPACE = {
+        op: entry for op, entry in transform._AUGMENTATION_SPACE.items() if op in ops
+    }
+    return transform
+
+
+@pytest.mark.parametrize("kind", ["pil", "tensor"])
+@pytest.mark.parametrize(("name", "kwargs"), CASES)
+def test_the_picture_is_the_one_torchvision_gives(name, kwargs, kind):
+    picture = pictures()[kind]
+    stock, ours = getattr(v2, name)(**kwargs), getattr(augment, name)(**kwargs)
+    for seed in range(110):
+        torch.manual_seed(seed)
+        expected = stock(picture)
+        state = torch.get_rng_state()
+        for sample in [(picture,), (picture, index_mask())][seed % 10 > 0 :]:
+            torch.manual_seed(seed)
+            out = ours(*sample)
+            got = out[0] if len(sample) == 2 else out
+            assert type(got) is type(expected)
+            assert same(got, expected), seed
+            assert torch.equal(torch.get_rng_state(), state), "the map drew random numbers"
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_ops": 5, "magnitude": 30}])
+@pytest.mark.parametrize("op", [*sorted(GEOMETRIC), "all"])
+def test_the_map_takes_the_same_path_as_the_picture(op, kwargs):
+    transform = only(augment.RandAugment(**kwargs), GEOMETRIC if op == "all" else {op})
+    mask = index_mask()
+    picture = plain(mask).to(torch.int16)  # nearest: pixels move, unmixed
+    moved = 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        image, label_map = transform(tv_tensors.Image(picture), mask)
+        assert type(label_map) is tv_tensors.Mask
+        assert same(image.long(), label_map)
+        moved += not same(label_map, mask)
+    assert moved > 35
+
+
+def test_the_map_follows_a_pil_picture():
+    """PIL and torch round differently at cell borders, so pixels inside a cell are compared."""
+    cells = torch.arange(1, 36).reshape(1, 5, 7).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    picture = PIL.Image.fromarray((cells[0] * 7).to(torch.uint8).numpy())
+    transform = only(augment.TrivialAugmentWide(fill=0), GEOMETRIC)
+    compared = 0
+    for seed in range(200):
+        torch.manual_seed(seed)
+        image, label_map = transform(picture, tv_tensors.Mask(cells))
+        expected = torch.from_numpy(np.asarray(image).astype(np.int64)) // 7
+        ids = label_map[0].float()[None, None]
+        low = -torch.nn.functional.max_pool2d(-ids, 3, 1, 1)
+        inside = (torch.nn.functional.max_pool2d(ids, 3, 1, 1) == low)[0, 0]
+        assert torch.equal(label_map[0][inside], expected[inside]), seed
+        compared += int(inside.sum())
+    assert compared > 100_000
+
+
+@pytest.mark.parametrize("op", sorted(GEOMETRIC))
+def test_a_token_label_map_takes_the_same_path_as_the_picture(op):
+    """Its path names the source pixel that each pixel of the picture shows."""
+    height, width = SIZE
+    label_map = TokenLabelMap.from_scores(
+        torch.zeros(2, 2, 1),
+        torch.zeros(2, 2, 1, dtype=torch.int32),
+        torch.zeros(2, 2),
+        canvas_size=SIZE,
+    )
+    picture = tv_tensors.Image(plain(index_mask()).to(torch.int16))
+    transform = only(augment.RandAugment(num_ops=1, magnitude=23), {op})
+    y, x = (axis.ravel() for axis in np.mgrid[0:height, 0:width] + 0.5)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        image, moved = transform(picture, label_map)
+        assert type(moved) is TokenLabelMap and moved.canvas_size == SIZE
+        source_x, source_y, inside = moved.path(x, y)
+        column, row = np.floor(source_x * width), np.floor(source_y * height)
+        index = np.where(inside, row * width + column + 1, 0)
+        shown = plain(image).numpy().ravel()
+        assert (index == shown).mean() > 0.99  # nearest rounds either way between two pixels
+        assert 0.3 < inside.mean() < 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_photometric_ops_leave_the_map_alone(name):
+    transform = getattr(augment, name)()
+    assert set(transform._AUGMENTATION_SPACE) - augment._PHOTOMETRIC == GEOMETRIC
+    if name == "AutoAugment":
+        transform._policies = [
+            policy for policy in transform._policies if not {op for op, *_ in policy} & GEOMETRIC
+        ]
+    only(transform, augment._PHOTOMETRIC)
+    changed = 0
+    for seed in range(50):
+        torch.manual_seed(seed)
+        picture, mask = pictures()["image"], index_mask()
+        image, label_map = transform(picture, mask)
+        assert same(label_map, mask)
+        changed += not same(image, picture)
+    assert changed > 15
+
+
+def test_an_op_that_the_map_cannot_follow_raises():
+    transform = augment.RandAugment()
+    transform._AUGMENTATION_SPACE = {"Swirl": (lambda *_: None, False)}
+    with pytest.raises(ValueError, match="Swirl"):
+        transform(pictures()["image"], index_mask())
+
+
+def test_fill_of_a_mask_is_its_own():
+    transform = only(augment.RandAugment(num_ops=1, magnitude=30, fill=200), {"TranslateX"})
+    _, label_map = transform(pictures()["image"], index_mask())
+    assert 0 in label_map
+    fill = {tv_tensors.Mask: -1, "others": 200}
+    transform = only(augment.RandAugment(num_ops=1, magnitude=30, fill=fill), {"TranslateX"})
+    image, label_map = transform(pictures()["image"], index_mask())
+    assert 0 not in label_map and -1 in label_map
+    assert (image[:, (label_map == -1)[0]] == 200).all()
+
+
+def test_every_shape_of_sample():
+    transform = augment.RandAugment(magnitude=20, num_ops=3)
+    picture = pictures()["pil"]
+    torch.manual_seed(3)
+    image, label_map = transform(picture, index_mask())
+    assert not same(label_map, index_mask())
+
+    def check(sample, pick):
+        torch.manual_seed(3)
+        got_image, *maps = pick(transform(sample))
+        assert same(got_image, image)
+        assert all(same(got, label_map) for got in maps)
+
+    check((picture, index_mask()), lambda s: s)
+    check([index_mask(), picture], lambda s: (s[1], s[0]))
+    check({"a": picture, "b": index_mask(), "c": 5}, lambda s: (s["a"], s["b"]))
+    check(
+        (7, {"x": (picture, "text"), "m": [index_mask(), index_mask()]}, None),
+        lambda s: (s[1]["x"][0], *s[1]["m"]),
+    )
+    check(picture, lambda s: (s,))
+    torch.manual_seed(3)
+    assert len(transform(picture, 5, index_mask())) == 3
+
+
+def test_errors():
+    picture, mask = pictures()["pil"], index_mask()
+    transform = augment.RandAugment()
+    with pytest.raises(ValueError, match=r"share one canvas.*\(24, 32\).*\(32, 24\).*Remedy"):
+        transform(picture, index_mask(SIZE[::-1]))
+    with pytest.raises(TypeError, match="no image"):
+        transform(mask)
+    with pytest.raises(TypeError, match="single image"):
+        transform(picture, picture, mask)
+    boxes = tv_tensors.BoundingBoxes([[0, 0, 9, 9]], format="XYXY", canvas_size=SIZE)
+    with pytest.raises(TypeError, match="BoundingBoxes"):
+        transform(picture, boxes, mask)
+    for stock in v2.RandAugment(), v2.AutoAugment(), v2.TrivialAugmentWide(), v2.AugMix():
+        with pytest.raises(TypeError, match="Mask"):
+            stock(picture, mask)
+
+
+def test_copies_and_threads():
+    transform = only(augment.RandAugment(num_ops=3, magnitude=20), GEOMETRIC)
+    assert isinstance(transform, v2.RandAugment) and "num_ops=3" in repr(transform)
+    mask = index_mask()
+    picture = tv_tensors.Image(plain(mask).to(torch.int16))
+
+    def in_step(_):
+        image, label_map = transform(picture, mask)
+        return same(image.long(), label_map)
+
+    with ThreadPoolExecutor(4) as pool:  # the ops of one sample never reach another's map
+        assert all(pool.map(in_step, range(300)))
+    wide = augment.TrivialAugmentWide()
+    for other in copy.deepcopy(wide), pickle.loads(pickle.dumps(wide)):
+        torch.manual_seed(1)
+        expected = wide(picture, mask)
+        torch.manual_seed(1)
+        assert all(same(a, b) for a, b in zip(expected, other(picture, mask), strict=True))

@@ -1,0 +1,234 @@
+"""Every Python block of the documentation runs, on real labels, and says what is true."""
+
+import ast
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from tests.jobs import config
+from tokenlabel.annotate import annotate
+from tokenlabel.dataset import LabelStore, TokenTargets
+
+ROOT = Path(__file__).parents[1]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    page: str
+    section: str
+    line: int
+    language: str
+    text: str
+
+
+def blocks(page: str, language: str) -> list[Block]:
+    """The fenced blocks of a page in one language."""
+    text = (ROOT / page).read_text()
+    found = []
+    for match in FENCE.finditer(text):
+        before = text[: match.start()]
+        (section,) = re.findall(r"^## (.*)$", before, re.MULTILINE)[-1:] or [""]
+        found.append(Block(page, section, before.count("\n") + 1, match[1], match[2]))
+    return [block for block in found if block.language == language]
+
+
+class Checks(ast.NodeTransformer):
+    """Turns each line `expression  # value` into a check, where it stands.
+
+    The comment begins with a Python literal, perhaps followed by a colon and prose.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.lines: list[int] = []
+        self.comments = {
+            token.start[0]: token.string.lstrip("# ")
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
+
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt:
+        said = self.comments.get(node.lineno, "").partition(":")[0]
+        try:
+            ast.literal_eval(said)
+        except (SyntaxError, ValueError):
+            return node
+        self.lines.append(node.lineno)
+        message = f"line {node.lineno}: {ast.unparse(node)} is not {said}"
+        check = ast.parse(f"assert {ast.unparse(node)} == {said}, {message!r}").body[0]
+        return ast.copy_location(check, node)
+
+
+def execute(block: Block, text: str | None = None) -> tuple[dict[str, Any], int]:
+    """Run a block in a namespace of its own; return that, and how many lines `Checks` checked."""
+    # Its lines keep their numbers in the page, so that a traceback points there.
+    source = "\n" * block.line + (block.text if text is None else text)
+    checks = Checks(source)
+    tree = ast.fix_missing_locations(checks.visit(ast.parse(source)))
+    namespace: dict[str, Any] = {"__name__": "example"}
+    exec(compile(tree, str(ROOT / block.page), "exec"), namespace)
+    return namespace, len(checks.lines)
+
+
+def dense(targets: TokenTargets, num_classes: int) -> torch.Tensor:
+    """The same targets as [N, C], `rest` spread evenly over the classes that are not stored."""
+    out = torch.empty(len(targets.rest), num_classes)
+    for row, ids, probs, rest in zip(
+        out, targets.classes, targets.probs, targets.rest, strict=True
+    ):
+        ids, probs = ids[probs > 0].long(), probs[probs > 0]
+        row[:] = rest / max(num_classes - len(ids), 1)
+        row[ids] = probs
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(sample: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Path:
+    """What the pages find: the sample, its labels as `make annotate` makes them, token_loss.py."""
+    root = tmp_path_factory.mktemp("docs")
+    annotate(config(sample, root / "labels", input_size=320, batch_size=8))
+    (root / "data").mkdir()
+    (root / "data" / "sample").symlink_to(sample)
+    (loss,) = [b for b in blocks("docs/plug-in.md", "python") if b.section == "The loss"]
+    assert loss.text.startswith("# token_loss.py\n")
+    (root / "token_loss.py").write_text(loss.text)
+    return root
+
+
+@pytest.fixture
+def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "token_loss", raising=False)
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    return folder
+
+
+def sections() -> dict[str, list[Block]]:
+    found = defaultdict(list)
+    for block in blocks("docs/plug-in.md", "python"):
+        found[block.section].append(block)
+    return found
+
+
+#: How many statements in comments are checked.
+CHECKED = {"The student's grid": 5, "Class numbers": 3, "Workers, several GPUs, resuming": 2}
+
+
+# As in test_dataset: timm's reader leaves its files to the garbage collector; torchdata 0.11
+# calls a function of torch that torch 2.14 wants nobody to call.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("section", sections())
+def test_plug_in(section: str, here: Path) -> None:
+    torch.manual_seed(0)
+    checked = 0
+    for block in sections()[section]:
+        namespace, checks = execute(block)
+        checked += checks
+        if "loss" in namespace:
+            assert torch.isfinite(namespace["loss"])
+        if "dataset" in namespace:
+            _, targets = namespace["dataset"][0]
+            mass = targets.probs.sum(-1) + targets.rest
+            torch.testing.assert_close(mass, torch.ones_like(mass))
+    assert checked == CHECKED.get(section, 0)
+
+
+def test_the_diff_leads_from_a_script_that_runs_to_the_one_shown(here: Path) -> None:
+    (diff,) = blocks("docs/plug-in.md", "diff")
+    sides = {
+        side: "".join(
+            line[1:] or "\n"
+            for line in diff.text.splitlines(keepends=True)
+            if line[0] in (" ", "\n", side)
+        )
+        for side in "-+"
+    }
+    (after,) = sections()[diff.section]
+    assert sides["+"] == after.text
+    added = [line for line in diff.text.splitlines() if re.match(r"\+(?!from|$)", line)]
+    assert len(added) == 4
+    execute(diff, sides["-"])
+
+
+def test_the_loss_is_that_of_the_dense_target(here: Path) -> None:
+    import token_loss
+
+    torch.manual_seed(0)
+    batch, patches, k, num_classes = 2, 5, 3, 7
+    classes = torch.rand(batch, patches, num_classes).topk(k).indices.int()
+    mass = torch.rand(batch, patches, k + 1)
+    mass[0, 0, 1:3] = 0  # entries without a class,
+    classes[0, 0] = torch.tensor([4, 0, 0])  # of class id 0
+    mass /= mass.sum(-1, keepdim=True)
+    probs, rest = mass[..., :k], mass[..., k]
+    weight = torch.rand(batch, patches)
+    weight[1, 2] = 0
+    label = torch.tensor([3, 6])
+    crop = (classes[:, 0], probs[:, 0], rest[:, 0])
+    targets = TokenTargets(label, classes, probs, rest, weight, *crop)
+    cls_logits = torch.randn(batch, num_classes)
+    logits = torch.randn(batch, patches, num_classes, requires_grad=True)
+
+    entropy = torch.stack(
+        [
+            -(dense(TokenTargets(*fields), num_classes) * log_p).sum(-1)
+            for *fields, log_p in zip(*targets, logits.log_softmax(-1), strict=True)
+        ]
+    )
+    alone = torch.nn.functional.cross_entropy(cls_logits, label)
+    want = alone + 0.5 * (entropy * weight).sum() / weight.sum()
+    torch.testing.assert_close(token_loss.token_label_loss(cls_logits, logits, targets), want)
+
+    nothing = targets._replace(weight=torch.zeros_like(weight))
+    got = token_loss.token_label_loss(cls_logits, logits, nothing)
+    torch.testing.assert_close(got, alone, msg="weight 0: the label alone")
+
+
+def test_the_published_rule_keeps_what_the_page_says(here: Path) -> None:
+    (block,) = sections()["The published rule, for comparison"]
+    store = LabelStore("labels/train")
+    moved = {}
+    for k in (10, 64):
+        moved[k] = 0.0
+        for index in range(0, 16, 3):
+            maps = []
+            for classes in (k, store.num_classes):
+                namespace, _ = execute(block, block.text.replace("k=64", f"k={classes}"))
+                torch.manual_seed(index)
+                targets = namespace["dataset"][index][1]
+                maps.append(dense(targets, store.num_classes))
+            moved[k] = max(moved[k], (maps[0] - maps[1]).abs().sum(-1).max().item() / 2)
+    assert moved[64] < 1e-5
+    assert 0.01 < moved[10] < 0.1
+
+
+def test_the_readme_reads_labels(here: Path) -> None:
+    (block,) = [b for b in blocks("README.md", "python") if b.section == "Read the labels"]
+    assert execute(block)[1] == 1
+
+
+def test_the_format_is_read_with_h5py_alone(here: Path) -> None:
+    digest, reading = blocks("docs/format.md", "python")
+    script = f"""{digest.text}
+for number in range(2):
+    computed, stored = digest(f"labels/train/shard-0000{{number}}-of-00002.h5")
+    assert computed == stored
+{reading.text}
+left = np.exp(rest) / (np.exp(scores).sum(-1) + np.exp(rest))
+assert np.allclose(probs.sum(-1) + left, 1)
+"""
+    # On its own: a process cannot open a file with locks that a LabelStore holds open without.
+    command = [sys.executable, "-W", "error", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "243" in done.stdout

@@ -1,0 +1,527 @@
+"""TokenLabelMap: what it is made of, how transforms move it, and how it travels."""
+
+import copy
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2.functional._utils import _KERNEL_REGISTRY
+
+from tokenlabel.dataset.label_map import TokenLabelMap
+from tokenlabel.dataset.path import PixelPath
+from tokenlabel.dataset.targets import ToTokenTargets
+
+SIZE = (120, 160)
+
+
+def a_map(size: tuple[int, int] = SIZE, *, seed: int = 0, **options: Any) -> TokenLabelMap:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(5, 6, 4, generator=generator).half()
+    classes = torch.rand(5, 6, 50, generator=generator).argsort(-1)[..., :4]
+    rest = torch.randn(5, 6, generator=generator)
+    return TokenLabelMap.from_scores(scores, classes, rest, canvas_size=size, **options)
+
+
+def a_picture(size: tuple[int, int] = SIZE) -> tv_tensors.Image:
+    return tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8))
+
+
+def same(one: TokenLabelMap, other: TokenLabelMap) -> bool:
+    return (
+        type(one) is type(other) is TokenLabelMap
+        and torch.equal(one.as_subclass(torch.Tensor), other.as_subclass(torch.Tensor))
+        and torch.equal(one.classes, other.classes)
+        and torch.equal(one.rest, other.rest)
+        and (one.label, one.extent, one.canvas_size, one.source_size, one.path)
+        == (other.label, other.extent, other.canvas_size, other.source_size, other.path)
+    )
+
+
+def corners(score_map: TokenLabelMap) -> list[tuple[float, float]]:
+    """Where the current picture's four corners lie in the source picture, in its pixels."""
+    h, w = score_map.canvas_size
+    x, y, _ = score_map.path(np.array([0.0, w, w, 0.0]), np.array([0.0, 0.0, h, h]))
+    height, width = score_map.source_size
+    return list(zip(np.round(x * width, 6), np.round(y * height, 6), strict=True))
+
+
+# --- made ------------------------------------------------------------------------------------
+
+
+def test_from_scores_keeps_what_it_was_given() -> None:
+    made = a_map(label=7, extent=(0.1, 0, 0.9, 1))
+    assert isinstance(made, tv_tensors.Mask)
+    assert made.shape == made.classes.shape == (1, 5, 6, 4)
+    assert made.dtype == torch.float16
+    assert (made.classes.dtype, made.rest.dtype) == (torch.int32, torch.float32)
+    assert (made.label, made.extent) == (7, (0.1, 0.0, 0.9, 1.0))
+    assert made.canvas_size == made.source_size == SIZE
+    assert made.path == PixelPath.of(SIZE)
+    assert "5x6 cells" in repr(made)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
+@pytest.mark.parametrize("writeable", [True, False])
+def test_numpy_arrays_of_the_store(dtype: Any, writeable: bool) -> None:
+    scores, rest = np.ones((2, 3, 4), "<f2"), np.zeros((2, 3), ">f2")
+    classes = np.broadcast_to(np.arange(4, dtype=dtype), (2, 3, 4)).copy()
+    for array in (scores, rest, classes):
+        array.flags.writeable = writeable
+    made = TokenLabelMap.from_scores(scores, classes, rest, canvas_size=SIZE)
+    assert made.classes[0, 1, 2].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": torch.full((2, 2, 3), torch.nan)}, "NaN"),
+        ({"scores": torch.full((2, 2, 3), torch.inf)}, "inf"),
+        ({"rest": torch.full((2, 2), torch.nan)}, "NaN"),
+        (
+            {"scores": torch.full((2, 2, 3), -torch.inf), "rest": torch.full((2, 2), -torch.inf)},
+            "finite",
+        ),
+        ({"classes": torch.zeros(2, 2, 2, dtype=torch.int64)}, "classes"),
+        ({"classes": torch.zeros(2, 2, 3)}, "integers"),
+        ({"scores": torch.zeros(2, 2, 3, dtype=torch.int64)}, "floats"),
+        ({"rest": torch.zeros(2, 3)}, "rest"),
+        ({"scores": torch.zeros(2, 2, 0)}, "K"),
+        ({"canvas_size": (0, 5)}, "canvas_size"),
+        ({"extent": (0.5, 0, 0.5, 1)}, "extent"),
+        ({"extent": (0, 0, 1, 1.5)}, "extent"),
+        ({"mirrored": (torch.zeros(2, 3, 3),) * 3}, "same shape"),
+    ],
+)
+def test_bad_maps_are_refused(change: dict[str, Any], message: str) -> None:
+    good = {
+        "scores": torch.zeros(2, 2, 3),
+        "classes": torch.zeros(2, 2, 3, dtype=torch.int64),
+        "rest": torch.zeros(2, 2),
+        "canvas_size": SIZE,
+    }
+    with pytest.raises(ValueError, match=message):
+        TokenLabelMap.from_scores(**(good | change))
+
+
+def test_one_finite_logit_a_cell_is_enough() -> None:
+    one_hot = torch.tensor([[[0.0, -torch.inf]]])
+    classes = torch.tensor([[[3, 0]]])
+    TokenLabelMap.from_scores(one_hot, classes, torch.tensor([[-torch.inf]]), canvas_size=SIZE)
+
+
+# --- moved -----------------------------------------------------------------------------------
+
+
+def test_every_functional_that_moves_masks_moves_maps() -> None:
+    """Fails when torchvision teaches masks something that maps do not know."""
+    lacking = [
+        functional.__name__
+        for functional, kernels in _KERNEL_REGISTRY.items()
+        if tv_tensors.Mask in kernels and TokenLabelMap not in kernels
+    ]
+    assert lacking == []
+    assert {F.five_crop, F.ten_crop, F.erase} <= {
+        functional for functional, kernels in _KERNEL_REGISTRY.items() if TokenLabelMap in kernels
+    }
+
+
+ARGUMENTS: dict[Any, dict[str, Any]] = {
+    F.horizontal_flip: {},
+    F.vertical_flip: {},
+    F.crop: {"top": -5, "left": 7, "height": 90, "width": 200},
+    F.center_crop: {"output_size": [33, 200]},
+    F.five_crop: {"size": [30, 41]},
+    F.ten_crop: {"size": 30, "vertical_flip": True},
+    F.resize: {"size": [47]},
+    F.resized_crop: {"top": 3, "left": 7, "height": 90, "width": 60, "size": [32, 48]},
+    F.pad: {"padding": [3, 5]},
+    F.affine: {"angle": 10, "translate": [3, 4], "scale": 1.1, "shear": [2.0, 3.0]},
+    F.rotate: {"angle": 33.0, "expand": True},
+    F.perspective: {
+        "startpoints": [[0, 0], [159, 0], [159, 119], [0, 119]],
+        "endpoints": [[5, 3], [150, 9], [159, 110], [8, 119]],
+    },
+    F.elastic: {"displacement": torch.zeros(1, *SIZE, 2)},
+}
+
+
+@pytest.mark.parametrize("functional", ARGUMENTS, ids=lambda f: f.__name__)
+def test_the_canvas_is_the_pictures(functional: Any) -> None:
+    picture, moved = (functional(x, **ARGUMENTS[functional]) for x in (a_picture(), a_map()))
+    for one, other in (
+        zip(picture, moved, strict=True) if isinstance(moved, tuple) else [(picture, moved)]
+    ):
+        assert F.get_size(other) == list(other.canvas_size) == F.get_size(one)
+        assert other.source_size == SIZE
+        assert torch.equal(other.as_subclass(torch.Tensor), a_map().as_subclass(torch.Tensor))
+
+
+@pytest.mark.parametrize("center", [None, [13, 40]])
+def test_the_canvas_of_expanding_rotations(center: list[int] | None) -> None:
+    rng = random.Random(0)
+    angles = [0, 30, 45, 60, 90, 135, 180, 270, -90, 360, 450]
+    for angle in angles + [rng.uniform(-400, 400) for _ in range(30)]:
+        size = rng.randint(5, 150), rng.randint(5, 150)
+        picture = F.rotate(torch.zeros(1, *size), angle, expand=True, center=center)
+        moved = F.rotate(a_map(size), angle, expand=True, center=center)
+        assert moved.canvas_size == tuple(picture.shape[-2:]), (angle, size)
+        pil = F.rotate(PIL.Image.new("L", size[::-1]), angle, expand=True, center=center)
+        assert moved.canvas_size == (pil.height, pil.width), (angle, size)
+
+
+@pytest.mark.parametrize(
+    ("size", "max_size"), [([50], None), (50, None), ([50], 60), (None, 77), ([31, 17], None)]
+)
+def test_the_canvas_of_resizes(size: Any, max_size: int | None) -> None:
+    for canvas in ((120, 160), (161, 120), (333, 500), (7, 300), (50, 50)):
+        picture = F.resize(torch.zeros(1, *canvas), size, max_size=max_size)
+        moved = F.resize(a_map(canvas), size, max_size=max_size)
+        assert moved.canvas_size == tuple(picture.shape[-2:])
+
+
+def test_where_corners_come_from() -> None:
+    made = a_map()
+    assert corners(made) == [(0, 0), (160, 0), (160, 120), (0, 120)]
+    assert corners(F.horizontal_flip(made)) == [(160, 0), (0, 0), (0, 120), (160, 120)]
+    assert corners(F.vertical_flip(made)) == [(0, 120), (160, 120), (160, 0), (0, 0)]
+    crop = F.resized_crop(made, 10, 20, 50, 60, [224, 224])
+    assert corners(crop) == [(20, 10), (80, 10), (80, 60), (20, 60)]
+    assert corners(F.pad(made, [5, 6, 7, 8])) == [(-5, -6), (167, -6), (167, 128), (-5, 128)]
+    turned = F.rotate(made, 90, expand=True)
+    assert corners(turned) == [(160, 0), (160, 120), (0, 120), (0, 0)]
+    assert corners(F.affine(made, 0, [3, 4], 2, [0])) == [
+        (38.5, 28),
+        (118.5, 28),
+        (118.5, 88),
+        (38.5, 88),
+    ]
+
+
+def test_what_changes_pixels_only_leaves_the_map() -> None:
+    made = a_map()
+    for transform in (
+        v2.ColorJitter(0.5, 0.5, 0.5, 0.2),
+        v2.GaussianBlur(3),
+        v2.RandomGrayscale(1),
+        v2.RandomSolarize(10, 1),
+        v2.RandomPhotometricDistort(p=1),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.ToDtype({tv_tensors.Image: torch.float32, "others": torch.int64}),
+    ):
+        _, after = transform(a_picture(), made)
+        assert same(after, made)
+    normalise = v2.Normalize([0.5] * 3, [0.5] * 3)
+    assert same(normalise(a_picture().float(), made)[1], made)
+    assert F.erase(made, 1, 2, 3, 4, torch.zeros(1)) is made
+    assert F.to_dtype(made, torch.uint8, scale=True) is made
+
+
+@pytest.mark.parametrize("pil", [False, True], ids=["tensor", "PIL"])
+def test_any_sample(pil: bool) -> None:
+    picture: Any = PIL.Image.new("RGB", SIZE[::-1]) if pil else a_picture()
+    transform = v2.Compose([v2.RandomResizedCrop(48), v2.RandomHorizontalFlip()])
+    made = a_map()
+    samples: list[tuple[Any, Any]] = [
+        ((picture, made), lambda out: [out[1]]),
+        ({"image": picture, "map": made, "id": 3}, lambda out: [out["map"]]),
+        (
+            [picture, [made, {"second": a_map(seed=1)}]],
+            lambda out: [out[1][0], out[1][1]["second"]],
+        ),
+        ((picture, {"a": (made, 5)}, "name"), lambda out: [out[1]["a"][0]]),
+    ]
+    for sample, maps in samples:
+        torch.manual_seed(1)
+        expected = transform(made)
+        for given_sample in ((sample,), sample) if isinstance(sample, tuple) else ((sample,),):
+            torch.manual_seed(1)
+            found = maps(transform(*given_sample))
+            assert all(one.path == expected.path != made.path for one in found)
+            assert all(one.canvas_size == (48, 48) for one in found)
+    pure = torch.zeros(3, *SIZE, dtype=torch.uint8)
+    torch.manual_seed(1)
+    assert same(transform(pure, made)[1], expected)
+
+
+def test_two_maps_of_a_sample_stay_themselves() -> None:
+    one, other = a_map(label=1), a_map(seed=1, label=2)
+    _, first, second = v2.RandomRotation(30)(a_picture(), one, other)
+    assert first.path == second.path
+    assert (first.label, second.label) == (1, 2)
+    assert torch.equal(second.classes, other.classes)
+
+
+def test_composing_does_not_nest_what_fits_one_matrix() -> None:
+    made = a_map()
+    for _ in range(3):
+        made = F.horizontal_flip(F.pad(F.resized_crop(made, 5, 6, 40, 50, [80, 80]), [3]))
+        made = F.rotate(F.crop(made, -2, -3, 70, 80), 90, expand=True)
+        made = F.affine(made, 0, [3, 4], 1.2, [0.0, 0.0])
+    assert made.path.is_single
+    assert not F.rotate(made, 10).path.is_single
+
+
+# --- laws ------------------------------------------------------------------------------------
+
+PLACES = st.floats(-30, 200, allow_nan=False)
+
+
+def _same_points(one: TokenLabelMap, other: TokenLabelMap, x: float, y: float) -> None:
+    found, expected = (m.path(np.array([x]), np.array([y])) for m in (one, other))
+    np.testing.assert_allclose(found[:2], expected[:2], atol=1e-9)
+    assert one.canvas_size == other.canvas_size
+
+
+@settings(deadline=None, max_examples=50)
+@given(x=PLACES, y=PLACES)
+def test_a_flip_undoes_itself(x: float, y: float) -> None:
+    made = F.resized_crop(a_map(), 3, 4, 50, 77, [64, 80])
+    for flip in (F.horizontal_flip, F.vertical_flip):
+        _same_points(flip(flip(made)), made, x, y)
+    half = F.rotate(F.horizontal_flip(F.vertical_flip(made)), 180)
+    _same_points(half, made, x, y)
+    turns = made
+    for _ in range(4):
+        turns = F.rotate(turns, 90, expand=True)
+    _same_points(turns, made, x, y)
+
+
+BOX = st.tuples(*[st.integers(-40, 60)] * 2, *[st.integers(1, 150)] * 2)
+
+
+@settings(deadline=None, max_examples=100)
+@given(first=BOX, second=BOX, x=PLACES, y=PLACES)
+def test_a_crop_of_a_crop_is_a_crop(first: Any, second: Any, x: float, y: float) -> None:
+    twice = F.crop(F.crop(a_map(), *first), *second)
+    once = F.crop(a_map(), first[0] + second[0], first[1] + second[1], *second[2:])
+    _same_points(twice, once, x, y)
+
+
+@settings(deadline=None, max_examples=50)
+@given(size=st.tuples(st.integers(1, 400), st.integers(1, 400)), x=PLACES, y=PLACES)
+def test_a_resize_keeps_relative_places(size: tuple[int, int], x: float, y: float) -> None:
+    made = F.crop(a_map(), 10, 20, 60, 70)
+    resized = F.resize(made, list(size))
+    x, y = np.array([x]), np.array([y])
+    found = resized.path(x * size[1] / 70, y * size[0] / 60)
+    np.testing.assert_allclose(found[:2], made.path(x, y)[:2], atol=1e-9)
+
+
+# --- mirrored --------------------------------------------------------------------------------
+
+
+def two_views() -> TokenLabelMap:
+    other = a_map(seed=1)
+    return a_map(mirrored=(other.as_subclass(torch.Tensor)[0], other.classes[0], other.rest[0]))
+
+
+@pytest.mark.parametrize(
+    ("steps", "view"),
+    [
+        ([], 0),
+        ([F.horizontal_flip], 1),
+        ([F.vertical_flip], 1),
+        ([F.horizontal_flip, F.vertical_flip], 0),
+        ([F.horizontal_flip, F.horizontal_flip], 0),
+        ([lambda m: F.rotate(m, 30)], 0),
+        ([F.horizontal_flip, lambda m: F.rotate(m, 30)], 1),
+        (
+            [
+                lambda m: F.rotate(m, 30),
+                F.horizontal_flip,
+                lambda m: F.affine(m, 9, [1, 1], 1, [9]),
+            ],
+            1,
+        ),
+        ([lambda m: F.pad(m, 9, padding_mode="reflect"), F.horizontal_flip], 1),
+        ([lambda m: F.rotate(m, 90, expand=True)], 0),
+        ([lambda m: F.rotate(m, 90, expand=True), F.vertical_flip], 1),
+    ],
+)
+def test_the_view_matches_the_handedness(steps: list[Any], view: int) -> None:
+    made = two_views()
+    for step in steps:
+        made = step(made)
+    assert made.view == view
+    assert a_map().view == 0
+
+
+# --- wrong canvas, and what would leave the map behind ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        v2.RandomResizedCrop(32),
+        v2.RandomCrop(32),
+        v2.RandomAffine(10),
+        v2.RandomPerspective(p=1),
+        v2.ElasticTransform(),
+        v2.RandomZoomOut(p=1),
+        v2.RandomShortestSize(32),
+        v2.ScaleJitter((50, 50)),
+        ToTokenTargets(4),
+    ],
+    ids=lambda t: type(t).__name__,
+)
+def test_a_map_on_a_wrong_canvas_raises(transform: Any) -> None:
+    for picture in (a_picture(), PIL.Image.new("RGB", SIZE[::-1]), a_picture() + 0):
+        with pytest.raises(ValueError, match=r"HxW dimensions|must lie on its picture"):
+            transform(picture, a_map((SIZE[1], SIZE[0])))
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        v2.RandomHorizontalFlip(1),
+        v2.Pad(3),
+        v2.Resize(50),
+        v2.RandomRotation((20, 20), expand=True),
+    ],
+    ids=lambda t: type(t).__name__,
+)
+def test_a_wrong_canvas_raises_at_the_end_at_the_latest(before: Any) -> None:
+    """These transforms do not ask for sizes, and so cannot notice."""
+    picture, moved = before(a_picture(), a_map((120, 90)))
+    with pytest.raises(ValueError, match="must lie on its picture"):
+        ToTokenTargets(4)(picture, moved)
+
+
+@pytest.mark.parametrize(
+    ("transform", "error"),
+    [
+        (v2.RandAugment(), TypeError),
+        (v2.AutoAugment(), TypeError),
+        (v2.TrivialAugmentWide(), TypeError),
+        (v2.AugMix(), TypeError),
+        (v2.FiveCrop(20), TypeError),
+        (v2.TenCrop(20), TypeError),
+        (v2.MixUp(num_classes=9), ValueError),
+        (v2.CutMix(num_classes=9), ValueError),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, v2.Transform) else "",
+)
+def test_stock_transforms_that_cannot_move_a_map_raise(transform: Any, error: Any) -> None:
+    sample = (a_picture(), a_map())
+    if error is ValueError:
+        sample = (a_picture()[None], torch.tensor([1]), a_map())
+    with pytest.raises(error):
+        transform(*sample)
+
+
+def test_indexing_boxes_does_not_index_maps() -> None:
+    boxes = tv_tensors.BoundingBoxes(torch.tensor([[1, 1, 1, 1]]), format="XYXY", canvas_size=SIZE)
+    sample = {"image": a_picture(), "boxes": boxes, "labels": torch.tensor([1]), "map": a_map()}
+    with pytest.raises(TypeError, match="keeps its shape"):
+        v2.SanitizeBoundingBoxes()(sample)
+
+
+def test_an_unknown_functional_for_masks_raises() -> None:
+    """What torchvision would do with a Mask kernel that we do not know."""
+    made = a_map()
+    with pytest.raises(TypeError, match="keeps its shape"):
+        tv_tensors.wrap(made.as_subclass(torch.Tensor)[..., :2], like=made)
+
+
+@pytest.mark.parametrize("call", [torch.stack, default_collate])
+def test_maps_do_not_stack(call: Any) -> None:
+    with pytest.raises(TypeError, match="ToTokenTargets"):
+        call([a_map(), a_map()])
+
+
+# --- travels ---------------------------------------------------------------------------------
+
+COPIES: dict[str, Any] = {
+    "clone": lambda m: m.clone(),
+    "detach": lambda m: m.detach(),
+    "to a device": lambda m: m.to("cpu"),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "wrap": lambda m: tv_tensors.wrap(m.as_subclass(torch.Tensor), like=m),
+    "deepcopy of a sample": lambda m: copy.deepcopy({"m": [m]})["m"][0],
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_keep_everything(name: str) -> None:
+    made = F.rotate(F.horizontal_flip(two_views()), 20)
+    assert same(COPIES[name](made), made)
+
+
+def test_copies_keep_warps() -> None:
+    made = F.pad(a_map(), 7, padding_mode="reflect")
+    made = F.elastic(made, torch.randn(1, *made.canvas_size, 2) / 20)
+    expected = ToTokenTargets(5)(made)
+    for call in COPIES.values():
+        assert torch.equal(ToTokenTargets(5)(call(made)).probs, expected.probs)
+
+
+def test_other_dtypes_and_arithmetic() -> None:
+    made = a_map()
+    assert same(made.to(torch.float32).to(torch.float16), made)
+    assert type(made + 1) is torch.Tensor
+    assert type(made[0]) is torch.Tensor
+    with tv_tensors.set_return_type("TVTensor"):
+        assert same(made + 0, made)
+        assert not isinstance(made[0], TokenLabelMap)
+        assert all(not isinstance(part, TokenLabelMap) for part in made.unbind(1))
+
+
+def test_devices_take_the_metadata_along() -> None:
+    there = a_map().to("meta")
+    assert {there.device.type, there.classes.device.type, there.rest.device.type} == {"meta"}
+
+
+class Samples(Dataset[Any]):
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Any:
+        torch.manual_seed(index)
+        transform = v2.Compose([v2.RandomResizedCrop(32), v2.RandomRotation(30)])
+        return transform(a_picture(), a_map(seed=index, label=index))
+
+
+def as_it_is(batch: Any) -> Any:
+    return batch
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers(context: str) -> None:
+    loader = DataLoader(
+        Samples(),
+        batch_size=3,
+        num_workers=1,
+        collate_fn=as_it_is,
+        multiprocessing_context=context,
+    )
+    found = [sample for batch in loader for sample in batch]
+    for index, (picture, moved) in enumerate(found):
+        expected = Samples()[index]
+        assert torch.equal(picture, expected[0])
+        assert same(moved, expected[1])
+
+
+def test_a_map_never_comes_without_its_kernels(tmp_path: Path) -> None:
+    """Also where it arrives pickled: torchvision would flip it as a Mask."""
+    (tmp_path / "map").write_bytes(pickle.dumps(a_map()))
+    code = (
+        "import pickle, sys; from torchvision.transforms.v2 import functional as F\n"
+        "made = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "assert F.horizontal_flip(made).path != made.path"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "map")], check=True, timeout=120)
