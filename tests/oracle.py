@@ -128,10 +128,12 @@ class Distance(NamedTuple):
 
     Attributes:
         variation: mean total variation over the patches that lie at least half inside.
+        inner: the same over those that lie inside.
         weight: mean difference between `weight` and the patches' share inside the picture.
     """
 
     variation: float
+    inner: float
     weight: float
 
 
@@ -155,12 +157,11 @@ def distance(
         planes = pictures[0].as_subclass(Tensor)
     pooled = pool(planes, grid)
     shares, weight = pooled[:, : cells[0] * cells[1]], pooled[:, -1]
-    inside = (weight > 0.5) & (targets.weight > 0.5)
-    truth = shares[inside] / weight[inside, None]
-    found = dense(targets, cells[0] * cells[1])[inside]
-    variation = 0.5 * (truth - found).abs().sum(1)
+    truth = shares / weight.clamp(min=1e-9)[:, None]
+    variation = 0.5 * (truth - dense(targets, cells[0] * cells[1])).abs().sum(1)
+    both = torch.minimum(weight, targets.weight)
     return Distance(
-        float(variation.mean()) if len(variation) else 0.0,
+        *(float(variation[both > limit].mean().nan_to_num()) for limit in (0.5, 0.999)),
         float((weight - targets.weight).abs().mean()),
     )
 

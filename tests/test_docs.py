@@ -213,8 +213,9 @@ def test_the_published_rule_keeps_what_the_page_says(here: Path) -> None:
 
 
 def test_the_readme_reads_labels(here: Path) -> None:
-    (block,) = [b for b in blocks("README.md", "python") if b.section == "Read the labels"]
-    assert execute(block)[1] == 1
+    reading, training = [b for b in blocks("README.md", "python") if b.section == "Read the labels"]
+    assert execute(reading)[1] == 1
+    assert execute(training)[1] == 1
 
 
 def test_the_format_is_read_with_h5py_alone(here: Path) -> None:

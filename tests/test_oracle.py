@@ -51,7 +51,7 @@ OPS: dict[str, Callable[[], Any]] = {
     "half turn": lambda: v2.RandomRotation((180, 180)),
     "expanding three-quarter turn": lambda: v2.RandomRotation((270, 270), expand=True),
     "perspective": lambda: v2.RandomPerspective(0.5, 1),
-    "elastic": lambda: v2.ElasticTransform(40.0, 6.0),
+    "elastic": lambda: v2.ElasticTransform(150.0, 8.0),
     "random resized crop": lambda: v2.RandomResizedCrop(112),
 }
 #: Those that leave enough of the picture to look at after five others.
