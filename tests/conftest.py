@@ -1,8 +1,10 @@
 """Fixtures shared by the tests: the embedded sample, and one Ray session for all of them."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -10,6 +12,9 @@ from tokenlabel.annotate.cluster import ray_session
 from tokenlabel.annotate.sample import sample_folder
 
 torch.set_num_threads(2)
+# CI tries the same examples each time; elsewhere they differ from run to run.
+hypothesis.settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("default")
 
 
 @pytest.fixture(scope="session")

@@ -144,9 +144,9 @@ def test_sub_points_come_close_to_the_integrals(grid: tuple[int, int], interpola
     exact, found = to_targets(crop), to_targets(nearly)
     conserved(found, CLASSES)
     far = 0.5 * (dense(exact, CLASSES) - dense(found, CLASSES)).abs().sum(1)[exact.weight > 0.3]
-    assert far.mean() < (0.006 if interpolation == "bilinear" else 0.02)
+    assert far.mean() < (0.01 if interpolation == "bilinear" else 0.02)
     assert (exact.weight - found.weight).abs().mean() < 0.02
-    torch.testing.assert_close(exact.crop_rest, found.crop_rest, atol=2e-3, rtol=0)
+    torch.testing.assert_close(exact.crop_rest, found.crop_rest, atol=5e-3, rtol=0)
 
 
 @settings(deadline=None, max_examples=40)
@@ -172,11 +172,11 @@ def test_a_finer_grid_pools_to_the_coarser(
         return values.reshape(grid[0], 2, grid[1], 2, -1).mean((1, 3)).flatten(0, 1)
 
     weight = pooled(fine.weight)
-    torch.testing.assert_close(weight[:, 0], coarse.weight, atol=1e-6, rtol=0)
+    torch.testing.assert_close(weight[:, 0], coarse.weight, atol=5e-6, rtol=0)
     mass = pooled(dense(fine, CLASSES) * fine.weight[:, None])
     expected = dense(coarse, CLASSES) * coarse.weight[:, None]
-    torch.testing.assert_close(mass, expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(coarse.crop_probs, fine.crop_probs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(mass, expected, atol=5e-6, rtol=0)
+    torch.testing.assert_close(coarse.crop_probs, fine.crop_probs, atol=5e-6, rtol=0)
 
 
 @settings(deadline=None, max_examples=30)
@@ -186,7 +186,7 @@ def test_a_resize_changes_nothing(size: tuple[int, int]) -> None:
     crop = F.crop(Raw().map(), 10, 20, 60, 70)
     before, after = to_targets(crop), to_targets(F.resize(crop, list(size)))
     for one, other in zip(before, after, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+        torch.testing.assert_close(one, other, atol=5e-6, rtol=0)
 
 
 def test_flips_and_quarter_turns_permute_patches() -> None:
@@ -202,7 +202,7 @@ def test_flips_and_quarter_turns_permute_patches() -> None:
         (grid.rot90(1), turned),
     ):
         assert torch.equal(plain.classes[order.flatten()], moved.classes)
-        torch.testing.assert_close(plain.probs[order.flatten()], moved.probs, atol=1e-6, rtol=0)
+        torch.testing.assert_close(plain.probs[order.flatten()], moved.probs, atol=5e-6, rtol=0)
 
 
 def test_weight_is_the_share_inside() -> None:
@@ -265,7 +265,7 @@ def test_the_k_largest(k: int) -> None:
     conserved(found, k)
     wide = torch.nn.functional.pad(every.probs, (0, 100))[:, :k]
     torch.testing.assert_close(found.probs, wide)
-    torch.testing.assert_close(found.rest, 1 - wide.sum(1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.rest, 1 - wide.sum(1), atol=5e-6, rtol=0)
 
 
 def test_the_mirrored_view() -> None:
