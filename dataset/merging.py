@@ -127,7 +127,18 @@ def sparse_targets(
     classes = ids[best].astype(np.int32)
     classes[mass == 0] = 0
     rest = np.maximum(1 - mass.sum(0), 0)
-    c, p = (torch.from_numpy(np.ascontiguousarray(part.T)) for part in (classes, mass))
-    r = torch.from_numpy(rest)
-    weight = torch.from_numpy(share.astype(np.float32))
-    return TokenTargets(torch.tensor(label), c[:-1], p[:-1], r[:-1], weight, c[-1], p[-1], r[-1])
+    return token_targets(label, *(np.ascontiguousarray(p.T) for p in (classes, mass)), rest, share)
+
+
+def token_targets(
+    label: int,
+    classes: npt.NDArray[np.int32],
+    probs: Floats32,
+    rest: Floats32,
+    share: npt.NDArray[np.floating[Any]],
+) -> TokenTargets:
+    """Targets from arrays [N + 1, ...] whose last row is the crop's, and the patches' shares."""
+    weight = share.astype(np.float32, copy=False)
+    patches = (classes[:-1], probs[:-1], rest[:-1], weight)
+    crop = (classes[-1], probs[-1], rest[-1:].reshape(()))
+    return TokenTargets(*map(torch.from_numpy, (np.array(label, np.int64), *patches, *crop)))

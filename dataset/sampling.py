@@ -24,12 +24,12 @@ class Axis(NamedTuple):
     """Weights along one axis of a map.
 
     Attributes:
-        weights: float64 [g, n], of n cells for each of g patches; rows sum to 1, or to 0 outside.
+        weights: float32 [g, n], of n cells for each of g patches; rows sum to 1, or to 0 outside.
         share: float64 [g], share of each patch inside the map.
         first: which cell is the first of the n.
     """
 
-    weights: Floats
+    weights: npt.NDArray[np.float32]
     share: Floats
     first: int
 
@@ -45,52 +45,19 @@ class Scattered(NamedTuple):
     Attributes:
         cells: int64 [m], the map's cells that count at all, ascending.
         entries: int64 [e], position in `cells` of each entry.
-        weights: float64 [e], the entries' weights; each run sums to 1, or is empty outside the map.
+        weights: float32 [e], the entries' weights; each run sums to 1, or is empty outside the map.
         offsets: int64 [N], where the run of each patch begins.
         share: float64 [N], share of each patch inside the map.
     """
 
     cells: Indices
     entries: Indices
-    weights: Floats
+    weights: npt.NDArray[np.float32]
     offsets: Indices
     share: Floats
 
 
-def separable_weights(
-    score_map: TokenLabelMap, grid: Grid, interpolation: str
-) -> tuple[Axis, Axis, bool]:
-    """Exact weights for a map whose path is a single upright one: rows' times columns' weights.
-
-    Args:
-        score_map: the map; its `path.is_single` must hold.
-        grid: (h, w) of the student's patches.
-        interpolation: "bilinear" or "nearest".
-
-    Returns:
-        The weights along the map's rows (y) and along its columns (x), and whether the picture is
-        transposed: the grid's rows then run along the map's columns.
-    """
-    h, w = score_map.canvas_size
-    a, b, c, d, e, f = score_map.path.matrix[:6]
-    transposed = a == e == 0
-    patches_x, patches_y = grid if transposed else (grid[1], grid[0])
-    step_x, step_y = (b * h, d * w) if transposed else (a * w, e * h)
-    box = intersection(score_map.path.box, score_map.extent)
-    x0, y0, x1, y1 = score_map.extent
-    _, rows, columns, _ = score_map.classes.shape
-    if score_map.view == 1:  # of the mirrored picture
-        c, step_x, x0, x1 = 1 - c, -step_x, 1 - x1, 1 - x0
-        box = (1 - box[2], box[1], 1 - box[0], box[3])
-    m, n = rows / (y1 - y0), columns / (x1 - x0)
-    along_y = _Span((f - y0) * m, step_y * m, patches_y, rows, (box[1] - y0) * m, (box[3] - y0) * m)
-    along_x = _Span(
-        (c - x0) * n, step_x * n, patches_x, columns, (box[0] - x0) * n, (box[2] - x0) * n
-    )
-    return *_axes(along_y, along_x, interpolation), transposed
-
-
-class _Span(NamedTuple):
+class Span(NamedTuple):
     """A row of equal patches along one axis of the map; in cells.
 
     Attributes:
@@ -110,30 +77,66 @@ class _Span(NamedTuple):
     high: float
 
 
-def _axes(p: _Span, q: _Span, interpolation: str) -> tuple[Axis, Axis]:
-    """Integrals of each cell's interpolation kernel over each patch of two spans.
+def spans(score_map: TokenLabelMap, grid: Grid) -> tuple[Span, Span, bool]:
+    """Where the patches lie on a map whose path is a single upright one.
+
+    Args:
+        score_map: the map; its `path.is_single` must hold.
+        grid: (h, w) of the student's patches.
+
+    Returns:
+        The patches along the map's rows (y) and along its columns (x), and whether the picture is
+        transposed: the grid's rows then run along the map's columns.
+    """
+    h, w = score_map.canvas_size
+    a, b, c, d, e, f = score_map.path.matrix[:6]
+    transposed = a == e == 0
+    patches_x, patches_y = grid if transposed else (grid[1], grid[0])
+    step_x, step_y = (b * h, d * w) if transposed else (a * w, e * h)
+    box = intersection(score_map.path.box, score_map.extent)
+    x0, y0, x1, y1 = score_map.extent
+    _, rows, columns, _ = score_map.classes.shape
+    if score_map.view == 1:  # of the mirrored picture
+        c, step_x, x0, x1 = 1 - c, -step_x, 1 - x1, 1 - x0
+        box = (1 - box[2], box[1], 1 - box[0], box[3])
+    m, n = rows / (y1 - y0), columns / (x1 - x0)
+    # A box beyond the extent shows nothing: from the last point to the last.
+    top, left = min((box[1] - y0) * m, rows), min((box[0] - x0) * n, columns)
+    bottom, right = max((box[3] - y0) * m, top), max((box[2] - x0) * n, left)
+    return (
+        Span((f - y0) * m, step_y * m, patches_y, rows, top, bottom),
+        Span((c - x0) * n, step_x * n, patches_x, columns, left, right),
+        transposed,
+    )
+
+
+def separable_weights(p: Span, q: Span, interpolation: str) -> tuple[Axis, Axis]:
+    """Exact weights: integrals of each cell's interpolation kernel over each patch of two spans.
 
     Both in one go, and with NumPy's plainest functions: on arrays this small a call's own cost is
     all that counts.
     """
     firsts, widths, edges = [], [], []
-    for span in (p, q):
-        low, high = span.low, max(span.low, span.high)
-        ends = (span.start, span.start + span.length)
-        near, far = (min(max(end, low), high) for end in (ends if span.length > 0 else ends[::-1]))
-        first, last = max(0, int(near - 0.5)), min(span.cells, int(far + 1.5))
-        step = span.length / span.patches
-        inside = np.minimum(np.maximum(np.arange(span.patches + 1) * step + span.start, low), high)
+    for start, length, patches, cells, low, high in (p, q):
+        near, far = (start, start + length) if length > 0 else (start + length, start)
+        edge = np.arange(patches + 1) * (length / patches)
+        edge += start
+        if near < low or far > high:
+            near, far = min(max(near, low), high), min(max(far, low), high)
+            edge = np.minimum(np.maximum(edge, low), high)
+        first, last = max(0, int(near - 0.5)), min(cells, int(far + 1.5))
+        edge -= first
         firsts.append(first)
         widths.append(last - first)
-        edges.append(inside - first)
+        edges.append(edge)
     # One cell more on either side: beyond its border, a map goes on as its outermost cell.
-    offset = np.concatenate(edges)[:, None] - np.arange(-1.0, max(widths) + 1)
     if interpolation == "bilinear":
-        x = np.minimum(np.maximum(offset - 0.5, -1), 1)
+        x = np.concatenate(edges)[:, None] - np.arange(-0.5, max(widths) + 1)
+        x = np.minimum(np.maximum(x, -1), 1)
         integral = x - 0.5 * x * np.absolute(x)  # of the hat 1 - |x|, up to a constant
     else:
-        integral = np.minimum(np.maximum(offset, 0), 1)
+        x = np.concatenate(edges)[:, None] - np.arange(-1.0, max(widths) + 1)
+        integral = np.minimum(np.maximum(x, 0), 1)
     difference = np.absolute(integral[1:] - integral[:-1])
     return (
         _axis(difference[: p.patches], p, firsts[0], widths[0]),
@@ -141,21 +144,21 @@ def _axes(p: _Span, q: _Span, interpolation: str) -> tuple[Axis, Axis]:
     )
 
 
-def _axis(weights: Floats, span: _Span, first: int, width: int) -> Axis:
+def _axis(weights: Floats, span: Span, first: int, width: int) -> Axis:
     """Weights with the cells beyond the map's borders counted to the border, and normalised."""
     if first == 0:
         weights[:, 1] += weights[:, 0]
     if first + width == span.cells:
         weights[:, width] += weights[:, width + 1]
     weights = weights[:, 1 : width + 1]
-    inside = weights.sum(1)
+    inside = np.add.reduce(weights, 1)
     share = inside * (span.patches / abs(span.length))
-    if share.min() < _NOTHING:
-        outside = share < _NOTHING
+    outside = share < _NOTHING
+    if np.logical_or.reduce(outside):
         share[outside] = 0
         weights[outside] = 0
         inside[outside] = 1
-    return Axis(weights / inside[:, None], share, first)
+    return Axis((weights / inside[:, None]).astype(np.float32), share, first)
 
 
 def scattered_weights(score_map: TokenLabelMap, grid: Grid, interpolation: str) -> Scattered:
@@ -209,7 +212,7 @@ def scattered_weights(score_map: TokenLabelMap, grid: Grid, interpolation: str) 
     return Scattered(
         np.flatnonzero(used),
         position[cell],
-        dense[entry] / total[patch],
+        (dense[entry] / total[patch]).astype(np.float32),
         np.searchsorted(entry, np.arange(patches) * cells),
         total / (down * across),
     )

@@ -3,32 +3,16 @@
 
 from typing import Any
 
-import numpy as np
 import PIL.Image
-import torch
-from torch.nn.functional import embedding_bag
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from tokenlabel.dataset.exact import exact_targets
 from tokenlabel.dataset.label_map import TokenLabelMap
-from tokenlabel.dataset.merging import (
-    Floats32,
-    Ids,
-    TokenTargets,
-    arrays,
-    probabilities,
-    sparse_targets,
-    spread,
-)
+from tokenlabel.dataset.merging import TokenTargets
 from tokenlabel.dataset.published import published_targets
-from tokenlabel.dataset.sampling import (
-    INTERPOLATIONS,
-    Floats,
-    Grid,
-    scattered_weights,
-    separable_weights,
-)
+from tokenlabel.dataset.sampling import INTERPOLATIONS, Grid
 
 __all__ = ["ToTokenTargets", "TokenTargets", "exact_targets"]
 
@@ -125,67 +109,3 @@ def _pictures(flat_inputs: list[Any]) -> list[Any]:
         return pictures
     pure = [leaf for leaf in flat_inputs if F.is_pure_tensor(leaf)]
     return [leaf for leaf in pure[:1] if leaf.ndim >= 2]
-
-
-def exact_targets(
-    score_map: TokenLabelMap, grid: Grid, k: int, interpolation: str = "bilinear"
-) -> TokenTargets:
-    """Area average of a map's probabilities over each patch, as `ToTokenTargets` describes it.
-
-    Args:
-        score_map: the map.
-        grid: (h, w) of the student's patches.
-        k: classes kept for each patch.
-        interpolation: "bilinear" or "nearest".
-    """
-    if score_map.path.is_single:
-        ids, patches, share = _upright_average(score_map, grid, interpolation)
-    else:
-        ids, patches, share = _average(score_map, grid, interpolation)
-    part = share * (1 / (share.sum() or 1))
-    crop = np.einsum("n,nu->u", part.astype(np.float32), patches)
-    dense = np.concatenate([patches, crop[None]])
-    return sparse_targets(score_map.label, ids, dense, share, k)
-
-
-def _average(
-    score_map: TokenLabelMap, grid: Grid, interpolation: str
-) -> tuple[Ids, Floats32, Floats]:
-    """Average over the sub-points of each patch.
-
-    Returns:
-        Class ids [U]; each patch's probabilities of them, [N, U]; and its share inside, [N].
-    """
-    scores, classes, rest = arrays(score_map)
-    scattered = scattered_weights(score_map, grid, interpolation)
-    # With nothing of the map left in the picture: any cell, with no weight.
-    cells = scattered.cells if len(scattered.cells) else np.zeros(1, np.int64)
-    shown = np.divmod(cells, rest.shape[1])
-    ids, mass = spread(classes[shown], probabilities(scores[shown], rest[shown]))
-    patches = embedding_bag(
-        torch.from_numpy(scattered.entries),
-        torch.from_numpy(mass),
-        torch.from_numpy(scattered.offsets),
-        mode="sum",
-        per_sample_weights=torch.from_numpy(scattered.weights.astype(np.float32)),
-    )
-    return ids, patches.numpy(), scattered.share
-
-
-def _upright_average(
-    score_map: TokenLabelMap, grid: Grid, interpolation: str
-) -> tuple[Ids, Floats32, Floats]:
-    """The same, exact, where the weights are a product of one for rows and one for columns."""
-    along_y, along_x, transposed = separable_weights(score_map, grid, interpolation)
-    scores, classes, rest = arrays(score_map)
-    shown = (along_y.cells, along_x.cells)
-    ids, mass = spread(classes[shown], probabilities(scores[shown], rest[shown]))
-    first, second = along_y.weights.astype(np.float32), along_x.weights.astype(np.float32)
-    share = np.outer(along_y.share, along_x.share)
-    # Stacks of products small enough that BLAS does not split them over threads: NumPy's BLAS does
-    # not know that a DataLoader's worker should use one only.
-    columns = np.matmul(first, mass.reshape(first.shape[1], -1, len(ids)).transpose(1, 0, 2))
-    patches = np.matmul(second, columns.transpose(1, 0, 2))
-    if transposed:
-        patches, share = patches.transpose(1, 0, 2), share.T
-    return ids, patches.reshape(-1, len(ids)), share.ravel()

@@ -1,6 +1,7 @@
 """TokenTargets: what the numbers mean, exactly."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,23 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from tests.oracle import dense
+from tokenlabel.dataset import exact
 from tokenlabel.dataset.label_map import TokenLabelMap
 from tokenlabel.dataset.targets import TokenTargets, ToTokenTargets
 
 CLASSES = 60
 SIZE = (90, 120)
+
+
+@pytest.fixture(autouse=True, scope="module", params=["compiled", "NumPy"])
+def _implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything holds with the compiled module and, where that could not be built, without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "NumPy":
+            patch.setattr(exact, "compiled", None)
+        elif exact.compiled is None:
+            pytest.skip("tokenlabel was installed without a C compiler")
+        yield
 
 
 class Raw:

@@ -1,0 +1,153 @@
+"""The compiled averages against those in NumPy, which define them."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from tokenlabel.dataset import exact
+from tokenlabel.dataset.label_map import TokenLabelMap
+from tokenlabel.dataset.merging import sparse_targets
+
+SIZE = (90, 120)
+#: What happens to the picture, one after the other; each gets random numbers from 0 to 1.
+MOVES = {
+    "crop": lambda m, a, b, c: F.resized_crop(
+        m, int(80 * a), int(110 * b), 1 + int(89 * c), 1 + int(100 * a), [60, 44]
+    ),
+    "flip": lambda m, *_: F.horizontal_flip(m),
+    "turn": lambda m, *_: F.rotate(m, 90, expand=True),
+    "pad": lambda m, a, b, c: F.pad(m, [int(40 * a), int(60 * b), int(30 * c), 0]),
+    "tilt": lambda m, a, *_: F.rotate(m, 360 * a),
+    "slide": lambda m, a, b, _: F.affine(m, 0, [int(100 * a), int(-80 * b)], 1, [0.0]),
+    "outside": lambda m, *_: F.crop(m, -500, -500, 60, 40),
+}
+
+
+def test_it_is_compiled_where_it_can_be() -> None:
+    if shutil.which("cc") is None and shutil.which("gcc") is None:
+        pytest.skip("no C compiler")
+    assert exact.compiled is not None
+
+
+def dense_of(ids: Tensor, probs: Tensor, classes: int) -> np.ndarray:
+    out = torch.zeros(*ids.shape[:-1], classes)
+    return out.scatter_add_(-1, ids.long(), probs).numpy()
+
+
+@given(
+    st.integers(0, 10**6),
+    st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 7)),
+    st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    st.lists(st.sampled_from(sorted(MOVES)), max_size=3),
+    st.sampled_from(["bilinear", "nearest"]),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=300)
+def test_equal_to_numpy(
+    seed: int,
+    shape: tuple[int, int, int],
+    grid: tuple[int, int],
+    moves: list[str],
+    interpolation: str,
+    half: bool,
+    mirrored: bool,
+) -> None:
+    rng = np.random.default_rng(seed)
+    views = []
+    for _ in range(1 + mirrored):
+        scores = rng.normal(0, 4, shape).astype("f2" if half else "f4")
+        scores[rng.random(shape) < 0.1] = -np.inf
+        views.append((scores, rng.integers(0, 40, shape), rng.normal(0, 2, shape[:2])))
+    extent = (0.1, 0.0, 0.9, 0.75) if seed % 2 else (0, 0, 1, 1)
+    score_map = TokenLabelMap.from_scores(
+        *views[0],
+        canvas_size=SIZE,
+        extent=extent,
+        label=7,
+        mirrored=views[1] if mirrored else None,
+    )
+    for move in moves:
+        score_map = MOVES[move](score_map, *rng.random(3))
+    # So many that all classes are kept, and the order of equals does not matter.
+    ids, dense, share = exact.averages(score_map, grid, interpolation)
+    expected = sparse_targets(7, ids, dense, share, 40)
+    assert exact.compiled is not None
+    got = exact._compiled_targets(exact.compiled, score_map, grid, 40, interpolation)
+    assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in expected]
+    assert got.label == 7
+    for ours, theirs in ((got[1:3], expected[1:3]), (got[5:7], expected[5:7])):
+        np.testing.assert_allclose(dense_of(*ours, 40), dense_of(*theirs, 40), atol=3e-6)
+        assert (ours[1].diff() <= 0).all()
+    for i in (3, 4, 7):
+        np.testing.assert_allclose(got[i], expected[i], atol=3e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3, 40])
+def test_the_k_largest_and_the_smaller_id_first(k: int) -> None:
+    scores = torch.tensor([2.0, 1.0, 2.0, 1.0, 2.0]).expand(3, 3, 5)
+    classes = torch.tensor([9, 4, 70_000, 2, 3]).expand(3, 3, 5)
+    score_map = TokenLabelMap.from_scores(
+        scores, classes, torch.full((3, 3), -np.inf), canvas_size=SIZE
+    )
+    assert exact.compiled is not None
+    got = exact._compiled_targets(exact.compiled, score_map, (2, 2), k, "bilinear")
+    order = [3, 9, 70_000, 2, 4]
+    assert got.crop_classes.tolist() == (order + [0] * 40)[:k]
+    assert got.classes.tolist() == [(order + [0] * 40)[:k]] * 4
+    mass = torch.tensor(2.0).exp() * 3 + torch.tensor(1.0).exp() * 2
+    assert torch.allclose(got.probs[:, 0], torch.tensor(2.0).exp() / mass)
+
+
+def test_arrays_that_do_not_fit_are_refused() -> None:
+    merge = exact.compiled
+    assert merge is not None
+    scores, rest = np.zeros((4, 4, 3), "f2"), np.zeros((4, 4), "f4")
+    out = [np.zeros((5, 2), "i4"), np.zeros((5, 2), "f4"), np.zeros(5, "f4"), np.zeros(4, "f4")]
+    span = (0.0, 4.0, 2, 4, 0.0, 4.0)
+    ids = np.zeros((4, 4, 3), "i4")
+    merge.upright(scores, ids, rest, *out, 2, span, span, False, False)
+    for wrong in (
+        (scores[:2], ids, rest, *out, 2, span, span),
+        (scores, ids, rest[:2], *out, 2, span, span),
+        (scores, ids, rest, *out, 3, span, span),
+        (scores, ids, rest, *out, 2, (0.0, 4.0, 3, 4, 0.0, 4.0), span),
+        (scores, ids, rest, *out, 2, (0.0, 4.0, 2, 5, 0.0, 4.0), span),
+        (scores, ids, rest, *out, 2, (0.0, 4.0, 0, 4, 0.0, 4.0), span),
+        (scores, ids, rest, *out, 2, (0.0, 4.0, 2, -4, 0.0, 4.0), span),
+    ):
+        with pytest.raises(ValueError, match="fit"):
+            merge.upright(*wrong, False, False)
+    cells, weights = np.zeros(4, "i8"), np.ones(4, "f4")
+    offsets, share = np.arange(4), np.ones(4)
+    merge.scattered(scores, ids, rest, *out, 2, cells, weights, offsets, share)
+    for wrong in (
+        (cells + 16, weights, offsets, share),
+        (cells - 1, weights, offsets, share),
+        (cells, weights[:3], offsets, share),
+        (cells, weights, offsets[::-1].copy(), share),
+        (cells, weights, offsets + 3, share),
+        (cells, weights, offsets[:3], share),
+    ):
+        with pytest.raises(ValueError, match="fit"):
+            merge.scattered(scores, ids, rest, *out, 2, *wrong)
+
+
+def test_without_a_compiler_it_still_works() -> None:
+    code = (
+        "import sys; sys.modules['tokenlabel.dataset._merge'] = None\n"
+        "from tokenlabel.dataset import ToTokenTargets, TokenLabelMap, exact\n"
+        "import torch; assert exact.compiled is None\n"
+        "m = TokenLabelMap.from_scores(torch.zeros(2, 2, 1), torch.ones(2, 2, 1).int(),"
+        " torch.zeros(2, 2), canvas_size=(4, 4))\n"
+        "assert torch.equal(ToTokenTargets(2, 1)(m).probs, torch.full((4, 1), 0.5))"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
