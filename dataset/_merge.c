@@ -455,6 +455,38 @@ static PyObject *merge_scattered(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* Whether each cell has a finite logit, and none NaN or +inf. */
+static PyObject *merge_usable(PyObject *self, PyObject *args)
+{
+    Py_buffer scores, rest;
+    Py_ssize_t cells, k, i, j;
+    int good = 1, fits, is_half;
+    if (!PyArg_ParseTuple(args, "y*y*n", &scores, &rest, &k))
+        return NULL;
+    cells = rest.len / 4;
+    is_half = k > 0 && scores.len / k == 2 * cells;
+    fits = k > 0 && scores.len == cells * k * (is_half ? 2 : 4);
+    for (i = 0; fits && good && i < cells; i++) {
+        const float *stored = (const float *)scores.buf + i * k;
+        const uint16_t *halves = (const uint16_t *)scores.buf + i * k;
+        float other = ((const float *)rest.buf)[i];
+        int some = isfinite(other);
+        good = some || other < 0; /* -inf is no mass; of NaN, no comparison holds */
+        for (j = 0; j < k; j++) {
+            float value = is_half ? from_half(halves[j]) : stored[j];
+            some |= isfinite(value);
+            good &= isfinite(value) || value < 0;
+        }
+        good &= some;
+    }
+    PyBuffer_Release(&scores), PyBuffer_Release(&rest);
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "arrays that do not fit together");
+        return NULL;
+    }
+    return PyBool_FromLong(good);
+}
+
 static PyMethodDef methods[] = {
     {"upright", merge_upright, METH_VARARGS,
      "upright(scores, classes, rest, out_classes, out_probs, out_rest, out_weight, k, along_y, "
@@ -462,6 +494,8 @@ static PyMethodDef methods[] = {
     {"scattered", merge_scattered, METH_VARARGS,
      "scattered(scores, classes, rest, out_classes, out_probs, out_rest, out_weight, k, cells, "
      "weights, offsets, share)\n\nAverages with given weights of single cells."},
+    {"usable", merge_usable, METH_VARARGS,
+     "usable(scores, rest, k)\n\nWhether each cell has a finite logit, and none NaN or +inf."},
     {NULL, NULL, 0, NULL},
 };
 

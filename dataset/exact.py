@@ -4,13 +4,13 @@
 compare the two), several times as fast: a patch shows a few cells with a few classes each.
 """
 
-from importlib import import_module
 from types import ModuleType
 
 import numpy as np
 import torch
 from torch.nn.functional import embedding_bag
 
+from tokenlabel.dataset import native
 from tokenlabel.dataset.label_map import TokenLabelMap
 from tokenlabel.dataset.merging import (
     Floats32,
@@ -25,17 +25,6 @@ from tokenlabel.dataset.merging import (
 from tokenlabel.dataset.sampling import Floats, Grid, scattered_weights, separable_weights, spans
 
 
-def _compiled() -> ModuleType | None:
-    try:
-        return import_module("tokenlabel.dataset._merge")
-    except ImportError:
-        return None
-
-
-#: The compiled module; None where it was installed without a C compiler.
-compiled = _compiled()
-
-
 def exact_targets(
     score_map: TokenLabelMap, grid: Grid, k: int, interpolation: str = "bilinear"
 ) -> TokenTargets:
@@ -47,8 +36,8 @@ def exact_targets(
         k: classes kept for each patch.
         interpolation: "bilinear" or "nearest".
     """
-    if compiled is not None:
-        return _compiled_targets(compiled, score_map, grid, k, interpolation)
+    if native.compiled is not None:
+        return _compiled_targets(native.compiled, score_map, grid, k, interpolation)
     ids, dense, share = averages(score_map, grid, interpolation)
     return sparse_targets(score_map.label, ids, dense, share, k)
 

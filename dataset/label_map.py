@@ -8,14 +8,20 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import DisableTorchFunctionSubclass
 from torch.utils._pytree import tree_leaves
 from torchvision import tv_tensors
 
+from tokenlabel.dataset import native
 from tokenlabel.dataset.path import UNIT_BOX, Box, PixelPath
 
 ArrayLike = Tensor | np.ndarray
 Size = tuple[int, int]
 _Tensor = TypeVar("_Tensor", bound=Tensor)
+_UNUSABLE = (
+    "scores and rest must be logits without NaN or +inf, and finite in at least one place of each "
+    "cell. Remedy: leave out images that could not be annotated"
+)
 _METADATA = ("classes", "rest", "label", "extent", "canvas_size", "source_size", "path")
 
 
@@ -136,6 +142,38 @@ class TokenLabelMap(tv_tensors.Mask):
             data, classes=ids, rest=others, canvas_size=canvas_size, extent=extent, label=label
         )
 
+    @classmethod
+    def stored(
+        cls,
+        scores: np.ndarray,
+        classes: np.ndarray,
+        rest: np.ndarray,
+        *,
+        canvas_size: Size,
+        extent: Box,
+        label: int,
+    ) -> Self:
+        """Map of what a `LabelStore` gave, whose shapes, dtypes and extent need no check.
+
+        Raises:
+            ValueError: a NaN or +inf, or a cell without any finite logit.
+        """
+        own = scores.astype(np.float16, copy=not scores.flags.writeable)
+        others = rest.astype(np.float32)
+        if not _usable(own, others):
+            raise ValueError(_UNUSABLE)
+        data = torch.from_numpy(own).as_subclass(cls)
+        data.__dict__.update(
+            classes=torch.from_numpy(classes.astype(np.int32)),
+            rest=torch.from_numpy(others),
+            label=label,
+            extent=extent,
+            canvas_size=canvas_size,
+            source_size=canvas_size,
+            path=PixelPath.of(canvas_size),
+        )
+        return data
+
     @property
     def view(self) -> int:
         """Which view matches the current picture: 1, the mirrored one, if there and needed."""
@@ -143,7 +181,8 @@ class TokenLabelMap(tv_tensors.Mask):
 
     def moved(self, path: PixelPath, canvas_size: Size) -> Self:
         """The same map on a new picture of `canvas_size` (h, w), reached by `path`."""
-        moved: Self = self.as_subclass(Tensor).as_subclass(type(self))
+        with DisableTorchFunctionSubclass():  # a new alias; the detour through Mask's costs more
+            moved: Self = self.as_subclass(type(self))
         moved.__dict__.update(self.__dict__, path=path, canvas_size=canvas_size)
         return moved
 
@@ -228,15 +267,17 @@ def _check(scores: Tensor, classes: Tensor, rest: Tensor) -> None:
         raise ValueError(f"scores and rest must be floats, got {scores.dtype} and {rest.dtype}")
     if classes.is_floating_point() or classes.dtype == torch.bool:
         raise ValueError(f"classes must be integers, got {classes.dtype}")
-    wide, others = scores.float().cpu().numpy(), rest.float().cpu().numpy()
-    if np.isfinite(wide).all() and np.isfinite(others).all():
-        return
+    if not _usable(scores.numpy(force=True), rest.float().numpy(force=True)):
+        raise ValueError(_UNUSABLE)
+
+
+def _usable(scores: np.ndarray, rest: np.ndarray) -> bool:
+    """Whether each cell has a finite logit, and none NaN or +inf."""
+    if native.compiled is not None and scores.dtype in (np.float16, np.float32):
+        scores, rest = np.ascontiguousarray(scores), np.ascontiguousarray(rest)
+        return bool(native.compiled.usable(scores, rest, scores.shape[-1]))
     # The maximum hands on NaN and +inf, and is -inf where there is nothing else.
-    if not np.isfinite(np.maximum(wide.max(-1), others)).all():
-        raise ValueError(
-            "scores and rest must be logits without NaN or +inf, and finite in at least one place "
-            "of each cell. Remedy: leave out images that could not be annotated"
-        )
+    return bool(np.isfinite(np.maximum(scores.max(-1), rest)).all())
 
 
 # Last, for it needs the class: no map may exist without its kernels, or torchvision would flip it

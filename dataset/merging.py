@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch._C import DisableTorchFunctionSubclass
 
 from tokenlabel.dataset.label_map import TokenLabelMap
 
@@ -47,11 +48,15 @@ class TokenTargets(NamedTuple):
 def arrays(score_map: TokenLabelMap) -> tuple[npt.NDArray[Any], Ids, Floats32]:
     """Scores [H, W, K], class ids [H, W, K] and rest [H, W] of the view that matches the crop."""
     view = score_map.view
-    return (
-        score_map.as_subclass(Tensor).numpy(force=True)[view],
-        score_map.classes.numpy(force=True)[view],
-        score_map.rest.numpy(force=True)[view],
-    )
+    with DisableTorchFunctionSubclass():  # its detour costs more than all else here
+        whole = [_array(part) for part in (score_map, score_map.classes, score_map.rest)]
+    return whole[0][view], whole[1][view], whole[2][view]
+
+
+def _array(tensor: Tensor) -> npt.NDArray[Any]:
+    # What `force` does costs even where there is nothing to do.
+    plain = tensor.is_cpu and not tensor.requires_grad
+    return tensor.numpy() if plain else tensor.numpy(force=True)
 
 
 def probabilities(scores: npt.NDArray[Any], rest: Floats32) -> Floats32:
@@ -127,7 +132,8 @@ def sparse_targets(
     classes = ids[best].astype(np.int32)
     classes[mass == 0] = 0
     rest = np.maximum(1 - mass.sum(0), 0)
-    return token_targets(label, *(np.ascontiguousarray(p.T) for p in (classes, mass)), rest, share)
+    by_patch = np.ascontiguousarray(classes.T), np.ascontiguousarray(mass.T)
+    return token_targets(label, *by_patch, rest, share)
 
 
 def token_targets(

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal
 
+import PIL.Image
 import torch
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
@@ -76,6 +77,7 @@ class TokenLabelDataset(Dataset[tuple[Any, TokenTargets]]):
 
         Raises:
             MissingMapError: the picture has no map, and `missing` is "error".
+            TypeError: `transform` gave back no map.
             ValueError: the picture is not the annotated one: another size, or another class.
         """
         if not -len(self) <= index < len(self):
@@ -94,8 +96,19 @@ class TokenLabelDataset(Dataset[tuple[Any, TokenTargets]]):
         score_map = self._map(entry, key, picture, self._label(entry, key, label))
         if self.transform:
             picture, score_map = self.transform(picture, score_map)
-        picture, targets = self.to_targets(picture, score_map)
-        return picture, targets
+        return picture, self._targets(picture, score_map)
+
+    def _targets(self, picture: Any, score_map: Any) -> TokenTargets:
+        if not isinstance(score_map, TokenLabelMap):
+            raise TypeError(
+                "transform must give back (picture, TokenLabelMap), as it got them; the second is "
+                f"{type(score_map).__name__}. Remedy: leave ToTokenTargets out of it; options of "
+                "its own go to TokenLabelDataset(to_targets=...)"
+            )
+        # Its two steps themselves: finding the leaves of a sample, which __call__ does, costs more.
+        if _size(picture) != score_map.canvas_size:
+            self.to_targets.check_inputs([picture, score_map])
+        return self.to_targets.transform(score_map, {})
 
     def _label(self, entry: ScoreMap, key: str, label: int) -> int:
         if self._truth == "images":
@@ -121,21 +134,29 @@ class TokenLabelDataset(Dataset[tuple[Any, TokenTargets]]):
         return names.index(folder) if folder in names else -1
 
     def _map(self, entry: ScoreMap, key: str, picture: Any, label: int) -> TokenLabelMap:
-        height, width = F.get_size(picture)
+        height, width = _size(picture)
         if (width, height) != entry.size:
             raise ValueError(
                 f"{key!r} must be the picture that was annotated; that was {entry.size[0]} x "
                 f"{entry.size[1]} pixels, this one is {width} x {height}. Remedy: use the same "
                 "files, untransformed, or annotate these"
             )
-        views = [(entry.scores[v], entry.classes[v], entry.rest[v]) for v in range(len(entry.rest))]
-        return TokenLabelMap.from_scores(
-            *views[0],
+        return TokenLabelMap.stored(
+            entry.scores,
+            entry.classes,
+            entry.rest,
             canvas_size=(height, width),
             extent=entry.extent,
             label=label,
-            mirrored=views[1] if len(views) > 1 else None,
         )
+
+
+def _size(picture: Any) -> tuple[int, int]:
+    """(h, w) of a picture in pixels; torchvision's get_size, without its dispatch for Pillow's."""
+    if isinstance(picture, PIL.Image.Image):
+        return picture.height, picture.width
+    height, width = F.get_size(picture)
+    return height, width
 
 
 def _no_targets(label: int, grid: tuple[int, int], k: int) -> TokenTargets:

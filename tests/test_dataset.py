@@ -104,6 +104,24 @@ def test_the_mirrored_view_serves_mirrored_crops(images: Path, labels: Path) -> 
     assert same(got, ToTokenTargets(4)(picture, score_map)[1])
 
 
+def test_a_transform_gives_back_the_map(images: Path, labels: Path) -> None:
+    ended = v2.Compose([v2.CenterCrop(64), ToTokenTargets(4)])
+    with pytest.raises(TypeError, match=r"TokenLabelMap.*is TokenTargets.*to_targets"):
+        TokenLabelDataset(images, labels, transform=ended)[0]
+
+
+def test_keys_are_relative_to_the_root_however_it_is_spelt(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(images.parent)
+    folder = ImageFolder(images)
+    name = Path(folder.samples[3][0]).relative_to(images)
+    for root in (str(images), f"{images}/", images.name, f"./{images.name}/"):
+        assert Pictures(root, None).key(3) == name.as_posix()
+    folder.samples[3] = (images.parent / ".." / images.parent.name / images.name / name, 0)
+    assert Pictures(folder, None).key(3) == name.as_posix()
+
+
 # timm's reader leaves its files to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_data_sets_of_all_sorts_give_the_same(images: Path, labels: Path) -> None:

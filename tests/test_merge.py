@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from tokenlabel.dataset import exact
-from tokenlabel.dataset.label_map import TokenLabelMap
+from tokenlabel.dataset import exact, native
+from tokenlabel.dataset.label_map import TokenLabelMap, _usable
 from tokenlabel.dataset.merging import sparse_targets
 
 SIZE = (90, 120)
@@ -34,7 +34,7 @@ MOVES = {
 def test_it_is_compiled_where_it_can_be() -> None:
     if shutil.which("cc") is None and shutil.which("gcc") is None:
         pytest.skip("no C compiler")
-    assert exact.compiled is not None
+    assert native.compiled is not None
 
 
 def dense_of(ids: Tensor, probs: Tensor, classes: int) -> np.ndarray:
@@ -80,8 +80,8 @@ def test_equal_to_numpy(
     # So many that all classes are kept, and the order of equals does not matter.
     ids, dense, share = exact.averages(score_map, grid, interpolation)
     expected = sparse_targets(7, ids, dense, share, 40)
-    assert exact.compiled is not None
-    got = exact._compiled_targets(exact.compiled, score_map, grid, 40, interpolation)
+    assert native.compiled is not None
+    got = exact._compiled_targets(native.compiled, score_map, grid, 40, interpolation)
     assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in expected]
     assert got.label == 7
     for ours, theirs in ((got[1:3], expected[1:3]), (got[5:7], expected[5:7])):
@@ -98,8 +98,8 @@ def test_the_k_largest_and_the_smaller_id_first(k: int) -> None:
     score_map = TokenLabelMap.from_scores(
         scores, classes, torch.full((3, 3), -np.inf), canvas_size=SIZE
     )
-    assert exact.compiled is not None
-    got = exact._compiled_targets(exact.compiled, score_map, (2, 2), k, "bilinear")
+    assert native.compiled is not None
+    got = exact._compiled_targets(native.compiled, score_map, (2, 2), k, "bilinear")
     order = [3, 9, 70_000, 2, 4]
     assert got.crop_classes.tolist() == (order + [0] * 40)[:k]
     assert got.classes.tolist() == [(order + [0] * 40)[:k]] * 4
@@ -108,7 +108,7 @@ def test_the_k_largest_and_the_smaller_id_first(k: int) -> None:
 
 
 def test_arrays_that_do_not_fit_are_refused() -> None:
-    merge = exact.compiled
+    merge = native.compiled
     assert merge is not None
     scores, rest = np.zeros((4, 4, 3), "f2"), np.zeros((4, 4), "f4")
     out = [np.zeros((5, 2), "i4"), np.zeros((5, 2), "f4"), np.zeros(5, "f4"), np.zeros(4, "f4")]
@@ -144,10 +144,25 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
 def test_without_a_compiler_it_still_works() -> None:
     code = (
         "import sys; sys.modules['tokenlabel.dataset._merge'] = None\n"
-        "from tokenlabel.dataset import ToTokenTargets, TokenLabelMap, exact\n"
-        "import torch; assert exact.compiled is None\n"
+        "from tokenlabel.dataset import ToTokenTargets, TokenLabelMap, native\n"
+        "import torch; assert native.compiled is None\n"
         "m = TokenLabelMap.from_scores(torch.zeros(2, 2, 1), torch.ones(2, 2, 1).int(),"
         " torch.zeros(2, 2), canvas_size=(4, 4))\n"
         "assert torch.equal(ToTokenTargets(2, 1)(m).probs, torch.full((4, 1), 0.5))"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4"])
+@pytest.mark.parametrize("score", [0.0, -np.inf, np.inf, np.nan])
+@pytest.mark.parametrize("other", [0.0, -np.inf, np.inf, np.nan])
+def test_what_is_usable(dtype: str, score: float, other: float) -> None:
+    scores, rest = np.zeros((2, 3, 4), dtype), np.zeros((2, 3), "f4")
+    scores[1, 2] = score
+    scores[0, 0, :3] = -np.inf
+    rest[1, 2] = other
+    usable = np.isfinite([score, other]).any() and not {np.inf, np.nan} & {score, other}
+    with pytest.MonkeyPatch.context() as patch:
+        assert _usable(scores, rest) == usable
+        patch.setattr(native, "compiled", None)
+        assert _usable(scores, rest) == usable

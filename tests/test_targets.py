@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from tests.oracle import dense
-from tokenlabel.dataset import exact
+from tokenlabel.dataset import native
 from tokenlabel.dataset.label_map import TokenLabelMap
 from tokenlabel.dataset.targets import TokenTargets, ToTokenTargets
 
@@ -30,8 +30,8 @@ def _implementation(request: pytest.FixtureRequest) -> Iterator[None]:
     """Everything holds with the compiled module and, where that could not be built, without."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "NumPy":
-            patch.setattr(exact, "compiled", None)
-        elif exact.compiled is None:
+            patch.setattr(native, "compiled", None)
+        elif native.compiled is None:
             pytest.skip("tokenlabel was installed without a C compiler")
         yield
 
