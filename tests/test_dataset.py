@@ -24,6 +24,7 @@ from tokenlabel.dataset import (
     ToTokenTargets,
     train_transform,
 )
+from tokenlabel.dataset.sources import Pictures
 
 GRID = (3, 4)
 
