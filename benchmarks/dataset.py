@@ -18,6 +18,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +31,7 @@ from torchvision.transforms import v2
 
 from tokenlabel.annotate import AnnotateConfig, annotate
 from tokenlabel.annotate.sample import sample_folder
-from tokenlabel.dataset import LabelStore, TokenLabelDataset
+from tokenlabel.dataset import LabelStore, TokenLabelDataset, chunks
 from tokenlabel.dataset.index import build_index
 from tokenlabel.dataset.recipe import IMAGENET_MEAN, IMAGENET_STD
 from tokenlabel.dataset.shard import ShardLayout, shard_name, write_shard
@@ -151,8 +153,9 @@ def measure_read(options: argparse.Namespace, store: LabelStore, work: Path) -> 
         rng = np.random.default_rng(0)
         rows: list[int] = []
 
-        def timed(read: Callable[[int], Any]) -> Callable[[], float]:
+        def timed(read: Callable[[int], Any], inflater: str = "zlib") -> Callable[[], float]:
             def way() -> float:
+                chunks._inflate = import_module(inflater)
                 start = time.perf_counter()
                 for row in rows:
                     read(row)
@@ -163,9 +166,14 @@ def measure_read(options: argparse.Namespace, store: LabelStore, work: Path) -> 
         ways: Ways = {
             "torch.load": timed(lambda row: torch.load(paths[row])),
             "torch.load, any pickle": timed(lambda row: torch.load(paths[row], weights_only=False)),
-            "store[key]": timed(lambda row: ours[keys[row]]),
-            "store[row]": timed(lambda row: ours[row]),
         }
+        mine = []
+        for inflater in ("zlib", "isal.isal_zlib"):  # the second: extra `fast`
+            if find_spec(inflater.split(".")[0]):
+                by_key, by_row = (f"store[{how}], {inflater}" for how in ("key", "row"))
+                ways[by_key] = timed(lambda row: ours[keys[row]], inflater)
+                ways[by_row] = timed(lambda row: ours[row], inflater)
+                mine += [by_key, by_row]
         rows[:] = range(len(keys))
         take_turns(ways, 0)
         rows[:] = rng.integers(0, len(keys), 200).tolist()
@@ -175,8 +183,8 @@ def measure_read(options: argparse.Namespace, store: LabelStore, work: Path) -> 
         for way, spent in seconds.items():
             print(f"{way}: {statistics.median(spent) / len(rows) * 1e6:.1f} us")
         for theirs in ("torch.load", "torch.load, any pickle"):
-            for mine in ("store[key]", "store[row]"):
-                print(f"{theirs} / {mine}: {ratio(seconds[theirs], seconds[mine])}")
+            for way in mine:
+                print(f"{theirs} / {way}: {ratio(seconds[theirs], seconds[way])}")
 
 
 # --- a training loader --------------------------------------------------------------------------
@@ -264,7 +272,7 @@ import json, sys, time
 import psutil, numpy as np
 from tokenlabel.dataset import LabelStore
 process = psutil.Process()
-used = lambda: process.memory_full_info().uss / 1e6
+used = lambda: process.memory_full_info().uss / 1e6  # mapped pages of the index included
 before, start = used(), time.perf_counter()
 store = LabelStore(sys.argv[1])
 rows = len(store)
@@ -275,7 +283,11 @@ start = time.perf_counter()
 for row in chosen:
     store[row]
 each = (time.perf_counter() - start) / len(chosen)
-print(json.dumps([seconds, first - before, used() - before, each * 1e6]))
+by_row = used()
+for row in chosen:
+    store[store.keys[row]]
+mapped = sum(m.rss for m in process.memory_maps() if m.path.endswith("index.h5")) / 1e6
+print(json.dumps([seconds, first - before, by_row - before, used() - before, mapped, each * 1e6]))
 """
 
 
@@ -292,10 +304,12 @@ def measure_open(options: argparse.Namespace, store: LabelStore, work: Path) -> 
         json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         for _ in range(options.rounds)
     ]
-    seconds, first, full, each = (statistics.median(run) for run in zip(*runs, strict=True))
+    seconds, first, by_row, by_key, mapped, each = map(statistics.median, zip(*runs, strict=True))
     print(f"{len(keys)} rows in {-(-len(keys) // 4096)} shards, medians of {len(runs)} processes:")
     print(f"open and first read: {seconds:.3f} s, {first:.1f} MB")
-    print(f"after 20,000 random reads, all shards open: {full:.1f} MB, {each:.0f} us a read")
+    print(f"after 20,000 random reads, all shards open: {by_row:.1f} MB, {each:.0f} us a read")
+    print(f"after 20,000 more by key: {by_key:.1f} MB; of these, {mapped:.1f} MB are pages of the")
+    print("index that all processes share and the system may drop")
 
 
 def main() -> None:

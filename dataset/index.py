@@ -1,35 +1,38 @@
 """`index.h5`: where every key of a split is, derived from the shards and rebuilt at any time.
 
-The index holds the key table, labels, sizes and error flags of all rows, and the name, size and
-digest of each shard, by which a stale index is recognised. The shards are the truth.
+The index holds the key table, labels, sizes and error flags of all rows, where their maps are in
+the shards, and the size and digest of each shard, by which a stale index is recognised. The shards
+are the truth.
 """
 
-import contextlib
 import logging
 import os
+import struct
 import tempfile
+from bisect import bisect_right
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import h5py
 import numpy as np
 
 from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.files import (
-    attribute,
-    check_identity,
-    create_h5,
-    open_h5,
-    replacing,
-    set_text,
+from tokenlabel.dataset.files import attribute, check_identity, open_h5, replacing
+from tokenlabel.dataset.index_writer import (
+    CHUNK,
+    COLUMNS,
+    FORMAT,
+    OPTIONAL,
+    VERSION,
+    checksums,
+    write_index,
 )
-from tokenlabel.dataset.keys import KeySpool, KeyTable, MappedFile, Spool
-from tokenlabel.dataset.shard import Shard, parse_shard_name, shard_name
+from tokenlabel.dataset.keys import KeyTable, MappedFile
+from tokenlabel.dataset.shard import MAPS, Shard, parse_shard_name, shard_name
 
-FORMAT = "tokenlabel-index"
-VERSION = 1
 NAME = "index.h5"
 
+_CHUNK = struct.Struct(f"<{len(MAPS)}Q{len(MAPS)}I")
 _log = logging.getLogger(__name__)
 
 
@@ -41,16 +44,62 @@ class Index(NamedTuple):
         labels: int32 [n], ground truth or -1.
         sizes: int32 [n, 2], (width, height) of the pictures.
         failed: bool [n], True where the image has no map.
+        score_ranges: float32 [n, 2], low and high of uint8 scores; None for float16 scores.
+        extents: float32 [n, 4], boxes of the pictures; None where the shards have one for all.
         shard_rows: uint64 [shards + 1], the first row of each shard, and the number of rows.
         shard_sha256: the content digest of each shard.
+        shard_checks: uint32 [shards, 7], CRC-32 of each shard's part of the keys and columns.
+        file: the file, and `offsets`, where in it the columns begin.
     """
 
     keys: KeyTable
     labels: np.ndarray
     sizes: np.ndarray
     failed: np.ndarray
+    score_ranges: np.ndarray | None
+    extents: np.ndarray | None
     shard_rows: np.ndarray
     shard_sha256: list[str]
+    shard_checks: np.ndarray
+    file: MappedFile
+    offsets: dict[str, int]
+
+    def shard(self, row: int) -> int:
+        """The shard that holds a row."""
+        return bisect_right(self.shard_rows.data, row) - 1
+
+    def chunks(self, row: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where the chunks of scores, classes and rest are in the shard's file: offsets, sizes.
+
+        Size 0 stands for a chunk that only HDF5 can read.
+        """
+        start = self.offsets["chunk"] + row * CHUNK.itemsize
+        found = _CHUNK.unpack(self.file.read(start, CHUNK.itemsize))
+        return found[: len(MAPS)], found[len(MAPS) :]
+
+    def undamaged(self, shard: int) -> bool:
+        """Whether a shard's part of the columns is what was written."""
+        first, last = self.shard_rows[shard : shard + 2].tolist()
+
+        def column(name: str, start: int, stop: int, size: int) -> bytes:
+            return self.file.read(self.offsets[name] + start * size, (stop - start) * size)
+
+        ends = np.frombuffer(column("key_offsets", first, last + 1, 8), "<u8")
+        lengths = np.diff(ends)
+        sizes = {
+            name: np.dtype(dtype).itemsize * width
+            for name, (dtype, width) in COLUMNS.items()
+            if name in self.offsets
+        }
+        found = checksums(
+            column("key_bytes", int(ends[0]), int(ends[-1]), 1)
+            if (ends[1:] >= ends[0]).all()
+            else b"",
+            lengths,
+            {name: column(name, first, last, size) for name, size in sizes.items()},
+        )
+        want = self.shard_checks[shard].tolist()
+        return all(crc in (None, stored) for crc, stored in zip(found, want, strict=True))
 
 
 def find_shards(root: Path) -> list[Path]:
@@ -103,74 +152,28 @@ def open_index(root: Path) -> Index:
         # Mapped memory outlives the file's name, so the folder may go at once.
         with tempfile.TemporaryDirectory(prefix="tokenlabel-") as folder:
             path = Path(folder) / NAME
-            _write(path, shards)
+            write_index(path, shards)
             return _load(path, shards)
     return _load(path, shards)
 
 
 def build_index(root: Path, shards: list[Path] | None = None) -> Path:
-    """Write `index.h5` from the shards, row by row in constant memory; return its path.
+    """Write `index.h5` from the shards; return its path.
 
     Raises FormatError for shards that do not belong together.
     """
     path = root / NAME
     with replacing(path) as temporary:
-        _write(temporary, shards or find_shards(root))
+        write_index(temporary, shards or find_shards(root))
     return path
-
-
-def _write(path: Path, shards: list[Path]) -> None:
-    columns = {"label": ("<i4", 1), "size": ("<i4", 2), "failed": ("|u1", 1)}
-    with contextlib.ExitStack() as stack:
-        keys = stack.enter_context(contextlib.closing(KeySpool(path.parent)))
-        spools = {
-            name: stack.enter_context(contextlib.closing(Spool(path.parent, dtype)))
-            for name, (dtype, _) in columns.items()
-        }
-        rows, sizes, digests = [0], [], []
-        first: dict[str, Any] = {}
-        for number, shard_path in enumerate(shards):
-            with Shard(shard_path) as shard:
-                attrs = shard.attrs
-                first = first or attrs
-                if attrs["fingerprint"] != first["fingerprint"]:
-                    raise FormatError(
-                        "shards of different runs in one folder: "
-                        f"{shards[0].name} has fingerprint {first['fingerprint']}, "
-                        f"{shard_path.name} has {attrs['fingerprint']}. "
-                        "Remedy: delete those of the run that is not wanted and annotate again"
-                    )
-                if (attrs["shard"], attrs["first_row"]) != (number, rows[-1]):
-                    raise FormatError(
-                        f"{shard_path} says it is shard {attrs['shard']} from row "
-                        f"{attrs['first_row']}; its name and neighbours say {number} from row "
-                        f"{rows[-1]}. Remedy: delete it and annotate again"
-                    )
-                keys.append(shard.read("key").tolist())
-                failed = np.array([bool(text) for text in shard.texts("error")], "u1")
-                for name in ("label", "size"):
-                    spools[name].append(np.ascontiguousarray(shard.read(name)).tobytes())
-                spools["failed"].append(failed.tobytes())
-                rows.append(rows[-1] + shard.rows)
-                digests.append(attrs["sha256"].encode())
-            sizes.append(shard_path.stat().st_size)
-        with create_h5(path) as file:
-            set_text(file.attrs, "format", FORMAT)
-            file.attrs["version"] = VERSION
-            set_text(file.attrs, "fingerprint", first["fingerprint"])
-            file.attrs["shards"] = len(shards)
-            keys.write(file)
-            for name, (_, width) in columns.items():
-                spools[name].write(file, name, width)
-            file.create_dataset("shard_rows", data=np.array(rows, "<u8"))
-            file.create_dataset("shard_size", data=np.array(sizes, "<u8"))
-            file.create_dataset("shard_sha256", data=np.array(digests, "S64"))
 
 
 def _load(path: Path, shards: list[Path]) -> Index:
     with open_h5(path) as file:
         check_identity(file, FORMAT, VERSION, "Remedy: delete it; it is rebuilt")
         try:
+            if attribute(file.attrs["version"]) != VERSION:
+                raise FormatError(f"{path} is of an older version")
             rows, count = (attribute(file.attrs[name]) for name in ("rows", "shards"))
             sizes = file["shard_size"][:].tolist()
             if count != len(shards) or sizes != [shard.stat().st_size for shard in shards]:
@@ -188,11 +191,27 @@ def _load(path: Path, shards: list[Path]) -> Index:
 
 def _map(path: Path, file: h5py.File, rows: int, shards: int) -> Index:
     mapped = MappedFile(path, file)
+
+    present = [name for name in COLUMNS if name in file or name not in OPTIONAL]
+    shapes = {n: (rows,) if COLUMNS[n][1] == 1 else (rows, COLUMNS[n][1]) for n in present}
+    key_size = int(attribute(file.attrs["key_size"]))
+
+    def column(name: str) -> np.ndarray:
+        return mapped.array(name, COLUMNS[name][0], shapes[name])
+
+    offsets = {name: mapped.offset(name, COLUMNS[name][0], shapes[name]) for name in present}
+    offsets["key_offsets"] = mapped.offset("key_offsets", "<u8", (rows + 1,))
+    offsets["key_bytes"] = mapped.offset("key_bytes", "|u1", (key_size,)) if key_size else 0
     return Index(
-        KeyTable.mapped(mapped, rows, int(attribute(file.attrs["key_size"]))),
-        mapped.array("label", "<i4", (rows,)),
-        mapped.array("size", "<i4", (rows, 2)),
-        mapped.array("failed", "|u1", (rows,)).view(bool),
-        mapped.array("shard_rows", "<u8", (shards + 1,)),
-        [digest.decode() for digest in file["shard_sha256"][:]],
+        keys=KeyTable.mapped(mapped, rows, key_size),
+        labels=column("label"),
+        sizes=column("size"),
+        failed=column("failed").view(bool),
+        score_ranges=column("score_range") if "score_range" in file else None,
+        extents=column("extent") if "extent" in file else None,
+        shard_rows=mapped.array("shard_rows", "<u8", (shards + 1,)).astype("=u8"),
+        shard_sha256=[digest.decode() for digest in file["shard_sha256"][:]],
+        shard_checks=mapped.array("shard_check", "<u4", (shards, 1 + len(COLUMNS))),
+        file=mapped,
+        offsets=offsets,
     )

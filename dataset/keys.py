@@ -1,15 +1,22 @@
 """Millions of image keys in a file, looked up through the page cache instead of Python objects.
 
 A key table is two contiguous HDF5 datasets, `key_bytes` (the UTF-8 keys, end to end) and
-`key_offsets` (where each starts, and the end). Contiguous and uncompressed, so both are mapped
-into memory: opening costs nothing, data-loader workers share the pages, and a look-up is a binary
-search. Keys are sorted by their UTF-8 bytes.
+`key_offsets` (where each starts, and the end). Contiguous and uncompressed, so both are read in
+places: opening costs nothing, data-loader workers share the system's cache, and a look-up is a
+binary search. Keys are sorted by their UTF-8 bytes.
 """
 
 import mmap
+import os
+import sys
 import tempfile
+import threading
+import weakref
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, overload
 
@@ -18,19 +25,36 @@ import numpy as np
 
 from tokenlabel.dataset.errors import FormatError
 
+_FENCES = 8192  # keys kept as objects, at most
 _BLOCK = 1 << 22  # bytes copied at a time from a spool file
 
 
 class MappedFile:
-    """Contiguous datasets of an HDF5 file as read-only memory views, without reading them."""
+    """Contiguous datasets of an HDF5 file as read-only memory views, without reading them.
+
+    Mapped pages that were looked at count as memory of the process, though all processes share
+    them; `read` leaves none behind.
+    """
 
     def __init__(self, path: Path, file: h5py.File) -> None:
         self._file = file
         with open(path, "rb") as handle:
             self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            self._descriptor = os.dup(handle.fileno())
+        weakref.finalize(self, os.close, self._descriptor).atexit = False
+        self._lock = threading.Lock()
 
-    def array(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    def array(self, name: str, dtype: np.dtype | str, shape: tuple[int, ...]) -> np.ndarray:
         """Dataset `name` as an array; raises FormatError unless it has this dtype and shape."""
+        count = int(np.prod(shape))
+        if count == 0:
+            return np.empty(shape, dtype)
+        return np.frombuffer(self._map, dtype, count, self.offset(name, dtype, shape)).reshape(
+            shape
+        )
+
+    def offset(self, name: str, dtype: np.dtype | str, shape: tuple[int, ...]) -> int:
+        """Where in the file dataset `name` begins; checked as by `array`."""
         dataset = self._file.get(name)
         if not isinstance(dataset, h5py.Dataset):
             raise FormatError(f"{self._file.filename}: the dataset {name!r} is missing")
@@ -39,24 +63,41 @@ class MappedFile:
                 f"{self._file.filename}: {name!r} must be contiguous {dtype} {shape}, "
                 f"got {dataset.dtype.str} {dataset.shape}"
             )
-        count = int(np.prod(shape))
-        if count == 0:
-            return np.empty(shape, dtype)
-        offset = dataset.id.get_offset()
-        if offset is None or offset + count * dataset.dtype.itemsize > len(self._map):
+        offset: int | None = dataset.id.get_offset()
+        if offset is None or offset + int(np.prod(shape)) * dataset.dtype.itemsize > len(self._map):
             raise FormatError(f"{self._file.filename}: {name!r} lies outside the file (truncated?)")
-        return np.frombuffer(self._map, dtype, count, offset).reshape(shape)
+        return offset
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes of the file, not by way of the map; fewer where it ends."""
+        try:
+            return os.pread(self._descriptor, size, offset)
+        except AttributeError:  # Windows
+            with self._lock:
+                os.lseek(self._descriptor, offset, os.SEEK_SET)
+                return os.read(self._descriptor, size)
 
 
 class KeyTable(Sequence[str]):
-    """Sorted keys as a sequence of str, with `find`; 8 bytes and the key's own length an image."""
+    """Sorted keys as a sequence of str, with `find`; 8 bytes and the key's own length an image.
 
-    def __init__(self, key_bytes: np.ndarray, key_offsets: np.ndarray) -> None:
-        self._bytes = np.ascontiguousarray(key_bytes).data
-        self._offsets = key_offsets
+    Args:
+        rows: number of keys.
+        ends: (first, last) -> numbers first to last - 1 of where keys begin, and the last one ends.
+        text: (first, last) -> bytes first to last - 1 of the keys, end to end.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        ends: Callable[[int, int], Sequence[int]],
+        text: Callable[[int, int], bytes],
+    ) -> None:
+        self._rows, self._ends, self._text = rows, ends, text
+        self._fence = lru_cache(2 * _FENCES)(self._raw)  # where every search begins
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return self._rows
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -70,24 +111,36 @@ class KeyTable(Sequence[str]):
             raise IndexError(f"row {index} is outside 0..{len(self) - 1}")
         return self._raw(row).decode()
 
-    def raw(self, start: int, stop: int) -> bytes:
-        """The UTF-8 of the keys from row `start` up to `stop`, end to end."""
-        return bytes(self._bytes[int(self._offsets[start]) : int(self._offsets[stop])])
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, self._rows, _FENCES):
+            stop = min(start + _FENCES, self._rows)
+            begin, *ends = self._ends(start, stop + 1)
+            text = self._text(begin, ends[-1])
+            for first, last in pairwise((begin, *ends)):
+                yield text[first - begin : last - begin].decode()
 
     def _raw(self, row: int) -> bytes:
-        return bytes(self._bytes[int(self._offsets[row]) : int(self._offsets[row + 1])])
+        first, last = self._ends(row, row + 2)
+        return self._text(first, last)
 
     def find(self, key: str) -> int:
         """Row of `key`, or -1."""
         wanted = key.encode(errors="surrogateescape")
-        low, high = 0, len(self)
-        while low < high:
-            middle = (low + high) // 2
-            if self._raw(middle) < wanted:
-                low = middle + 1
-            else:
-                high = middle
-        return low if low < len(self) and self._raw(low) == wanted else -1
+        fences = range(0, self._rows, self._rows // _FENCES + 1)
+        after = bisect_right(fences, wanted, key=self._fence)
+        if after == 0:
+            return -1
+        start = fences[after - 1]
+        stop = fences[after] if after < len(fences) else self._rows
+        ends = self._ends(start, stop + 1)
+        begin = ends[0]
+        text = self._text(begin, ends[-1])
+
+        def at(row: int) -> bytes:
+            return text[ends[row] - begin : ends[row + 1] - begin]
+
+        row = bisect_right(range(stop - start), wanted, key=at) - 1
+        return start + row if row >= 0 and at(row) == wanted else -1
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self.find(key) >= 0
@@ -106,21 +159,36 @@ class KeyTable(Sequence[str]):
         for key in keys:
             blob += key.encode()
             offsets.append(len(blob))
-        return cls(np.frombuffer(bytes(blob), "u1"), np.frombuffer(offsets, "<u8"))
+        text = bytes(blob)
+        return cls(len(offsets) - 1, lambda a, b: offsets[a:b].tolist(), lambda a, b: text[a:b])
 
     @classmethod
     def mapped(cls, file: MappedFile, rows: int, size: int) -> "KeyTable":
-        """The table that `KeySpool.write` stored: `rows` keys in `size` bytes."""
-        offsets = file.array("key_offsets", "<u8", (rows + 1,))
-        if int(offsets[0]) != 0 or int(offsets[-1]) != size:
+        """The table that `KeySpool.write` stored: `rows` keys in `size` bytes.
+
+        Read, not mapped: searches would in time make all of it memory of the process.
+        """
+        first = file.offset("key_offsets", "<u8", (rows + 1,))
+        start = file.offset("key_bytes", "|u1", (size,)) if size else 0
+
+        def ends(a: int, b: int) -> Sequence[int]:
+            numbers = array("Q", file.read(first + 8 * a, 8 * (b - a)))
+            if sys.byteorder == "big":
+                numbers.byteswap()
+            return numbers
+
+        def text(a: int, b: int) -> bytes:  # damaged offsets must not ask for all memory
+            return file.read(start + min(a, size), max(min(b, size) - a, 0))
+
+        if (ends(0, 1)[0], ends(rows, rows + 1)[0]) != (0, size):
             raise FormatError("the key offsets do not span the key bytes: the file is damaged")
-        return cls(file.array("key_bytes", "|u1", (size,)), offsets)
+        return cls(rows, ends, text)
 
 
 class Spool:
     """A column of unknown length, kept in an unnamed temporary file until its length is known."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: np.dtype | str) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)
         self._dtype = np.dtype(dtype)
         self.nbytes = 0
@@ -130,10 +198,11 @@ class Spool:
         self._file.write(data)
         self.nbytes += len(data)
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """The values from the start, some megabytes at a time."""
+    def blocks(self, columns: int = 1) -> Iterator[np.ndarray]:
+        """The values from the start, in whole rows of `columns`, some megabytes at a time."""
+        row = columns * self._dtype.itemsize
         self._file.seek(0)
-        while block := self._file.read(_BLOCK):
+        while block := self._file.read(max(_BLOCK // row, 1) * row):
             yield np.frombuffer(block, self._dtype)
 
     def write(self, file: h5py.File, name: str, columns: int = 1) -> None:
@@ -142,7 +211,7 @@ class Spool:
         shape = (count,) if columns == 1 else (count // columns, columns)
         dataset = file.create_dataset(name, shape, self._dtype)
         row = 0
-        for block in self.blocks():
+        for block in self.blocks(columns):
             block = block if columns == 1 else block.reshape(-1, columns)
             dataset[row : row + len(block)] = block
             row += len(block)

@@ -4,6 +4,7 @@ All names and dtypes of the format stand here, and both the writer and the reade
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,13 @@ from typing import Any, NamedTuple, Self
 import h5py
 import numpy as np
 
+from tokenlabel.dataset.chunks import (
+    STRATEGIES,
+    ChunkCodec,
+    ChunkFile,
+    chunk_places,
+    encode_chunk,
+)
 from tokenlabel.dataset.errors import FormatError
 from tokenlabel.dataset.files import (
     attribute,
@@ -172,8 +180,9 @@ class ShardWriter:
                 chunks=(1, *tail),
                 compression="gzip",
                 compression_opts=_GZIP,
-                shuffle=name == "scores",  # measured: helps scores, hurts class ids
+                shuffle=True,
             )
+        self._maps = {name: file[name].id for name in MAPS}
 
     def append(
         self,
@@ -206,8 +215,13 @@ class ShardWriter:
             scores, self._rows["score_range"][start:stop] = quantise(scores)
         self._rows["size"][start:stop] = sizes
         self._rows["digest"][start:stop] = digests
-        for name, block in (("scores", scores), ("classes", classes), ("rest", rest)):
-            self._file[name][start:stop] = block
+        blocks = {"scores": scores, "classes": classes, "rest": rest}
+        # Row by row, so that what is read together lies together.
+        for row in range(len(errors)):
+            for name, block in blocks.items():
+                chunk = encode_chunk(block[row], STRATEGIES[name])
+                self._maps[name].write_direct_chunk((start + row,) + (0,) * (block.ndim - 1), chunk)
+        for name, block in blocks.items():
             self._digest.update(name, block)
         self._errors += errors
 
@@ -271,6 +285,11 @@ def write_shard(
         writer = ShardWriter(file, layout, keys, labels, attrs, extents)
         yield writer
         writer.finish()
+
+
+def unreadable(path: Path, row: int, reason: Exception) -> FormatError:
+    """The error for a map whose stored bytes are damaged; `row` counts within the shard."""
+    return FormatError(f"{path}: the map of row {row} cannot be read: {reason}. {_REMEDY}")
 
 
 class Shard:
@@ -348,6 +367,39 @@ class Shard:
             raise FormatError(f"{self.path}: {name} cannot be read: {error}. {_REMEDY}") from error
         return block
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the shard has this dataset."""
+        return name in self._data
+
+    def chunk_places(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Offset, uint64 [n], and stored size, uint32 [n], of each row's chunk in the file.
+
+        Size 0 stands for a row that only HDF5 can read.
+        """
+        if self._file.userblock_size:  # HDF5's releases differ in whether they count it
+            return np.zeros(self.rows, "<u8"), np.zeros(self.rows, "<u4")
+        return chunk_places(self._data[name])
+
+    def chunk(self, name: str, row: int) -> bytes:
+        """A row's chunk as it is stored."""
+        dataset = self._data[name]
+        try:
+            return bytes(dataset.id.read_direct_chunk((row,) + (0,) * (dataset.ndim - 1))[1])
+        except OSError as error:
+            raise unreadable(self.path, row, error) from error
+
+    def chunk_file(self) -> ChunkFile | None:
+        """The maps of this file, to be read without HDF5; None where that cannot be done.
+
+        It outlives this object, and reads the file that was checked even if its name is given to
+        another one.
+        """
+        codecs = [ChunkCodec.of(self._data[name]) for name in MAPS]
+        known = [codec for codec in codecs if codec]
+        if len(known) < len(MAPS) or not hasattr(os, "pread"):  # Windows
+            return None
+        return ChunkFile(os.dup(self._file.id.get_vfd_handle()), known)
+
     def texts(self, name: str) -> list[str]:
         """The `key` or `error` column."""
         return [value.decode() for value in self.read(name)]
@@ -360,9 +412,7 @@ class Shard:
             if "score_range" in data:
                 scores = dequantise(scores, data["score_range"][row])
         except OSError as error:
-            raise FormatError(
-                f"{self.path}: the map of row {row} cannot be read: {error}. {_REMEDY}"
-            ) from error
+            raise unreadable(self.path, row, error) from error
         return scores, classes, rest
 
     def extent(self, row: int) -> tuple[float, float, float, float]:

@@ -1,15 +1,14 @@
 """`LabelStore`: random access to the score maps of a split."""
 
 import os
-import threading
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenlabel.dataset.errors import FormatError, TokenLabelError
-from tokenlabel.dataset.index import Index, find_shards, open_index
+from tokenlabel.dataset.errors import TokenLabelError
+from tokenlabel.dataset.handles import Handles
+from tokenlabel.dataset.index import Index, find_shards
 from tokenlabel.dataset.keys import KeyTable
 from tokenlabel.dataset.shard import Shard
 
@@ -45,7 +44,8 @@ class LabelStore:
     """The score maps of a split, by key or by row. Opens at once, whatever the size.
 
     Safe to pickle, to fork and to use from threads: files are opened on first use in each
-    process, without locks, and never written.
+    process, without locks, and never written. Threads read maps side by side; a shard costs a
+    process one file descriptor, and half of those that it may have are used at most.
 
     Args:
         root: folder of the split, OUT/SPLIT, with the shards.
@@ -69,7 +69,7 @@ class LabelStore:
         with Shard(find_shards(self.root)[0]) as shard:
             self.attrs: dict[str, Any] = shard.attrs
             self._layout = shard.layout
-        self._local = _Handles(self.root)
+        self._local = Handles(self.root)
         self._local.index()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class LabelStore:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._local = _Handles(self.root)
+        self._local = Handles(self.root)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -139,7 +139,7 @@ class LabelStore:
             FormatError: the stored bytes are damaged.
         """
         index = self._local.index()
-        row = self.row(key)
+        row = self._row(index, key)
         if index.failed[row]:
             raise MissingMapError(
                 f"{index.keys[row]!r} has no score map: {self.error(row)}. "
@@ -147,11 +147,14 @@ class LabelStore:
             )
         scores, classes, rest, extent = self._local.map(row)
         width, height = index.sizes[row].tolist()
-        return ScoreMap(scores, classes, rest, int(index.labels[row]), (width, height), extent)
+        return ScoreMap(scores, classes, rest, index.labels.item(row), (width, height), extent)
 
     def row(self, key: str | int) -> int:
         """Row of a key; a row is checked and returned as it is."""
-        keys = self.keys
+        return self._row(self._local.index(), key)
+
+    def _row(self, index: Index, key: str | int) -> int:
+        keys = index.keys
         if isinstance(key, str):
             row = keys.find(key)
             if row < 0:
@@ -169,86 +172,3 @@ class LabelStore:
     def error(self, key: str | int) -> str:
         """Why an image has no map; empty when it has one."""
         return self._local.error(self.row(key))
-
-
-class _Handles:
-    """This process's open index and shards. Forked children and unpickled copies open their own."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._lock = threading.RLock()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._pid = os.getpid()
-        self._index: Index | None = None
-        self._paths: list[Path] = []
-        self._open: OrderedDict[int, Shard] = OrderedDict()
-
-    def _here(self) -> None:
-        if self._pid != os.getpid():
-            # A lock that another thread held during the fork would never be released here.
-            self._lock = threading.RLock()
-            self._forget()
-
-    def index(self) -> Index:
-        self._here()
-        if self._index is None:
-            with self._lock:
-                if self._index is None:
-                    self._paths = find_shards(self._root)
-                    self._index = open_index(self._root)
-        return self._index
-
-    def _shard(self, row: int) -> tuple[Shard, int]:
-        index = self.index()
-        number = int(np.searchsorted(index.shard_rows, row, side="right")) - 1
-        shard = self._open.get(number)
-        if shard is None:
-            while len(self._open) >= _open_files_limit():
-                self._open.popitem(last=False)[1].close()
-            shard = Shard(self._paths[number])
-            if not _agree(shard, index, number):
-                shard.close()
-                raise FormatError(
-                    f"{shard.path} and the index do not agree: one of them changed. "
-                    f"Remedy: delete {self._root / 'index.h5'}; it is rebuilt"
-                )
-            self._open[number] = shard
-        return shard, row - int(index.shard_rows[number])
-
-    def map(self, row: int) -> tuple[Any, Any, Any, Any]:
-        self._here()
-        with self._lock:  # h5py serialises calls anyway
-            shard, local = self._shard(row)
-            return *shard.map(local), shard.extent(local)
-
-    def error(self, row: int) -> str:
-        self._here()
-        with self._lock:
-            shard, local = self._shard(row)
-            return str(shard.read("error", local, local + 1)[0].decode())
-
-
-def _agree(shard: Shard, index: Index, number: int) -> bool:
-    """Whether the index has this shard's rows: checked once, as the index has no checksum."""
-    first, last = index.shard_rows[number : number + 2].tolist()
-    rows = slice(first, last)
-    return bool(
-        shard.attrs["sha256"] == index.shard_sha256[number]
-        and shard.rows == last - first
-        and (shard.read("label") == index.labels[rows]).all()
-        and (shard.read("size") == index.sizes[rows]).all()
-        and ((shard.read("error") != b"") == index.failed[rows]).all()
-        and b"".join(shard.read("key").tolist()) == index.keys.raw(first, last)
-    )
-
-
-def _open_files_limit() -> int:
-    """Shards to keep open: all of them if the process may, for reopening one costs 300 us."""
-    try:
-        import resource
-    except ImportError:  # Windows: the C runtime's own limit is 512
-        return 256
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 1 << 20 if soft == resource.RLIM_INFINITY else max(soft // 2, 1)

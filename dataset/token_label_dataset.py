@@ -7,6 +7,7 @@ from typing import Any, Literal
 import PIL.Image
 import torch
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from tokenlabel.dataset.label_map import TokenLabelMap
@@ -152,9 +153,11 @@ class TokenLabelDataset(Dataset[tuple[Any, TokenTargets]]):
 
 
 def _size(picture: Any) -> tuple[int, int]:
-    """(h, w) of a picture in pixels; torchvision's get_size, without its dispatch for Pillow's."""
+    """(h, w) of a picture in pixels: torchvision's get_size, without its dispatch where plain."""
     if isinstance(picture, PIL.Image.Image):
         return picture.height, picture.width
+    if type(picture) in (torch.Tensor, tv_tensors.Image):
+        return picture.shape[-2], picture.shape[-1]
     height, width = F.get_size(picture)
     return height, width
 

@@ -5,6 +5,8 @@ import os
 import pickle
 import shutil
 import threading
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
@@ -13,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.maps import Rows, write_split
+from tests.maps import Rows, attrs, random_rows, write_split
 from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.keys import KeyTable
-from tokenlabel.dataset.shard import ShardLayout
+from tokenlabel.dataset.index_writer import COLUMNS
+from tokenlabel.dataset.keys import KeyTable, Spool
+from tokenlabel.dataset.shard import MAPS, Shard, ShardLayout, shard_name, write_shard
 from tokenlabel.dataset.store import LabelStore, MissingMapError
 
 LAYOUT = ShardLayout(("identity", "hflip"), (3, 5), 4, 1000)
@@ -197,12 +200,151 @@ def test_threads_read_the_same(split: tuple[Path, list[Rows]]) -> None:
 def test_few_open_files_suffice(
     split: tuple[Path, list[Rows]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokenlabel.dataset.store._open_files_limit", lambda: 1)
+    monkeypatch.setattr("tokenlabel.dataset.handles._open_files_limit", lambda: 1)
     store = LabelStore(split[0])
     before = len(os.listdir("/proc/self/fd"))
     for row in [0, 7, 3, 0, 7, 3]:
         store[row]
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_threads_read_while_files_are_closed(
+    split: tuple[Path, list[Rows]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenlabel.dataset.handles._open_files_limit", lambda: 1)
+    test_threads_read_the_same(split)
+
+
+def rewrite(path: Path, storage: dict[str, object], names: Sequence[str] = MAPS) -> None:
+    """Store maps of a shard otherwise, with HDF5's own filters; the content stays."""
+    with h5py.File(path, "a") as file:
+        for name in names:
+            data = file[name][:]
+            del file[name]
+            chunks = {"chunks": (1, *data.shape[1:])} if storage else {}
+            file.create_dataset(name, data=data, **chunks, **storage)
+
+
+@pytest.mark.parametrize(
+    ("storage", "direct"),
+    [
+        ({"compression": "gzip", "compression_opts": 9, "shuffle": True}, True),
+        ({"compression": "gzip"}, True),
+        ({"compression": "gzip", "fletcher32": True}, False),
+        ({"compression": "lzf"}, False),
+        ({}, False),
+    ],
+)
+def test_other_storage_reads_the_same(
+    split: tuple[Path, list[Rows]], storage: dict[str, object], direct: bool
+) -> None:
+    root, written = split
+    rewrite(root / "shard-00001-of-00003.h5", storage, MAPS if direct else ["rest"])
+    store = LabelStore(root)
+    with h5py.File(root / "index.h5") as file:
+        in_chunks = (file["chunk"]["size"] > 0).all(0)
+        assert in_chunks[0]
+        assert in_chunks[2] == direct
+    for row in (5, 3, 0, 4):
+        np.testing.assert_array_equal(store[row].scores, written[row // 3].scores[row % 3])
+        np.testing.assert_array_equal(store[row].rest, written[row // 3].rest[row % 3])
+
+
+def test_chunks_that_skipped_a_filter_read_the_same(split: tuple[Path, list[Rows]]) -> None:
+    root, written = split
+    with h5py.File(root / "shard-00000-of-00003.h5", "a") as file:
+        scores = written[0].scores[1]  # HDF5 skips a filter that fails, and says so chunk by chunk
+        file["scores"].id.write_direct_chunk((1, 0, 0, 0, 0), scores.tobytes(), filter_mask=3)
+    store = LabelStore(root)
+    for row in range(3):
+        np.testing.assert_array_equal(store[row].scores, written[0].scores[row])
+    write_split(root, KEYS, LAYOUT, shard_size=3, seed=7)
+    with pytest.raises(FormatError, match="and the index do not agree"):  # read anew each time
+        store[1]
+
+
+def test_systems_without_pread_read_the_same(
+    split: tuple[Path, list[Rows]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "pread")  # as on Windows
+    test_maps_by_key_and_row(split)
+    test_threads_read_while_files_are_closed(split, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_optional_columns_come_with_the_map(tmp_path: Path, dtype: str) -> None:
+    """Extents of their own, in one of two shards only, and uint8 scores."""
+    layout = LAYOUT._replace(score_dtype=dtype)
+    boxes = np.random.default_rng(0).random((3, 4)).astype("f4")
+    for number, (keys, extents) in enumerate(((KEYS[:3], None), (KEYS[3:6], boxes))):
+        path = tmp_path / shard_name(number, 2)
+        with write_shard(path, layout, keys, [0] * 3, attrs(number, 2, 3 * number), extents) as new:
+            new.append(*random_rows(layout, 3, number))
+    store = LabelStore(tmp_path)
+    for row in range(6):
+        with Shard(tmp_path / shard_name(row // 3, 2)) as shard:
+            want = *shard.map(row % 3), shard.extent(row % 3)
+        entry = store[row]
+        for a, b in zip(entry[:3], want, strict=False):
+            np.testing.assert_array_equal(a, b)
+        assert entry.extent == want[3] == ((0, 0, 1, 1) if row < 3 else tuple(boxes[row - 3]))
+
+
+def test_damaged_maps_are_named(split: tuple[Path, list[Rows]]) -> None:
+    root, _ = split
+    store = LabelStore(root)
+    path = root / "shard-00001-of-00003.h5"
+    with h5py.File(path) as file:
+        chunk = file["classes"].id.get_chunk_info(2)
+    content = path.read_bytes()
+    for offset in range(chunk.byte_offset + 2, chunk.byte_offset + chunk.size, 7):
+        damaged = bytearray(content)
+        damaged[offset] ^= 1
+        path.write_bytes(damaged)  # in place: the open file sees it
+        with pytest.raises(FormatError, match=f"{path.name}: the map of row 2 cannot be read: .*"):
+            store[5]
+        store[4]
+    os.truncate(path, chunk.byte_offset + 10)
+    with pytest.raises(FormatError, match=r"row 2 cannot be read: .* cut short. Remedy: delete"):
+        store[5]
+
+
+def test_a_replaced_shard_is_not_mixed_with_the_old_one(split: tuple[Path, list[Rows]]) -> None:
+    root, written = split
+    store = LabelStore(root)
+    want = store[0].scores
+    write_split(root, KEYS, LAYOUT, shard_size=3, seed=7)
+    np.testing.assert_array_equal(store[1].scores, written[0].scores[1])  # still the old file
+    np.testing.assert_array_equal(store[0].scores, want)
+    with pytest.raises(FormatError, match="and the index do not agree"):
+        store[3]
+    assert (LabelStore(root)[0].scores != want).any()
+
+
+def test_same_content_in_other_places_is_noticed(split: tuple[Path, list[Rows]]) -> None:
+    """A shard's digest is of what it holds, not of where: an index may fit in all but places."""
+    root, written = split
+    LabelStore(root)
+    with h5py.File(root / "index.h5", "a") as file:
+        places = file["chunk"][:]
+        places[[3, 5]] = places[[5, 3]]
+        file["chunk"][:] = places
+        check = zlib.crc32(places[3:6].tobytes())
+        file["shard_check"][1, 1 + list(COLUMNS).index("chunk")] = check
+    with pytest.raises(FormatError, match="and the index do not agree"):
+        LabelStore(root)[4]
+    (root / "index.h5").unlink()
+    np.testing.assert_array_equal(LabelStore(root)[4].scores, written[1].scores[1])
+
+
+def test_an_index_of_an_older_version_is_rebuilt(split: tuple[Path, list[Rows]]) -> None:
+    root, _ = split
+    LabelStore(root)
+    with h5py.File(root / "index.h5", "a") as file:
+        file.attrs["version"] = 1
+    LabelStore(root)
+    with h5py.File(root / "index.h5") as file:
+        assert file.attrs["version"] == 2
 
 
 def test_pickles_carry_no_handles(split: tuple[Path, list[Rows]]) -> None:
@@ -211,6 +353,20 @@ def test_pickles_carry_no_handles(split: tuple[Path, list[Rows]]) -> None:
     data = pickle.dumps(store)
     assert len(data) < 4000
     assert pickle.loads(data)["b.jpg"].size == store["b.jpg"].size
+
+
+@pytest.mark.parametrize("block", [1, 40, 1 << 22])
+def test_columns_larger_than_a_block_are_stored_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr("tokenlabel.dataset.keys._BLOCK", block)
+    want = np.arange(30, dtype="<u8").reshape(10, 3)
+    spool = Spool(tmp_path, "<u8")
+    spool.append(want.tobytes())
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        spool.write(file, "a", 3)
+        np.testing.assert_array_equal(file["a"][:], want)
+    spool.close()
 
 
 @given(st.sets(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), max_size=40))
@@ -228,7 +384,7 @@ def test_key_table_finds_what_is_there_and_nothing_else(keys: set[str]) -> None:
         table.index("seven!!")
 
 
-@pytest.mark.parametrize("column", ["label", "size", "failed", "key_bytes"])
+@pytest.mark.parametrize("column", ["label", "size", "failed", "key_bytes", "key_offsets", "chunk"])
 def test_a_damaged_index_is_noticed_when_a_shard_is_opened(
     split: tuple[Path, list[Rows]], column: str
 ) -> None:
@@ -236,7 +392,9 @@ def test_a_damaged_index_is_noticed_when_a_shard_is_opened(
     LabelStore(root)
     with h5py.File(root / "index.h5", "a") as file:
         data = file[column][:]
-        data.flat[-1] ^= 1  # of the last row, whose key stays in order
+        # Of the last row, whose key stays in order; the last offset is checked before.
+        plain = data["offset"] if column == "chunk" else data
+        plain.flat[-2 if column == "key_offsets" else -1] ^= 1
         file[column][:] = data
     store = LabelStore(root)
     store[0]
