@@ -1,0 +1,168 @@
+"""`MixToken`: a box of patch tokens exchanged between pictures inside the student."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenlabel.dataset import TokenTargets
+from tokenlabel.supervise.mixed import MixedTargets, mix_labels
+
+__all__ = ["MixToken", "TokenBox"]
+
+Grid = tuple[int, int]
+
+
+class TokenBox(NamedTuple):
+    """The patches that every picture of a batch takes from its partner, the picture before it.
+
+    (The first picture takes them from the last: the partners of torchvision's `CutMix`.) Give it to
+    the student, `student(images, box)`, and let it mix the labels: `box.mix_labels(targets)`.
+
+    Attributes:
+        mask: bool [h, w], over the student's grid: True where a patch is the partner's. A tensor,
+            so that a compiled student does not compile again for every box.
+    """
+
+    mask: Tensor
+
+    @property
+    def area(self) -> float:
+        """Share of the patches that are the partner's."""
+        return self.mask.double().mean().item()
+
+    def mix(self, tokens: Tensor) -> Tensor:
+        """Take each partner's tokens where the mask is True.
+
+        Args:
+            tokens: patch tokens [B, N, D] row by row, or a map [B, H, W, D] or [B, D, H, W]; with
+                H = s * h and W = s * w for a whole s, s * s of them belong to a patch.
+
+        Raises:
+            ValueError: for a map that the student's grid does not divide.
+        """
+        return self._exchange(tokens, 1)
+
+    def restore(self, tokens: Tensor) -> Tensor:
+        """Bring mixed tokens back to the pictures they came from: undoes `mix`."""
+        return self._exchange(tokens, -1)
+
+    def mix_labels(self, targets: TokenTargets) -> MixedTargets:
+        """Targets for what the student returns: label and crop mixed by area, patches untouched.
+
+        Args:
+            targets: the batch's targets, [B, ...].
+        """
+        partner = torch.arange(len(targets.label), device=targets.label.device).roll(1)
+        return mix_labels(targets, partner, 1 - self.mask.flatten().to(targets.weight))
+
+    def _exchange(self, tokens: Tensor, shift: int) -> Tensor:
+        scale, shape = self._layout(tokens)
+        mask = self.mask.to(tokens.device)
+        if scale > 1:
+            mask = mask.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+        return torch.where(mask.reshape(shape), tokens.roll(shift, 0), tokens)
+
+    def _layout(self, tokens: Tensor) -> tuple[int, list[int]]:
+        """Tokens along each side of a patch, and the shape of a mask that broadcasts to them."""
+        height, width = self.mask.shape
+        if tokens.ndim == 3:
+            scale = math.isqrt(tokens.shape[1] // (height * width))
+            if scale and tokens.shape[1] == scale**2 * height * width:
+                return scale, [1, tokens.shape[1], 1]
+        if tokens.ndim == 4:
+            for axis, shape in ((1, [1, -1, 1, 1]), (2, [1, 1, -1, 1])):
+                rows, columns = tokens.shape[axis : axis + 2]
+                scale = rows // height
+                if scale and (rows, columns) == (scale * height, scale * width):
+                    shape[axis : axis + 2] = rows, columns
+                    return scale, shape
+        raise ValueError(
+            "MixToken needs tokens that the grid of its box divides; got tokens of shape "
+            f"{tuple(tokens.shape)} and a box over (h, w) = {(height, width)} patches. Remedy: "
+            "mix.sample(student.grid_for(images.shape[-2:])), or CutMix on the pictures"
+        )
+
+
+class MixToken:
+    """Draws the boxes of MixToken (LV-ViT, Jiang et al., 2021, arXiv 2104.10858).
+
+    CutMix on the pictures lets one patch show parts of two. MixToken exchanges whole tokens after
+    the patch embedding, so every token is of one picture and keeps that picture's target; the
+    student brings its outputs back to the pictures they came from, and only the class token's
+    target is mixed. For a backbone whose patch embedding sees nothing outside the patch, this
+    equals CutMix of a box that ends at patch borders.
+
+        mix = MixToken()
+        box = mix.sample(student.grid)
+        if box is not None:
+            targets = box.mix_labels(targets)
+        loss = criterion(*student(images, box), targets)
+
+    Args:
+        alpha: of the Beta(alpha, alpha) distribution of the share that stays (CutMix: 1, uniform).
+        prob: probability that a batch is mixed at all.
+    """
+
+    def __init__(self, alpha: float = 1.0, prob: float = 1.0) -> None:
+        if alpha <= 0:
+            raise ValueError(f"alpha must be above 0, got {alpha}")
+        if not 0 <= prob <= 1:
+            raise ValueError(f"prob must be in [0, 1], got {prob}")
+        self.alpha = alpha
+        self.prob = prob
+
+    def __repr__(self) -> str:
+        return f"MixToken(alpha={self.alpha}, prob={self.prob})"
+
+    def sample(self, grid: int | Grid) -> TokenBox | None:
+        """Draw the box of a batch from torch's generator on the CPU.
+
+        As in CutMix, the box has the picture's shape and a uniform centre, and ends at the
+        picture's border; here its edges are rounded to patches.
+
+        Args:
+            grid: the student's patches, (h, w), or one number for a square.
+
+        Returns:
+            The box; None if the batch is not to be mixed, or the box rounds to nothing.
+        """
+        size = (grid, grid) if isinstance(grid, int) else grid
+        if torch.rand(()).item() >= self.prob:
+            return None
+        stays = torch.distributions.Beta(self.alpha, self.alpha).sample().item()
+        half = 0.5 * math.sqrt(1 - stays)
+        inside = []
+        for patches in size:
+            centre = torch.rand(()).item()
+            first = round(max(centre - half, 0.0) * patches)
+            end = round(min(centre + half, 1.0) * patches)
+            index = torch.arange(patches)
+            inside.append((index >= first) & (index < end))
+        mask = inside[0][:, None] & inside[1]
+        return TokenBox(mask) if mask.any() else None
+
+
+class TokenExchange:
+    """Forward hook of a patch embedding: mixes its output while `box` is set.
+
+    It stays in place, because a hook that comes and goes breaks the graph of `torch.compile`.
+    """
+
+    def __init__(self) -> None:
+        self.box: TokenBox | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether a box waits to be used."""
+        return self.box is not None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Mix tokens, or the first of a tuple, and note that it was done."""
+        box, self.box = self.box, None
+        if box is None:
+            return None
+        if isinstance(output, tuple):
+            return (box.mix(output[0]), *output[1:])
+        return box.mix(output)

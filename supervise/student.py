@@ -1,0 +1,209 @@
+"""`TokenStudent`: any image backbone with class logits and one classifier for every patch."""
+
+import torch
+from torch import Tensor, nn
+
+from tokenlabel.supervise.backbone import OVERRIDE, Grid, new_linear
+from tokenlabel.supervise.lvvit import LVViT
+from tokenlabel.supervise.mix_token import TokenBox, TokenExchange
+from tokenlabel.supervise.timm_backbone import timm_backbone
+from tokenlabel.supervise.torchvision_backbone import torchvision_backbone
+from tokenlabel.supervise.transformers_backbone import transformers_backbone
+
+__all__ = ["TokenStudent"]
+
+
+class TokenStudent(nn.Module):
+    """A backbone that answers for the picture and, in training, for each of its patches.
+
+    Takes models of timm (ViT, DeiT with or without its distillation token, EVA, VOLO, Swin,
+    ConvNeXt, ResNet, …), torchvision (ViT, Swin, ConvNeXt, ResNet) and Hugging Face
+    (`ViTModel`, `ViTForImageClassification`, `Dinov2Model`, …). The class logits are the model's
+    own; the patch head is one linear layer on the patches' last features. Class, distillation and
+    register tokens are no patches.
+
+    The backbone is `student.model`, with its own parameter names:
+    `torch.save(student.model.state_dict(), …)` writes a checkpoint that loads strictly into the
+    bare model (made with `num_classes` classes, where its classifier was replaced). The patch head,
+    `student.patch_head`, is needed in training only. VOLO has a patch head of its own, its
+    auxiliary head, which is used instead. A model with no place for a classifier (`ViTModel`) gets
+    one beside it, `student.cls_head`.
+
+    For any other model, subclass and override `features`:
+
+        class MyStudent(TokenStudent):
+            def features(self, images):
+                tokens = self.model.tokens(images)  # [B, 1 + N, D]
+                return self.model.head(tokens[:, 0]), tokens[:, 1:].unflatten(1, (14, 14))
+
+    Args:
+        model: the backbone. It is used as it is, not copied.
+        num_classes: number of classes C. None: that of the model's classifier. If it differs, the
+            classifier is replaced by a new one.
+        image_size: default input (H, W) in pixels, or one number for a square. None: the model's.
+
+    Attributes:
+        model: the backbone.
+        num_classes: C.
+        image_size: (H, W) of the default input.
+        grid: (h, w) of the patches at `image_size`; N = h * w, row by row. For pictures of another
+            size: `grid_for`.
+
+    Raises:
+        ValueError: for a model of an unknown kind, or with no classifier and no `num_classes`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int | None = None,
+        *,
+        image_size: int | Grid | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if isinstance(model, TokenStudent | LVViT):
+            raise ValueError(
+                f"{type(model).__name__} is a student already. Remedy: use it as it is"
+            )
+        self._backbone = backbone = (
+            timm_backbone(model) or torchvision_backbone(model) or transformers_backbone(model)
+        )
+        if image_size is None:
+            image_size = 224 if backbone is None else backbone.image_size
+        self.image_size: Grid = (
+            (image_size, image_size) if isinstance(image_size, int) else image_size
+        )
+        self._grids: dict[Grid, Grid] = {}
+        self.model = model
+        self.cls_head: nn.Module = nn.Identity()
+        self.patch_head: nn.Module = nn.Identity()
+        self._add_heads(num_classes)
+        self._exchange: TokenExchange | None = None
+        if (embedding := self.patch_embedding()) is not None:
+            self._exchange = TokenExchange()
+            embedding.register_forward_hook(self._exchange)
+
+    def _add_heads(self, num_classes: int | None) -> None:
+        backbone = self._backbone
+        if backbone is not None and num_classes is None and not backbone.num_classes:
+            raise ValueError(
+                f"{type(self.model).__name__} has no classifier to take the number of classes "
+                "from. Remedy: TokenStudent(model, num_classes=…)"
+            )
+        like = next(self.model.parameters())
+        if backbone is not None and num_classes not in (None, backbone.num_classes):
+            assert num_classes is not None
+            if backbone.reset_classifier is not None:
+                backbone.reset_classifier(self.model, num_classes)
+        for name, parameter in self.model.named_parameters():
+            # Only masked pre-training uses it; DistributedDataParallel would wait for its gradient.
+            if name.rpartition(".")[2] == "mask_token":
+                parameter.requires_grad_(False)
+        cls, patches = self._probe(self.image_size)
+        if backbone is not None and backbone.reset_classifier is None:
+            assert num_classes is not None
+            self.cls_head = new_linear(cls.shape[-1], num_classes, like)
+            self.num_classes = num_classes
+        else:
+            self.num_classes = cls.shape[-1]
+        if num_classes not in (None, self.num_classes):
+            raise ValueError(
+                f"class logits must have num_classes = {num_classes} columns; the model's have "
+                f"{self.num_classes}. Remedy: give the model a classifier of {num_classes} classes"
+            )
+        if backbone is None or not backbone.dense:
+            self.patch_head = new_linear(patches.shape[-1], self.num_classes, like)
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits [B, C] and patch features [B, h, w, D]. Override it for other models.
+
+        Args:
+            images: [B, channels, H, W], normalised as the model wants it.
+        """
+        if self._backbone is None:
+            raise ValueError(
+                f"TokenStudent does not know the parts of a {type(self.model).__name__}. {OVERRIDE}"
+            )
+        return self._backbone.features(self.model, images)
+
+    def patch_embedding(self) -> nn.Module | None:
+        """The module whose output are patch tokens with no position yet, for `MixToken`."""
+        return None if self._backbone is None else self._backbone.embedding(self.model)
+
+    def forward(
+        self, images: Tensor, box: TokenBox | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Class logits [B, C] in evaluation; in training also patch logits [B, N, C].
+
+        Args:
+            images: [B, channels, H, W].
+            box: from `MixToken.sample`, in training only: these patches are exchanged after the
+                patch embedding and brought back at the end, so that patch logits are those of
+                `images`' own patches. The class logits are of the mixed pictures:
+                `box.mix_labels(targets)`.
+        """
+        if not self.training:
+            if box is not None:
+                raise ValueError("MixToken is for training. Remedy: student.train(), or box=None")
+            logits: Tensor = self.cls_head(self.features(images)[0])
+            return logits
+        if box is None:
+            cls, patches = self.features(images)
+        else:
+            cls, patches = self._mixed_features(images, box)
+        return self.cls_head(cls), self.patch_head(patches).flatten(1, 2)
+
+    def _mixed_features(self, images: Tensor, box: TokenBox) -> tuple[Tensor, Tensor]:
+        if self._exchange is None:
+            raise ValueError(
+                f"MixToken needs a patch embedding; {type(self.model).__name__} has none. Remedy: "
+                "CutMix on the pictures, or override `patch_embedding` in a subclass"
+            )
+        self._exchange.box = box
+        try:
+            cls, patches = self.features(images)
+            if self._exchange.pending:
+                raise ValueError(
+                    "the patch embedding did not run, so that MixToken could not mix its tokens. "
+                    "Remedy: make a new TokenStudent after replacing parts of the model"
+                )
+        finally:
+            self._exchange.box = None
+        return cls, box.restore(patches)
+
+    @property
+    def grid(self) -> Grid:
+        """(h, w) of the patches at the default input size."""
+        return self.grid_for(self.image_size)
+
+    def grid_for(self, image_size: int | Grid) -> Grid:
+        """(h, w) of the patches of pictures of (H, W) pixels: `grid_for(images.shape[-2:])`."""
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        size = (int(height), int(width))
+        if size not in self._grids:
+            self._probe(size)
+        return self._grids[size]
+
+    @torch.no_grad()
+    def _probe(self, size: Grid) -> tuple[Tensor, Tensor]:
+        """Run the features of one empty picture, so that shapes are those it really has."""
+        weight = next(self.model.parameters())
+        convolutions = [m for m in self.model.modules() if isinstance(m, nn.Conv2d)]
+        channels = convolutions[0].in_channels if convolutions else 3
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            image = torch.zeros(1, channels, *size, device=weight.device, dtype=weight.dtype)
+            cls, patches = self.features(image)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        if cls.ndim != 2 or patches.ndim != 4:
+            raise ValueError(
+                "features must return class logits [B, C] and patch features [B, h, w, D], got "
+                f"shapes {tuple(cls.shape)} and {tuple(patches.shape)}"
+            )
+        self._grids[size] = (patches.shape[1], patches.shape[2])
+        return cls, patches
