@@ -6,11 +6,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Bytes of logits worked on at a time: what stays in the cache of each thread of a CPU, and
-#: elsewhere what keeps the device busy.
-_PIECE_OF_THREAD = 1 << 20
-_PIECE = 1 << 26
-
 
 class SparseTarget(NamedTuple):
     """Targets over C classes: `uniform` on each class, and `values` more on each of `classes`.
@@ -70,64 +65,34 @@ def cross_entropy(logits: Tensor, target: SparseTarget) -> Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """sum_c target_c (logsumexp(logits) - logits_c), with gradient softmax * mass - target.
+    """-sum_c target_c log_softmax(logits)_c, with gradient softmax * mass - target.
 
-    Exponentials are taken in the target's dtype, piece by piece. Saved are the logits, which the
-    caller holds anyway, and two numbers a row; the gradient is the one large tensor.
+    The log-probabilities, kept for the backward pass, become the gradient in place: there is one
+    tensor of the logits' size in all. Whole-tensor operations, because many small ones, which a
+    CPU's cache would like better, cost its threads a barrier each.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, classes: Tensor, values: Tensor, uniform: Tensor, mass: Tensor
     ) -> Tensor:
-        loss, peak, norm = (torch.empty_like(mass) for _ in range(3))
-        for piece in _pieces(logits):
-            z = logits[piece].to(mass.dtype)
-            peak[piece] = top = z.amax(-1)
-            # Relative to the largest: what all logits have in common then cancels exactly.
-            z = z - top.unsqueeze(-1)
-            aim = (z.gather(-1, classes[piece]) * values[piece]).sum(-1)
-            aim += z.sum(-1) * uniform[piece]
-            norm[piece] = total = z.exp_().sum(-1).log_()
-            loss[piece] = total * mass[piece] - aim
-        ctx.save_for_backward(logits, classes, values, uniform, mass, peak, norm)
-        return loss
+        logs = torch.log_softmax(logits, -1, dtype=mass.dtype)
+        loss = (logs.gather(-1, classes) * values).sum(-1)
+        loss += uniform * logs.sum(-1)
+        ctx.save_for_backward(logits, classes, values, uniform, mass)
+        # No saved tensor, whose changes autograd would refuse to overlook in a second backward
+        # pass over a retained graph; a compiler plans its memory itself.
+        ctx.logs = None if torch.compiler.is_compiling() else logs
+        return loss.neg_()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        logits, classes, values, uniform, mass, peak, norm = ctx.saved_tensors
-        pieces = _pieces(logits)
-        gradient = None
-        if len(pieces) > 1:
-            gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        for piece in pieces:
-            factor = scale[piece].unsqueeze(-1)
-            part = logits[piece].to(mass.dtype) - peak[piece].unsqueeze(-1)
-            part.sub_(norm[piece].unsqueeze(-1)).exp_().mul_(factor * mass[piece].unsqueeze(-1))
-            part.sub_(factor * uniform[piece].unsqueeze(-1))
-            part.scatter_add_(-1, classes[piece], -factor * values[piece])
-            if gradient is None:
-                gradient = part.to(logits.dtype)
-            else:
-                gradient[piece] = part
-        return gradient, None, None, None, None
-
-
-def _pieces(logits: Tensor) -> list[tuple[slice, slice]]:
-    """Parts of [B, N, C]: some images, or rows of one where an image is large."""
-    images, patches, classes = logits.shape
-    everything = [(slice(0, images), slice(0, patches))]
-    if torch.compiler.is_compiling() or not logits.numel():  # a compiler fuses; it unrolls loops
-        return everything
-    on_cpu = logits.device.type == "cpu"
-    limit = _PIECE_OF_THREAD * torch.get_num_threads() if on_cpu else _PIECE
-    rows = max(1, limit // (4 * classes))
-    if rows >= images * patches:
-        return everything
-    together = max(1, rows // patches)
-    return [
-        (slice(image, image + together), slice(patch, patch + rows))
-        for image in range(0, images, together)
-        for patch in range(0, patches, rows)
-    ]
+        logits, classes, values, uniform, mass = ctx.saved_tensors
+        gradient, ctx.logs = ctx.logs, None
+        if gradient is None:
+            gradient = torch.log_softmax(logits, -1, dtype=mass.dtype)
+        factor = scale.unsqueeze(-1)
+        gradient.exp_().mul_(factor * mass.unsqueeze(-1)).sub_(factor * uniform.unsqueeze(-1))
+        gradient.scatter_add_(-1, classes, -factor * values)
+        return gradient.to(logits.dtype), None, None, None, None

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
@@ -15,7 +13,6 @@ from torch.utils.data import default_collate
 from tests.soft_targets import crop_targets, made_up, patch_targets
 from tokenlabel.dataset import TokenTargets
 from tokenlabel.supervise import MixedTargets, TokenLabelLoss, mix_labels, mix_targets
-from tokenlabel.supervise import cross_entropy as sparse
 
 B, N, K, C = 4, 9, 5, 30
 Targets = TokenTargets | MixedTargets
@@ -107,36 +104,28 @@ def test_gradcheck_entry_by_entry() -> None:
     assert torch.autograd.gradcheck(lambda *given: loss(*given, targets), exact)
 
 
-@given(
-    st.integers(1, 4), st.integers(1, 12), st.integers(1, 6), st.integers(0, 99), st.integers(6, 9)
-)
-@settings(max_examples=25, deadline=None)
-def test_any_shape_in_any_pieces(batch: int, patches: int, k: int, seed: int, size: int) -> None:
-    """Values and gradients do not depend on how the logits are cut up, nor on their strides."""
-    targets = made_up(batch, patches, C, k, seed)
-    g = torch.Generator().manual_seed(seed)
-    wide = torch.randn(batch, patches + 1, C, generator=g)
-    cls_logits, patch_logits = wide[:, 0], wide[:, 1:].detach().requires_grad_()
-    whole = TokenLabelLoss()(cls_logits, patch_logits, targets)
-    (whole_gradient,) = torch.autograd.grad(whole, patch_logits)
-    usual = sparse._PIECE_OF_THREAD
-    try:
-        sparse._PIECE_OF_THREAD = 1 << size  # from half a row to two
-        cut = TokenLabelLoss()(cls_logits, patch_logits, targets)
-        (cut_gradient,) = torch.autograd.grad(cut, patch_logits)
-    finally:
-        sparse._PIECE_OF_THREAD = usual
-    torch.testing.assert_close(cut, whole)
-    torch.testing.assert_close(cut_gradient, whole_gradient)
+def test_strided_logits() -> None:
+    targets = made_up(B, N, C, K)
+    wide = torch.randn(B, N + 1, C)
+    given_logits = [wide[:, 0], wide[:, 1:].detach().requires_grad_()]
+    packed = [part.detach().clone().requires_grad_() for part in given_logits]
+    losses = [TokenLabelLoss()(*pair, targets) for pair in (given_logits, packed)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(
+        *(
+            torch.autograd.grad(loss, pair[1])
+            for loss, pair in zip(losses, (given_logits, packed), strict=True)
+        )
+    )
 
 
-def test_large_case_is_cut_up() -> None:
-    pieces = sparse._pieces(torch.empty(3, 196, 21841, device="cpu"))
-    assert len(pieces) > 3
-    seen = torch.zeros(3, 196)
-    for piece in pieces:
-        seen[piece] += 1
-    assert bool((seen == 1).all())
+def test_a_second_backward_pass_over_a_retained_graph() -> None:
+    """The first one uses up what the forward pass kept."""
+    cls_logits, patch_logits = logits(torch.float32)
+    loss = TokenLabelLoss()(cls_logits, patch_logits, made_up(B, N, C, K))
+    first = torch.autograd.grad(loss, patch_logits, retain_graph=True)
+    second = torch.autograd.grad(loss, patch_logits)
+    assert torch.equal(first[0], second[0])
 
 
 def test_a_class_listed_twice_has_the_sum() -> None:
