@@ -1,4 +1,5 @@
-/* Averages of a score map's probabilities over patches, and the k largest of each.
+/* Averages of a score map's probabilities over patches, and the k largest of each; and two small
+ * loops over stored maps.
  *
  * The same as the NumPy functions of sampling.py and merging.py, which stay the reference (tests
  * compare the two) and do the work where this module was not compiled. Only for speed: a patch shows
@@ -487,6 +488,34 @@ static PyObject *merge_usable(PyObject *self, PyObject *args)
     return PyBool_FromLong(good);
 }
 
+/* Items of `width` bytes from all their first bytes, then all their second bytes and so on. */
+static PyObject *merge_unshuffle(PyObject *self, PyObject *args)
+{
+    Py_buffer from, to;
+    Py_ssize_t width, count, i, j;
+    if (!PyArg_ParseTuple(args, "y*w*n", &from, &to, &width))
+        return NULL;
+    if (width > 0 && from.len == to.len && from.len % width == 0) {
+        const unsigned char *source = from.buf;
+        unsigned char *target = to.buf;
+        count = from.len / width;
+        if (width == 2)
+            for (i = 0; i < count; i++) {
+                target[2 * i] = source[i];
+                target[2 * i + 1] = source[count + i];
+            }
+        else
+            for (j = 0; j < width; j++)
+                for (i = 0; i < count; i++)
+                    target[i * width + j] = source[j * count + i];
+    } else
+        PyErr_SetString(PyExc_ValueError, "arrays that do not fit together");
+    PyBuffer_Release(&from), PyBuffer_Release(&to);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"upright", merge_upright, METH_VARARGS,
      "upright(scores, classes, rest, out_classes, out_probs, out_rest, out_weight, k, along_y, "
@@ -496,6 +525,8 @@ static PyMethodDef methods[] = {
      "weights, offsets, share)\n\nAverages with given weights of single cells."},
     {"usable", merge_usable, METH_VARARGS,
      "usable(scores, rest, k)\n\nWhether each cell has a finite logit, and none NaN or +inf."},
+    {"unshuffle", merge_unshuffle, METH_VARARGS,
+     "unshuffle(data, out, width)\n\nUndo HDF5's byte shuffle of items of `width` bytes."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
+from tokenlabel.dataset import native
+
 # The same interface; faster. Never for writing, as its bytes are others.
 _inflate: Any = import_module("isal.isal_zlib" if find_spec("isal") else "zlib")
 
@@ -116,9 +118,12 @@ class ChunkCodec(NamedTuple):
         if not self.shuffle:
             return np.ndarray(self.shape, self.dtype, bytearray(plain))
         whole, width = bytearray(self.nbytes), self.dtype.itemsize
-        count = self.nbytes // width
-        for byte in range(width):  # slices of a bytearray: faster than NumPy at this size
-            whole[byte::width] = plain[byte * count : (byte + 1) * count]
+        if native.compiled is not None:
+            native.compiled.unshuffle(plain, whole, width)
+        else:
+            count = self.nbytes // width
+            for byte in range(width):  # slices of a bytearray: faster than NumPy at this size
+                whole[byte::width] = plain[byte * count : (byte + 1) * count]
         return np.ndarray(self.shape, self.dtype, whole)
 
 

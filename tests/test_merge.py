@@ -166,3 +166,18 @@ def test_what_is_usable(dtype: str, score: float, other: float) -> None:
         assert _usable(scores, rest) == usable
         patch.setattr(native, "compiled", None)
         assert _usable(scores, rest) == usable
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", "<u4", "<u8"])
+@pytest.mark.parametrize("count", [0, 1, 2, 77])
+def test_unshuffle(dtype: str, count: int) -> None:
+    items = np.random.default_rng(0).integers(0, 255, (count, np.dtype(dtype).itemsize), "u1")
+    out = bytearray(items.size)
+    assert native.compiled is not None
+    native.compiled.unshuffle(items.T.tobytes(), out, items.shape[1])
+    assert out == items.tobytes()
+    for width in (0, 3, 5):
+        with pytest.raises(ValueError, match="fit"):
+            native.compiled.unshuffle(bytes(8), bytearray(8), width)
+    with pytest.raises(ValueError, match="fit"):
+        native.compiled.unshuffle(bytes(8), bytearray(6), 2)
