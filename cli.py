@@ -1,12 +1,11 @@
 """Command line of tokenlabel: `python cli.py COMMAND` or `tokenlabel COMMAND`.
 
-Parses, calls, prints; the work is done in tokenlabel.annotate and tokenlabel.dataset. Exit status
-0: done; 1: done with too many errors, or a check failed; 2: bad usage or configuration; 130:
-stopped by Ctrl-C or SIGTERM.
+Parses, calls, prints; the work is done in tokenlabel.annotate and tokenlabel.inspection, whose
+commands are in its own cli.py. Exit status 0: done; 1: done with too many errors, or a check
+failed; 2: bad usage or configuration; 130: stopped by Ctrl-C or SIGTERM.
 """
 
 import importlib.util
-import json
 import logging
 import os
 import shlex
@@ -47,7 +46,8 @@ from rich.logging import RichHandler
 
 from tokenlabel.annotate.config import AnnotateConfig, load_config
 from tokenlabel.annotate.errors import ConfigError
-from tokenlabel.dataset.errors import FormatError, TokenLabelError
+from tokenlabel.dataset.errors import TokenLabelError
+from tokenlabel.inspection.cli import compare_labels, inspect_labels
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -187,47 +187,8 @@ def _stop_on_signals() -> threading.Event:
     return stopped
 
 
-@main.command("inspect-labels")
-@click.argument("labels", default="labels", type=click.Path(path_type=Path))
-@click.option("--key", help="Show the map of one image: its path relative to the split.")
-@click.option("--all", "everything", is_flag=True, help="Read every map, not a sample.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect_labels(labels: Path, key: str | None, everything: bool, as_json: bool) -> None:
-    """Summarise the label maps in LABELS (default: labels), or show one image's map.
-
-    \b
-    Examples:
-      python cli.py inspect-labels
-      python cli.py inspect-labels labels/train --key n02108422/imagenet_00_243.jpg
-    """
-    from tokenlabel.annotate import inspect
-
-    splits = inspect.find_splits(labels)
-    console = Console(emoji=False, highlight=False)
-    if key is not None:
-        facts = inspect.map_facts(inspect.find_key(splits, key), key)
-        if as_json:
-            click.echo(json.dumps(facts))
-        else:
-            inspect.print_map(facts, console)
-        return
-    summaries, faults = [], []
-    for split in splits:
-        try:
-            summaries.append(inspect.summarise(split, everything))
-        except FormatError as error:  # of one split; the others are worth a look all the same
-            faults.append(f"Error: {error}")
-    if as_json:
-        click.echo(json.dumps(summaries, indent=2))
-    else:
-        for facts in summaries:
-            inspect.print_summary(facts, console)
-        if summaries:
-            click.echo("One image: python cli.py inspect-labels --key KEY; for programs: --json")
-    for fault in faults:
-        click.echo(fault, err=True)
-    if faults:
-        sys.exit(1)
+main.add_command(inspect_labels)
+main.add_command(compare_labels)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def test_wheel_and_sdist_hold_what_they_must(tmp_path: Path) -> None:
         "tokenlabel/configs/nfnet_f6.yaml",
         "tokenlabel/dataset/store.py",
         "tokenlabel/annotate/job.py",
+        "tokenlabel/inspection/page_assets/page.html",
     } <= names
     if shutil.which("cc"):
         assert any(name.startswith("tokenlabel/dataset/_merge.") for name in names)

@@ -1,0 +1,127 @@
+"""What looking at a huge split costs: time and memory of `inspect-labels`, the process's own.
+
+    python benchmarks/summary.py --labels labels/train
+
+Makes splits of 40,960 and of 1,281,167 rows, ImageNet's training split, from the maps of `--labels`
+over and over, with ImageNet's keys, and summarises each, sampled. `--work` keeps them for the next
+time; with maps of 10 x 10 patches and k = 10 they take 4 GB. They are not for `--verify`: the
+digests in the shards' headers are those of the first shard.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+from timm.data import ImageNetInfo
+
+from tokenlabel.dataset import LabelStore
+from tokenlabel.dataset.index import build_index
+from tokenlabel.dataset.shard import MAPS, ShardLayout, shard_name, write_shard
+
+SHARD = 4096
+ROWS = (10 * SHARD, 1_281_167)
+#: Its own account of its memory: what the system tells a parent includes that of the parent.
+CODE = """
+import sys
+from tokenlabel.cli import main
+main(sys.argv[1:], standalone_mode=False)
+(line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(line, file=sys.stderr)
+"""
+
+
+def imagenet_keys(count: int) -> list[str]:
+    """Keys as ImageNet's training split has them, sorted."""
+    names = sorted(ImageNetInfo("imagenet-1k").label_names())
+    many = -(-count // len(names))
+    return [f"{name}/{name}_{10000 + n}.JPEG" for name in names for n in range(many)][:count]
+
+
+def write_first(path: Path, store: LabelStore, keys: list[str], shards: int) -> None:
+    """A shard that repeats the maps of a store."""
+    entries = [store[row] for row in np.flatnonzero(~store.failed).tolist()]
+    rows = np.arange(len(keys)) % len(entries)
+    layout = ShardLayout(("identity",), store.grid, store.k, store.num_classes)
+    attrs = {
+        **{name: store.attrs[name] for name in ("teacher", "weights_digest", "label_space")},
+        "fingerprint": "f" * 64,
+        "extent": [0.0, 0.0, 1.0, 1.0],
+        "shards": shards,
+        "class_names": store.attrs["class_names"],
+        "shard": 0,
+        "first_row": 0,
+        **{"labelled": len(rows), "top1": len(rows) // 2, "top5": len(rows), "mass": 0.5},
+    }
+    labels = np.array([entry.label for entry in entries])[rows]
+    with write_shard(path, layout, keys, labels, attrs) as writer:
+        writer.append(
+            *(np.stack([getattr(e, n)[:1] for e in entries])[rows] for n in MAPS),
+            np.array([entry.size for entry in entries])[rows],
+            np.arange(len(rows), dtype=np.uint64),
+            [""] * len(rows),
+        )
+
+
+def write_split(root: Path, store: LabelStore, count: int) -> None:
+    """A split of `count` rows: copies of one shard, each with its own keys and place."""
+    root.mkdir(parents=True)
+    keys, shards = imagenet_keys(count), -(-count // SHARD)
+    first = root / shard_name(0, shards)
+    write_first(first, store, keys[:SHARD], shards)
+    for number in range(1, shards):
+        part = keys[number * SHARD : (number + 1) * SHARD]
+        path = root / shard_name(number, shards)
+        if len(part) < SHARD:
+            write_first(path, store, part, shards)
+        else:
+            shutil.copyfile(first, path)
+        with h5py.File(path, "r+") as file:
+            file["key"][:] = np.array([key.encode() for key in part], file["key"].dtype)
+            file.attrs["shard"], file.attrs["first_row"] = number, number * SHARD
+    build_index(root)
+
+
+def measure(root: Path) -> tuple[float, float]:
+    """Seconds, and MB at the most, of a process that prints the summary."""
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, "inspect-labels", str(root)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return time.perf_counter() - begin, int(done.stderr.split()[-2]) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--labels", type=Path, default=Path("labels/train"))
+    parser.add_argument("--work", type=Path, help="folder for the splits (default: a temporary)")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        work = options.work or Path(name)
+        store = LabelStore(options.labels)
+        roots = {count: work / f"{count}-rows" for count in ROWS}
+        for count, root in roots.items():
+            if not root.exists():
+                write_split(root, store, count)
+        print(f"maps of {store.grid[0]} x {store.grid[1]} patches, k = {store.k}\n")
+        print("| rows | seconds, median | MB, most |\n|---|---|---|")
+        found: dict[int, list[tuple[float, float]]] = {count: [] for count in ROWS}
+        for _ in range(options.rounds):
+            for count, root in roots.items():
+                found[count].append(measure(root))
+        for count, runs in found.items():
+            seconds, memory = np.median(runs, 0)[0], max(run[1] for run in runs)
+            print(f"| {count:,} | {seconds:.1f} | {memory:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Facts about a split, for a person to decide whether it is good."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenlabel.dataset.errors import FormatError
+from tokenlabel.dataset.shard import Shard
+from tokenlabel.dataset.store import LabelStore
+from tokenlabel.inspection.names import ClassNames
+from tokenlabel.inspection.statistics import MapStatistics
+
+#: Maps read for the statistics of patches, unless all are asked for.
+SAMPLE_IMAGES = 5000
+#: A class is over-predicted when it is on top this many times as often as images have the label.
+TIMES = 5.0
+_LISTED = 10
+_BLOCK = 64
+_MOST_CLASSES = 1 << 24  # a damaged header must not ask for all memory
+_COUNTS = ("labelled", "top1", "top5", "mass", "errors")
+#: Attributes that differ from shard to shard, or that are facts of their own.
+_OWN = ("first_row", "shard", "sha256", "format", "version", *_COUNTS)
+Watch = Callable[[int, int], None]
+
+
+def summarise(
+    root: Path, everything: bool = False, watch: Watch = lambda *_: None
+) -> dict[str, Any]:
+    """Facts about a split, as JSON-able values.
+
+    Accuracy, errors and top-k mass come from the shards' headers, hence from all images; what
+    depends on single patches comes from `sampled` images, evenly spaced over the split. Memory
+    does not grow with the split.
+
+    Args:
+        root: folder of the split.
+        everything: read every map.
+        watch: called with (maps read, maps to read).
+
+    Raises:
+        FormatError: the split is damaged or incomplete, or lacks the statistics of its shards.
+    """
+    store = LabelStore(root)
+    if store.num_classes > _MOST_CLASSES:
+        raise FormatError(f"{root}: at most {_MOST_CLASSES} classes, got {store.num_classes}")
+    totals, reasons, nbytes, shards = _headers(store)
+    rows, labelled = len(store), totals["labelled"]
+    failed = store.failed
+    good = rows - int(failed.sum())
+    picked = _pick(failed, good, everything)
+    found = _statistics(store, picked, watch)
+    names = ClassNames(store.attrs.get("class_names"))
+    attrs = {key: value for key, value in store.attrs.items() if key != "class_names"}
+    never = np.flatnonzero(found.top == 0)
+    return {
+        "folder": str(root),
+        "attrs": {key: value for key, value in attrs.items() if key not in _OWN},
+        "preprocessing": _object(attrs.get("preprocessing")),
+        "libraries": _object(attrs.get("libraries")),
+        "images": rows,
+        "errors": totals["errors"],
+        "error_reasons": reasons,
+        "error_list": [[store.keys[row], store.error(row)] for row in _first(failed)],
+        "shards": shards,
+        "grid": list(store.grid),
+        "k": store.k,
+        "views": list(store.views),
+        "num_classes": store.num_classes,
+        "labelled": labelled,
+        "teacher_top1": totals["top1"] / labelled if labelled else None,
+        "teacher_top5": totals["top5"] / labelled if labelled else None,
+        "topk_mass": totals["mass"] / good if good else None,
+        "bytes": nbytes,
+        "bytes_per_image": nbytes / rows,
+        "sampled": len(picked),
+        "patches_with_label_on_top": (
+            found.hits / found.labelled_patches if found.labelled_patches else None
+        ),
+        "topk_mass_of_patches": found.mass.facts(),
+        "topk_mass_histogram": found.mass.chart(),
+        "entropy": found.entropy.facts(),
+        "entropy_histogram": found.entropy.chart(),
+        "distinct_classes": found.distinct.facts(),
+        "distinct_classes_histogram": found.distinct.chart(),
+        "frequent_classes": _named(found.frequent(_LISTED), names),
+        "overpredicted_classes": _named(found.overpredicted(TIMES, _LISTED), names),
+        "never_on_top": len(never),
+        "never_on_top_list": [{"class": c, "name": names[c]} for c in never[:_LISTED].tolist()],
+        "never_listed": int((~found.listed).sum()),
+        "sampled_with_label": found.labelled,
+        "images_without_their_label": found.misses,
+        "images_without_their_label_list": [
+            {
+                "key": store.keys[row],
+                "label": int(store.labels[row]),
+                "label_name": names[int(store.labels[row])],
+                "class": class_id,
+                "name": names[class_id],
+                "share": share,
+            }
+            for row, class_id, share in found.suspects()
+        ],
+    }
+
+
+def _headers(store: LabelStore) -> tuple[dict[str, Any], dict[str, int], int, int]:
+    """Sums over the headers, errors by reason, bytes and number of the shards."""
+    totals: dict[str, Any] = dict.fromkeys(_COUNTS, 0)
+    reasons: Counter[str] = Counter()
+    paths = store.shards
+    for path in paths:
+        with Shard(path) as shard:
+            if missing := {*_COUNTS} - shard.attrs.keys():
+                raise FormatError(
+                    f"{path}: the header lacks {', '.join(sorted(missing))}. Remedy: none is "
+                    "needed to train with these labels; their writer counted nothing to summarise"
+                )
+            for name in _COUNTS:
+                value = shard.attrs[name]
+                if not isinstance(value, int | float):
+                    raise FormatError(f"{path}: {name} must be a number, got {value!r}")
+                totals[name] += value
+            if shard.attrs["errors"]:
+                # Numbers in them (bytes, pixels) would make a reason of each image.
+                texts = (re.sub(r"\d+", "N", text) for text in shard.texts("error") if text)
+                reasons.update(texts)
+                reasons = Counter(dict(reasons.most_common(1000)))
+    nbytes = sum(path.stat().st_size for path in paths)
+    return totals, dict(reasons.most_common()), nbytes, len(paths)
+
+
+def _object(text: Any) -> dict[str, Any]:
+    """A JSON object; empty for anything else."""
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _pick(failed: np.ndarray, good: int, everything: bool) -> np.ndarray:
+    """Rows to read, those without a map left out."""
+    if everything or good <= SAMPLE_IMAGES:
+        return np.flatnonzero(~failed)
+    rows = np.linspace(0, len(failed) - 1, SAMPLE_IMAGES).astype(int)
+    picked: np.ndarray = rows[~failed[rows]]
+    return picked
+
+
+def _first(flags: np.ndarray) -> list[int]:
+    rows: list[int] = np.flatnonzero(flags)[:_LISTED].tolist()
+    return rows
+
+
+def _statistics(store: LabelStore, rows: np.ndarray, watch: Watch) -> MapStatistics:
+    comparable = store.attrs.get("label_space") == "teacher"
+    found = MapStatistics(store.grid, store.num_classes, comparable)
+    for start in range(0, len(rows), _BLOCK):
+        part = rows[start : start + _BLOCK].tolist()
+        found.add(part, [store[row] for row in part])
+        watch(start + len(part), len(rows))
+    return found
+
+
+def _named(classes: list[dict[str, Any]], names: ClassNames) -> list[dict[str, Any]]:
+    return [{**entry, "name": names[entry["class"]]} for entry in classes]

@@ -1,0 +1,220 @@
+"""The summary of a split, and how well crops of its maps agree with the teacher."""
+
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.jobs import config
+from tests.maps import write_split
+from tokenlabel.annotate import annotate
+from tokenlabel.cli import main
+from tokenlabel.dataset.errors import FormatError
+from tokenlabel.dataset.shard import ShardLayout
+from tokenlabel.dataset.store import LabelStore
+from tokenlabel.inspection import summary
+from tokenlabel.inspection.agreement import SCALES, dense, measure_agreement
+from tokenlabel.inspection.names import ClassNames
+from tokenlabel.inspection.statistics import Histogram, LogHistogram
+from tokenlabel.inspection.summary import summarise
+
+COUNTS = {"labelled": 8, "top1": 4, "top5": 6, "mass": 4.0}
+
+
+@pytest.fixture(scope="session")
+def labels(sample: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Path:
+    """Labels of the sample's 4 validation pictures by the real job, with 3 x 3 maps."""
+    out = tmp_path_factory.mktemp("inspect")
+    annotate(config(sample, out, split="val", input_size=96, k=5))
+    return out / "val"
+
+
+def invoke(*command: object, code: int = 0) -> str:
+    result = CliRunner().invoke(main, [str(word) for word in command])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def made_up(folder: Path, rows: int, **more: object) -> Path:
+    layout = ShardLayout(("identity",), (3, 4), 4, 50)
+    keys = [f"{n:05d}.jpg" for n in range(rows)]
+    write_split(folder, keys, layout, 8, label_space="teacher", **(COUNTS | more))
+    return folder
+
+
+def test_statistics_are_those_of_a_plain_loop(tmp_path: Path) -> None:
+    """Over all patches, dense, one by one."""
+    facts = summarise(made_up(tmp_path, 21))
+    store = LabelStore(tmp_path)
+    mass, entropy, top, distinct, missing, hits = [], [], [], [], [], 0
+    for key in store.keys:
+        entry = store[key]
+        best = entry.classes[0, ..., 0]
+        top += best.ravel().tolist()
+        distinct.append(len({*best.ravel().tolist()}))
+        hits += int((best == entry.label).sum())
+        if entry.label not in entry.classes[0]:
+            missing.append(key)
+        for scores, rest in zip(entry.scores[0].reshape(-1, 4), entry.rest[0].ravel(), strict=True):
+            logits = np.array([*scores, rest], float)
+            probs = np.exp(logits) / np.exp(logits).sum()
+            mass.append(probs[:4].sum())
+            whole = np.array([*probs[:4], *[probs[4] / 46] * 46])
+            entropy.append(-(whole * np.log(whole)).sum())
+    assert facts["sampled"] == facts["images"] == 21
+    assert facts["topk_mass_of_patches"]["mean"] == pytest.approx(np.mean(mass), abs=1e-4)
+    assert facts["topk_mass_of_patches"]["p50"] == pytest.approx(np.median(mass), abs=2e-3)
+    assert facts["entropy"]["mean"] == pytest.approx(np.mean(entropy), abs=1e-3)
+    assert facts["distinct_classes"]["mean"] == pytest.approx(np.mean(distinct))
+    assert facts["distinct_classes"]["p50"] == np.median(distinct)
+    assert facts["patches_with_label_on_top"] == pytest.approx(hits / (21 * 12))
+    counts = np.bincount(top, minlength=50)
+    first = facts["frequent_classes"][0]
+    assert first["share"] == counts.max() / len(top) and counts[first["class"]] == counts.max()
+    assert facts["never_on_top"] == (counts == 0).sum()
+    assert facts["images_without_their_label"] == len(missing)
+    listed = facts["images_without_their_label_list"]
+    assert {entry["key"] for entry in listed} == {*missing}
+    assert [e["share"] for e in listed] == sorted((e["share"] for e in listed), reverse=True)
+    for chart in ("topk_mass_histogram", "entropy_histogram"):
+        assert sum(facts[chart]["counts"]) == 21 * 12
+        assert len(facts[chart]["edges"]) == len(facts[chart]["counts"]) + 1
+
+
+def test_large_sets_are_sampled_evenly_unless_all_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(summary, "SAMPLE_IMAGES", 10)
+    made_up(tmp_path, 21)
+    assert summarise(tmp_path)["sampled"] == 10
+    seen: list[tuple[int, int]] = []
+    facts = summarise(tmp_path, True, lambda done, total: seen.append((done, total)))
+    assert facts["sampled"] == 21 and seen[-1] == (21, 21)
+    assert "a sample of 10 images; --all reads every one" in invoke("inspect-labels", tmp_path)
+    assert "all 21 images" in invoke("inspect-labels", tmp_path, "--all")
+
+
+def test_errors_are_counted_by_reason_and_named(tmp_path: Path) -> None:
+    layout = ShardLayout(("identity",), (2, 2), 3, 50)
+    keys = [f"{n:02d}.jpg" for n in range(20)]
+    errors = {key: f"truncated after {n} bytes" for n, key in enumerate(keys[:12])}
+    errors[keys[15]] = "not an image"
+    write_split(tmp_path, keys, layout, 8, errors=errors, **COUNTS)
+    facts = summarise(tmp_path)
+    assert facts["error_reasons"] == {"truncated after N bytes": 12, "not an image": 1}
+    assert facts["error_list"] == [[key, errors[key]] for key in keys[:10]]
+    text = invoke("inspect-labels", tmp_path)
+    assert "20 in 3 shards, 13 errors" in text and "and 3 more errors" in text
+
+
+def test_a_split_without_a_single_map_has_a_summary(tmp_path: Path) -> None:
+    layout = ShardLayout(("identity",), (2, 2), 3, 50)
+    write_split(tmp_path, ["a.jpg"], layout, errors={"a.jpg": "empty"}, **COUNTS)
+    facts = summarise(tmp_path)
+    assert facts["sampled"] == 0 and facts["entropy"] is None
+    json.dumps(facts, allow_nan=False)
+    assert "no map 'a.jpg': empty" in invoke("inspect-labels", tmp_path)
+
+
+def test_damaged_values_end_in_a_message(tmp_path: Path) -> None:
+    made_up(tmp_path, 8)
+    (path,) = tmp_path.glob("shard-*")
+    with h5py.File(path, "r+") as file:
+        file["scores"][3, 0, 0, 0, 0] = np.nan
+    with pytest.raises(FormatError, match="row 3 holds NaN"):
+        summarise(tmp_path)
+    made_up(tmp_path / "other", 8, mass="much")
+    with pytest.raises(FormatError, match="mass must be a number, got 'much'"):
+        summarise(tmp_path / "other")
+
+
+def test_hostile_names_are_not_markup(tmp_path: Path) -> None:
+    made_up(tmp_path, 8, teacher="[red]x[/nothing]", class_names=[f"[b]{n}[/x]" for n in range(50)])
+    text = invoke("inspect-labels", tmp_path)
+    assert "[red]x[/nothing]" in text and "[b]" in text
+
+
+def test_class_names() -> None:
+    names = ClassNames(["n02108422", "tench, a fish"])
+    assert (names[0], names[1], names[2]) == ("bull mastiff", "tench, a fish", "2")
+    assert ClassNames(None)[7] == "7"
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=200), st.floats(0.01, 0.99))
+def test_quantiles_are_within_a_bin(values: list[float], share: float) -> None:
+    array = np.array(values)
+    histogram, logarithmic = Histogram(1.0), LogHistogram()
+    histogram.add(array)
+    logarithmic.add(array)
+    want = np.sort(array)[max(int(np.ceil(share * len(array))) - 1, 0)]
+    assert histogram.quantile(share) == pytest.approx(want, abs=1.1e-3)
+    assert logarithmic.quantile(share) == pytest.approx(want, rel=0.014, abs=1e-9)
+
+
+def test_agreement_of_the_stored_map_is_the_cost_of_storage(labels: Path, sample: Path) -> None:
+    """The only row whose value is known: the map and what the teacher says are of one picture."""
+    result = measure_agreement(labels, 2, sample)
+    assert result["images"] == 2 and result["teacher"] == "tf_efficientnet_lite0"
+    rows = {(tuple(row["scale"]), row["view"]): row for row in result["rows"]}
+    assert len(rows) == 2 * len(SCALES) + 1
+    stored = rows[SCALES[0], "stored"]
+    assert stored["top1"] >= 0.9, "but for ties of float16"
+    assert 0 < stored["kl"] < rows[SCALES[0], "direct"]["kl"] < stored["kl_whole"] + 0.5
+    assert stored["kl"] < min(
+        row["kl"] for key, row in rows.items() if key != (SCALES[0], "stored")
+    )
+    assert all(0 <= row["top1"] <= 1 and row["crops"] == 2 for row in rows.values())
+    assert measure_agreement(labels, 2, sample) == result, "the seed decides"
+    assert measure_agreement(labels, 2, sample, seed=1) != result
+
+
+def test_with_all_classes_stored_nothing_is_lost(sample: Path, tmp_path: Path) -> None:
+    """KL of the stored map is then float16's rounding alone."""
+    annotate(config(sample, tmp_path, split="val", k=1000))
+    rows = measure_agreement(tmp_path / "val", 1, sample)["rows"]
+    assert rows[0]["view"] == "stored" and rows[0]["kl"] < 1e-5 and rows[0]["top1"] == 1
+
+
+def test_agreement_in_a_terminal_and_as_json(labels: Path, sample: Path) -> None:
+    command = ("inspect-labels", labels, "--agreement", 1, "--images", sample)
+    text = invoke(*command)
+    assert "stored" in text and "mirrored" in text and "8% to 20%" in text
+    (result,) = json.loads(invoke(*command, "--json"))
+    assert result["images"] == 1
+
+
+def test_agreement_finds_the_teacher_or_says_what_is_missing(
+    labels: Path, sample: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "other.pth"
+    import timm
+
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), state)
+    command = ("inspect-labels", labels, "--agreement", 1)
+    text = invoke(*command, "--images", sample, "--weights", state, code=2)
+    assert "these weights have the digest" in text and "--weights" in text
+    assert "--images" in invoke(*command, "--images", tmp_path, code=2)
+    images = Path(shutil.copytree(sample / "val", tmp_path / "val"))
+    for path in images.rglob("*.jpg"):
+        path.write_bytes(path.read_bytes() + b"\0")
+    assert "must be the picture that was annotated" in invoke(*command, "--images", images, code=1)
+    made_up(tmp_path / "made", 8)
+    assert "only labels of `annotate`" in invoke(
+        "inspect-labels", tmp_path / "made", "--agreement", 1, "--images", sample, code=1
+    )
+
+
+def test_dense_targets_sum_to_one() -> None:
+    classes = torch.tensor([[3, 1], [2, 0]])
+    probs, rest = torch.tensor([[0.5, 0.25], [1.0, 0.0]]), torch.tensor([0.25, 0.0])
+    whole = dense(classes, probs, rest, 5)
+    torch.testing.assert_close(whole.sum(1), torch.ones(2))
+    torch.testing.assert_close(whole[0], torch.tensor([0.25 / 3, 0.25, 0.25 / 3, 0.5, 0.25 / 3]))

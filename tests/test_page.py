@@ -1,0 +1,517 @@
+"""The page in a real browser: it shows what the label set holds, and nothing gets in or out."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.jobs import config
+from tests.maps import write_split
+from tests.pictured import GRID, painted, painted_map, write_store
+from tokenlabel.annotate import annotate
+from tokenlabel.annotate.errors import ConfigError, OutputError
+from tokenlabel.dataset import FormatError, LabelStore, MissingMapError
+from tokenlabel.dataset.shard import ShardLayout
+from tokenlabel.inspection.names import ClassNames
+from tokenlabel.inspection.page import PageReport, save_page
+from tokenlabel.inspection.page_data import PICTURE_BYTES, SplitData, jpeg
+from tokenlabel.inspection.picture_files import PictureError
+from tokenlabel.inspection.picture_map import patch_map, viridis
+
+playwright = pytest.importorskip("playwright.sync_api")
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+browser_needed = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+#: What people can call their files. The first is in folders called `<` and `script><script>…<`.
+HOSTILE = [
+    "</script><script>alert(1)</script>.jpg",
+    "<img src=x onerror=alert(1)>.jpg",
+    "<!--<script>.jpg",
+    "\"'`&amp;${alert(1)}.jpg",
+    "two\nlines\u2028.jpg",
+    "left\u202egpj.exe.jpg",
+    "100%41#?a=b&c.jpg",
+    f"{'long' * 60}.jpg",
+    "javascript:alert(1).jpg",
+]
+MASTIFF = "n02108422/imagenet_00_243.jpg"
+
+
+@pytest.fixture(scope="module")
+def data(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample, and pictures with hostile names, one of them wide, and one that is broken."""
+    data = tmp_path_factory.mktemp("page") / "data"
+    shutil.copytree(sample / "train", data / "train")
+    wide = data / "train" / "n02108422" / "wide.png"
+    wide.write_bytes(painted((420, 90)))
+    for number, name in enumerate(HOSTILE):
+        target = data / "train" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(painted((60 + number, 80)))
+    (data / "train" / "broken <b>.jpg").touch()
+    return data
+
+
+@pytest.fixture(scope="module")
+def stores(data: Path, ray_here: None) -> list[LabelStore]:
+    """A split of 3 x 5 patches, and one of 4 x 6 over a part of each picture, other classes."""
+    out = data.parent / "labels"
+    annotate(config(data, out, input_size=[96, 160], max_errors=1))
+    pictures = {f"painted/{side}.png": painted((side, 90)) for side in (80, 200, 400)}
+    val = write_store(out / "val", data / "val", pictures, extent=[0.2, 0.1, 0.9, 1.0])
+    return [LabelStore(out / "train"), val]
+
+
+@pytest.fixture(scope="module")
+def report(stores: list[LabelStore], data: Path) -> PageReport:
+    return save_page(stores, data.parent / "page.html", data)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as engine:
+        chromium = engine.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+class Watched:
+    """A page in a context of its own, and whatever it should not have said or asked for."""
+
+    def __init__(self, browser: Any, report: PageReport, **options: Any) -> None:
+        self.context = browser.new_context(
+            **{"viewport": {"width": 1300, "height": 850}, **options}
+        )
+        self.context.set_offline(True)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.faults: list[str] = []
+        self.url = report.path.as_uri()
+        self.page.on("console", lambda message: self.faults.append(message.text))
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.faults.append("dialog"), dialog.dismiss()))
+        self.page.on("request", self._request)
+        self.page.goto(self.url)
+        self.page.wait_for_selector(".card")
+
+    def _request(self, request: Any) -> None:
+        if not request.url.startswith(("data:", self.url)):
+            self.faults.append(request.url)
+
+    def open(self, key: str) -> None:
+        """Open an image by its card, as a person would who searches for it."""
+        self.page.fill("#search", key)
+        self.page.locator(".card").first.click()
+        self.page.wait_for_selector("#viewer[open]")
+
+    def keys(self) -> list[str]:
+        """Of the images in the gallery, as it shows them."""
+        return [title.partition("/")[2] for title in self.titles()]
+
+    def titles(self) -> list[str]:
+        found = self.page.locator(".card .name").all()
+        return [name.get_attribute("title") for name in found]
+
+
+@pytest.fixture
+def watch(browser: Any, report: PageReport) -> Iterator[Any]:
+    opened: list[Watched] = []
+
+    def start(**options: Any) -> Watched:
+        opened.append(Watched(browser, report, **options))
+        return opened[-1]
+
+    yield start
+    for watched in opened:
+        watched.context.close()
+    assert [watched.faults for watched in opened] == [[] for _ in opened]
+
+
+def probabilities(store: LabelStore, key: str, row: int, column: int) -> list[tuple[str, float]]:
+    """(name, probability) of a patch, from the stored logits themselves."""
+    entry, names = store[key], ClassNames(store.attrs.get("class_names"))
+    logits = np.append(entry.scores[0, row, column], entry.rest[0, row, column]).astype("f8")
+    chances = np.exp(logits) / np.exp(logits).sum()
+    ids = entry.classes[0, row, column].tolist()
+    return [(names[class_id], chance) for class_id, chance in zip(ids, chances, strict=False)]
+
+
+def check_patch(page: Any, store: LabelStore, key: str, row: int, column: int) -> None:
+    """What the page tells of a patch is what the label set holds."""
+    assert page.inner_text("#patch-title") == f"Patch in row {row + 1}, column {column + 1}"
+    want = probabilities(store, key, row, column)
+    lines = [line.split("\n") for line in page.locator("#patch li").all_inner_texts()]
+    assert len(lines) == len(want) + 1
+    for (name, chance), (shown, percent) in zip(want, lines, strict=False):
+        assert re.sub(r" \(\d+\)$", "", shown) == name
+        assert float(percent.strip("<%")) == pytest.approx(100 * chance, abs=0.11)
+    rest = 100 * (1 - sum(chance for _, chance in want))
+    assert lines[-1][0] == f"{store.num_classes - store.k} other classes together"
+    assert float(lines[-1][1].strip("<%")) == pytest.approx(rest, abs=0.15)
+    best = page.locator(".cell.here").get_attribute("aria-label")
+    assert best.startswith(f"row {row + 1}, column {column + 1}: {want[0][0]}")
+
+
+@browser_needed
+@pytest.mark.parametrize("key", [MASTIFF, "n02108422/wide.png", "painted/400.png"])
+def test_hovering_tells_the_patch_under_the_pointer(
+    watch: Any, stores: list[LabelStore], key: str
+) -> None:
+    (store,) = (store for store in stores if key in store)
+    watched = watch()
+    watched.open(key)
+    page = watched.page
+    box = page.locator("#picture").bounding_box()
+    width, height = store[key].size
+    assert box["width"] / box["height"] == pytest.approx(width / height, rel=0.02)
+    rows, columns = store.grid
+    x0, y0, x1, y1 = store[key].extent
+    assert rows != columns
+    for row, column in [(0, 0), (0, 4), (1, 3), (2, 1), (2, 4)]:
+        page.mouse.move(
+            box["x"] + (x0 + (column + 0.5) / columns * (x1 - x0)) * box["width"],
+            box["y"] + (y0 + (row + 0.5) / rows * (y1 - y0)) * box["height"],
+        )
+        check_patch(page, store, key, row, column)
+
+
+@browser_needed
+def test_keyboard_alone(watch: Any, stores: list[LabelStore]) -> None:
+    watched = watch()
+    page = watched.page
+    keys = watched.keys()
+    page.focus("#sort")
+    page.keyboard.press("Tab")  # the gallery is one stop
+    focused = "document.activeElement.querySelector('.name').title"
+    press = page.keyboard.press
+    assert page.evaluate(focused).endswith(keys[0])
+    press("ArrowRight")
+    press("ArrowRight")
+    press("ArrowLeft")
+    assert page.evaluate(focused).endswith(keys[1])
+    press("ArrowDown")
+    below = page.evaluate(
+        "[...document.querySelectorAll('#gallery li')].filter((item, i, all) =>"
+        " item.offsetTop === all[0].offsetTop).length"
+    )
+    assert page.evaluate(focused).endswith(keys[1 + below])
+    press("Home")
+    press("Enter")
+    page.wait_for_selector("#viewer[open]")
+    assert page.inner_text("#title") == keys[0].replace("\n", " ")
+    key = page.evaluate("location.hash")
+    press("n")
+    assert page.evaluate("location.hash") != key
+    press("p")
+    assert page.evaluate("location.hash") == key
+
+    press("n")
+    press("Escape")
+    assert not page.locator("#viewer").is_visible()
+    assert page.evaluate(focused).endswith(keys[1]), "the focus is on the image last seen"
+    watched.open(MASTIFF)
+    check_patch(page, stores[0], MASTIFF, 1, 2)  # it starts in the middle
+    for step, (row, column) in {
+        "ArrowUp": (0, 2),
+        "ArrowLeft": (0, 1),
+        "Home": (0, 0),
+        "ArrowDown": (1, 0),
+        "End": (1, 4),
+        "ArrowRight": (1, 4),  # the edge
+    }.items():
+        press(step)
+        check_patch(page, stores[0], MASTIFF, row, column)
+    frame = "getComputedStyle(document.activeElement, '::after').borderColor"
+    assert page.evaluate(frame) == "rgb(255, 212, 0)"
+    page.focus("#opacity")
+    page.keyboard.press("Tab")
+    style = "getComputedStyle(document.activeElement).outlineStyle"
+    assert page.evaluate(style) == "solid", "the focus is seen elsewhere too"
+
+
+@browser_needed
+def test_overlay_opacity_and_highlight(watch: Any, stores: list[LabelStore]) -> None:
+    watched = watch()
+    watched.open(MASTIFF)
+    page = watched.page
+    fills = "[...document.querySelectorAll('.cell i')].map((fill) => getComputedStyle(fill).{})"
+    best = stores[0][MASTIFF].classes[0, ..., 0].ravel()
+    colours = page.evaluate(fills.format("backgroundColor"))
+    frequent = {c for c in best.tolist() if (best == c).sum() > 1}
+    assert len({colours[i] for i in range(15) if best[i] in frequent}) == len(frequent)
+    for class_id in frequent:
+        assert len({colours[i] for i in np.flatnonzero(best == class_id)}) == 1
+    page.locator("#opacity").fill("80")
+    assert set(page.evaluate(fills.format("opacity"))) == {"0.8"}
+    page.keyboard.press("o")
+    assert set(page.evaluate(fills.format("opacity"))) == {"0"}
+    page.locator("input[value=mass]").check()
+    assert page.locator("#scale").is_visible()
+    for colour, value in zip(
+        page.evaluate(fills.format("backgroundColor")),
+        patch_map(stores[0][MASTIFF]).mass.ravel(),
+        strict=True,
+    ):
+        shown = np.array(re.findall(r"\d+", colour), int)
+        assert np.abs(shown - viridis(float(value))).max() <= 1
+    first = page.locator("#legend button").first
+    first.click()
+    assert first.get_attribute("aria-pressed") == "true"
+    lit = page.evaluate(
+        "[...document.querySelectorAll('.cell.match')].map((c) => +c.dataset.patch)"
+    )
+    names = ClassNames(stores[0].attrs["class_names"])
+    name = first.locator("span:nth-child(2)").inner_text().removesuffix(" (the label)")
+    assert lit == [i for i in range(15) if names[int(best[i])] == name] != []
+    first.click()
+    assert page.locator(".cell.match").count() == 0
+
+
+@browser_needed
+def test_search_and_sort(watch: Any, stores: list[LabelStore]) -> None:
+    watched = watch()
+    page = watched.page
+    everything = watched.keys()
+    assert len(everything) == len(stores[0]) - 1 + len(stores[1])
+    page.select_option("#sort", "key")
+    assert watched.titles() == sorted(watched.titles())
+    page.select_option("#sort", "mass")
+    masses = [
+        float(text.rpartition("mass ")[2])
+        for text in page.locator(".card p.numbers:nth-of-type(3)").all_inner_texts()
+    ]
+    assert len(masses) == len(everything) and masses == sorted(masses)
+    page.select_option("#sort", "agreement")
+    shares = []
+    for key in watched.keys():
+        entry = next(store[key] for store in stores if key in store)
+        known = entry.label >= 0
+        shares.append((entry.classes[0, ..., 0] == entry.label).mean() if known else np.inf)
+    assert shares == sorted(shares) and np.isinf(shares[-1]) and not np.isinf(shares[0])
+    page.fill("#search", "BULL mastiff")
+    assert MASTIFF in watched.keys() and len(watched.keys()) < 8
+    assert page.inner_text("#count") == f"{len(watched.keys())} of {len(everything)} images"
+    page.fill("#search", "val/")
+    assert sorted(watched.keys()) == list(stores[1].keys)
+    page.fill("#search", "no such thing")
+    assert watched.keys() == []
+    page.fill("#search", "")
+    name = page.locator(".bars button").first.inner_text()
+    page.locator(".bars button").first.click()
+    assert page.input_value("#search") == name
+    assert 0 < len(watched.keys()) < len(everything)
+
+
+@browser_needed
+def test_addresses_of_single_images(watch: Any, report: PageReport) -> None:
+    watched = watch()
+    page = watched.page
+    for key in [MASTIFF, *HOSTILE]:
+        watched.open(key)
+        address = page.url
+        page.locator("#close").click()
+        assert not page.locator("#viewer").is_visible()
+        page.goto(address)
+        page.wait_for_selector("#viewer[open]")
+        assert page.evaluate("document.getElementById('title').textContent") == key
+        page.go_back()
+        page.wait_for_selector("#viewer:not([open])", state="attached")
+    page.goto(f"{watched.url}#train/%E0%A4%A")
+    page.reload()
+    assert not page.locator("#viewer").is_visible(), "an address that is none of ours"
+
+
+@browser_needed
+def test_hostile_names_are_text(watch: Any) -> None:
+    watched = watch()
+    page = watched.page
+    assert set(HOSTILE) <= set(watched.keys())
+    for key in HOSTILE:
+        watched.open(key)
+        assert page.evaluate("document.getElementById('title').textContent") == key
+        page.locator("#close").click()
+    count = "(selector) => document.querySelectorAll(selector).length"
+    assert page.evaluate(count, "script") == 2
+    assert page.evaluate(count, "[onerror], b b, b script, #failure-list b") == 0
+    failures = page.evaluate("document.getElementById('failure-list').textContent")
+    assert failures == "train/broken <b>.jpg: the file is empty"
+    overflow = "document.documentElement.scrollWidth - innerWidth"
+    assert page.evaluate(overflow) <= 0, "a long name does not widen the page"
+
+
+@browser_needed
+def test_policy_lets_nothing_in_or_out(browser: Any, report: PageReport) -> None:
+    watched = Watched(browser, report)
+    page = watched.page
+    assert watched.faults == []
+    page.evaluate("""() => {
+        window.blocked = [];
+        addEventListener("securitypolicyviolation", (e) => blocked.push(e.effectiveDirective));
+        document.body.append(Object.assign(new Image(), { src: "https://example.com/x.png" }));
+        const style = document.createElement("style");
+        style.textContent = "body { display: none }";
+        document.head.append(style);
+        fetch("https://example.com").catch(() => {});
+    }""")
+    page.wait_for_function("blocked.length >= 3")
+    assert sorted(page.evaluate("blocked")) == ["connect-src", "img-src", "style-src-elem"]
+    refused = (
+        "() => { try { document.body.innerHTML = '<p>'; } catch (error) { return error.name } }"
+    )
+    assert page.evaluate(refused) == "TypeError"
+    watched.context.close()
+
+
+@browser_needed
+def test_dark_mode_and_phone(watch: Any) -> None:
+    brightness = (
+        "(() => { const [r, g, b] = getComputedStyle(document.body)"
+        ".backgroundColor.match(/\\d+/g).map(Number); return r + g + b })()"
+    )
+    dark = watch(color_scheme="dark")
+    assert dark.page.evaluate(brightness) < 150
+    dark.page.locator("#dark").click()
+    assert dark.page.evaluate(brightness) > 600
+    assert dark.page.locator("#dark").get_attribute("aria-pressed") == "false"
+    size = {"width": 360, "height": 740}
+    phone = watch(viewport=size, is_mobile=True, has_touch=True)
+    page = phone.page
+    overflow = "document.documentElement.scrollWidth - innerWidth"
+    assert page.evaluate(overflow) <= 0
+    page.locator("#summary summary").first.tap()
+    assert page.evaluate(overflow) <= 0
+    page.fill("#search", MASTIFF)
+    page.locator(".card").tap()
+    page.wait_for_selector("#viewer[open]")
+    page.locator(".cell").nth(7).tap()
+    assert page.inner_text("#patch-title") == "Patch in row 2, column 3"
+    viewer = "document.getElementById('viewer')"
+    assert page.evaluate(f"{viewer}.scrollWidth - {viewer}.clientWidth") <= 0
+
+
+@browser_needed
+def test_charts_have_words(watch: Any, stores: list[LabelStore]) -> None:
+    page = watch().page
+    labels = [
+        svg.get_attribute("aria-label") for svg in page.locator("#charts svg[role=img]").all()
+    ]
+    total = len(stores[0]) - 1 + len(stores[1])
+    assert len(labels) == 3 and labels[0].startswith(f"Histogram of {total} images: Top-k mass")
+    assert re.search(r"Median \d\.\d\d; 10%", labels[0])
+    counts = page.locator("#charts figure").first.locator("td:last-child").all_text_contents()
+    assert sum(map(int, counts)) == total
+    assert page.inner_text("#about").startswith(f"{total} of {total} images with a map. train: ")
+
+
+def test_report_and_size(report: PageReport, stores: list[LabelStore]) -> None:
+    assert report.size == report.path.stat().st_size
+    total = len(stores[0]) - 1 + len(stores[1])
+    assert (report.shown, report.total, report.errors) == (total, total, 1)
+    assert [*report.path.parent.glob("*.tmp")] == []
+
+
+def embedded(path: Path) -> dict[str, Any]:
+    text = path.read_text()
+    assert "http:" not in text.replace("http://www.w3.org/2000/svg", "") and "https:" not in text
+    (block,) = re.findall(r'<script type="application/json" id="data">([^<>]*)</script>', text)
+    data: dict[str, Any] = json.loads(block)
+    return data
+
+
+def test_limit_spreads_over_the_splits_and_keys_choose(
+    stores: list[LabelStore], data: Path, tmp_path: Path
+) -> None:
+    done: list[tuple[int, int]] = []
+    report = save_page(
+        stores, tmp_path / "a.html", data, limit=6, watch=lambda *at: done.append(at)
+    )
+    assert report.shown == 6 and done == [(number, 6) for number in range(1, 7)]
+    shown = embedded(report.path)["images"]
+    assert {image["split"] for image in shown} == {0, 1}
+    assert len({(image["split"], image["key"]) for image in shown}) == 6
+    report = save_page(stores, tmp_path / "b.html", data, keys=[stores[1].keys[2], MASTIFF])
+    assert [image["key"] for image in embedded(report.path)["images"]] == [
+        stores[1].keys[2],
+        MASTIFF,
+    ]
+
+
+def test_what_cannot_be_shown(stores: list[LabelStore], data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.html"
+    with pytest.raises(MissingMapError, match=r"no score map for 'x\.jpg'"):
+        save_page(stores, path, data, keys=["x.jpg"])
+    with pytest.raises(MissingMapError, match="the file is empty"):
+        save_page(stores, path, data, keys=["broken <b>.jpg"])
+    with pytest.raises(ConfigError, match="at least 1 image, got 0"):
+        save_page(stores, path, data, limit=0)
+    with pytest.raises(ConfigError, match="must lie in"):
+        save_page(stores, path, tmp_path)
+    for bad in (tmp_path / "nowhere" / "a.html", data):  # no such folder; a folder
+        with pytest.raises(OutputError, match=rf"cannot write {bad}: .*Remedy"):
+            save_page(stores, bad, data, limit=1)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_picture_that_changed_is_listed_not_shown(tmp_path: Path) -> None:
+    pictures = {f"{name}.png": painted((50, 40)) for name in "abc"}
+    store = write_store(tmp_path / "labels", tmp_path / "images", pictures)
+    (tmp_path / "images" / "b.png").write_bytes(painted((50, 42)))
+    report = save_page([store], tmp_path / "a.html", tmp_path / "images")
+    assert (report.shown, report.total, report.errors) == (2, 3, 1)
+    (error,) = embedded(report.path)["errors"]
+    assert error["key"] == "b.png" and "must be the picture that was annotated" in error["error"]
+    with pytest.raises(PictureError):
+        save_page([store], tmp_path / "a.html", tmp_path / "images", keys=["b.png"])
+
+
+def test_a_damaged_map_is_listed_not_shown(tmp_path: Path) -> None:
+    pictures = {f"{name}.png": painted((50, 40)) for name in "ab"}
+    store = write_store(tmp_path / "labels", tmp_path / "images", pictures, logit=np.nan)
+    report = save_page([store], tmp_path / "a.html", tmp_path / "images")
+    (error,) = embedded(report.path)["errors"]
+    assert error["key"] == "a.png" and "without NaN" in error["error"]
+    with pytest.raises(FormatError, match="without NaN"):
+        save_page([store], tmp_path / "a.html", tmp_path / "images", keys=["a.png"])
+
+
+def test_class_names_from_the_file_are_data_too(tmp_path: Path) -> None:
+    names = [f"</script><b>{number}</b>" for number in range(50)]
+    store = write_store(
+        tmp_path / "labels", tmp_path / "images", {"a.png": painted()}, class_names=names
+    )
+    report = save_page([store], tmp_path / "a.html", tmp_path / "images")
+    (split,) = embedded(report.path)["splits"]
+    assert [7, names[7]] in split["classes"]
+    (image,) = embedded(report.path)["images"]
+    assert [split["classes"][place][0] for place in image["legend"]] == [3, 7, 21, 40]
+    assert split["grid"] == list(GRID) and set(painted_map().ravel()) == {3, 7, 21, 40}
+
+
+def test_200_images_fit_into_20_megabytes_whatever_they_show(tmp_path: Path) -> None:
+    """Noise, under a map of 4000 random classes."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 900, 3), np.uint8))
+    assert len(jpeg(noise)) <= PICTURE_BYTES
+    write_split(tmp_path, ["a.jpg"], ShardLayout(("identity",), (20, 20), 10, 1000))
+    split = SplitData(LabelStore(tmp_path), "train")
+    assert split.listed == 10
+    record = split.image("a.jpg", noise)
+    picture = len(record.pop("picture"))
+    largest = 4 * PICTURE_BYTES / 3 + len(json.dumps(record, separators=(",", ":")))
+    assert picture <= 4 * PICTURE_BYTES / 3 + 40
+    assert 200 * (largest + 100) < 20e6
+    finer = tmp_path / "finer"
+    write_split(finer, ["a.jpg"], ShardLayout(("identity",), (40, 40), 10, 1000))
+    assert SplitData(LabelStore(finer), "train").listed == 2, "finer maps list fewer classes"

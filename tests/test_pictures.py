@@ -1,0 +1,234 @@
+"""The PNG of one map: what it shows is what the label set holds, and labels move with pictures."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+from tests.pictured import GRID, PAINT, QUADRANTS, painted, painted_map, write_store
+from tokenlabel.annotate.errors import ConfigError, OutputError
+from tokenlabel.dataset import LabelStore, MissingMapError, TokenLabelMap
+from tokenlabel.inspection.overlay import class_overlay, mass_overlay, printable, shortened
+from tokenlabel.inspection.picture_augment import GRID as PATCHES
+from tokenlabel.inspection.picture_augment import _angle, _outline, augmentations
+from tokenlabel.inspection.picture_files import PictureError, PictureFiles
+from tokenlabel.inspection.picture_map import (
+    VIRIDIS,
+    legend,
+    letters_of,
+    map_facts,
+    patch_map,
+    rgb,
+    viridis,
+)
+from tokenlabel.inspection.pictures import save_png
+
+KEY = "a/painted.png"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> LabelStore:
+    root = tmp_path_factory.mktemp("pictures")
+    return write_store(root / "labels" / "train", root / "data" / "train", {KEY: painted()})
+
+
+@pytest.fixture(scope="module")
+def images(store: LabelStore) -> Path:
+    return store.root.parents[1] / "data"
+
+
+def test_targets_name_what_the_augmented_picture_shows(store: LabelStore, images: Path) -> None:
+    picture = PictureFiles(store, images).read(KEY)
+    found = augmentations(picture, store[KEY], count=6, seed=3)
+    assert {augmentation.mirrored for augmentation in found} == {True, False}
+    for augmentation in found:
+        pixels = np.asarray(augmentation.picture).astype(int)
+        side = pixels.shape[0] // PATCHES
+        cells = pixels.reshape(PATCHES, side, PATCHES, side, 3).transpose(0, 2, 1, 3, 4)
+        cells = cells.reshape(PATCHES, PATCHES, side * side, 3)
+        pure = (np.ptp(cells, axis=2) < 12).all(-1)  # patches that show one colour
+        colours = cells.mean(2)
+        compared = 0
+        for class_id, colour in zip(QUADRANTS, PAINT, strict=True):
+            one = pure & (np.abs(colours - colour) < 12).all(-1)
+            assert (augmentation.best[one] == class_id).all()
+            compared += int(one.sum())
+        assert compared > 50
+        grey = pure & (np.abs(colours - 128) < 6).all(-1)
+        assert not augmentation.shown[grey].any(), "what the rotation left empty has no target"
+        assert np.allclose(augmentation.probs[augmentation.shown & pure], 0.7, atol=0.35)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("angle", [-20.0, 12.0])
+def test_turns_are_named_as_they_look(store: LabelStore, mirror: bool, angle: float) -> None:
+    entry = store[KEY]
+    moved = TokenLabelMap.from_scores(
+        entry.scores[0], entry.classes[0], entry.rest[0], canvas_size=(100, 180)
+    )
+    moved = F.resized_crop(moved, 10, 20, 60, 100, [224, 224])
+    moved = F.horizontal_flip(moved) if mirror else moved
+    moved = F.rotate(moved, angle)  # counter-clockwise, says torchvision
+    assert _angle(_outline(moved), moved.path.is_mirrored) == pytest.approx(angle)
+
+
+def test_probabilities_and_facts(store: LabelStore) -> None:
+    patches = patch_map(store[KEY])
+    assert np.array_equal(patches.classes[..., 0], painted_map())
+    assert np.allclose(patches.probs, [0.7, 0.2], atol=1e-3)
+    facts = map_facts(patches, 7, 50)
+    dense = np.full((*GRID, 50), 0.1 / 48)
+    np.put_along_axis(dense, patches.classes, patches.probs, -1)
+    assert facts.mass == pytest.approx(0.9, abs=1e-3)
+    assert facts.entropy == pytest.approx(-(dense * np.log(dense)).sum(-1).mean(), abs=1e-3)
+    assert facts.agreement == 0.25
+    assert facts.label_prob == pytest.approx(0.7 / 4, abs=1e-3)
+    assert facts.seen == 7
+    assert facts.suspicion == pytest.approx(0, abs=1e-3), "four classes, equally probable"
+    wrong = map_facts(patches, 49, 50)  # not in the map at all
+    assert wrong.seen == 3
+    assert (wrong.agreement, wrong.label_prob) == (0, 0)
+    assert wrong.suspicion == pytest.approx(0.7 / 4, abs=1e-3)
+    unknown = map_facts(patches, -1, 50)
+    assert unknown.agreement is unknown.label_prob is unknown.suspicion is None
+
+
+def test_legend_lists_the_most_frequent_classes_first() -> None:
+    best = np.array([[5, 5, 5, 2], [2, 9, 9, 1]])
+    probs = np.array([[0.9, 0.9, 0.3, 0.5], [0.1, 0.4, 0.4, 0.2]])
+    entries = legend(best, probs)
+    assert [(entry.class_id, entry.letter, entry.patches) for entry in entries] == [
+        (5, "A", 3),
+        (9, "B", 2),  # before class 2, whose probabilities are lower
+        (2, "C", 2),
+        (1, "D", 1),
+    ]
+    assert entries[0].mean == pytest.approx(0.7)
+    assert letters_of(best, probs, entries[:3]) == [list("AAaC"), list("cbb·")]
+    many = legend(np.arange(30), np.ones(30))
+    assert len(many) == len({entry.colour for entry in many}) == 8
+
+
+def test_overlay_tints_each_patch_with_its_classs_colour() -> None:
+    entry_extent = (0.25, 0.0, 1.0, 0.5)
+    best = np.array([[4, 8, 6], [6, 4, 99]])
+    probs = np.full(best.shape, 0.6)
+    entries = [entry for entry in legend(best, probs) if entry.class_id != 99]
+    picture = Image.new("RGB", (400, 200), (100, 100, 100))
+    shown = np.array([[True, True, False], [True, True, True]])
+    drawn = np.asarray(class_overlay(picture, best, probs, entries, entry_extent, shown))
+    colours = {entry.class_id: np.array(rgb(entry.colour)) for entry in entries}
+    for row in range(2):
+        for column in range(3):
+            corner = drawn[row * 50 + 3, 100 + column * 100 + 3].astype(int)
+            if shown[row, column]:
+                tint = colours.get(int(best[row, column]), np.array([0x99] * 3))
+                assert np.abs(corner - (100 + tint) / 2).max() <= 1
+    assert (drawn[100:] == 100).all() and (drawn[:, :100] == 100).all(), "outside the map"
+    hatched = drawn[:50, 300:]
+    assert set(np.unique(hatched)) == {150, 225}
+    middle = drawn[:50, 100:200].reshape(-1, 3)
+    assert (middle == 255).all(1).any(), "a letter, for who cannot tell the colours"
+
+
+def test_mass_overlay_is_viridis() -> None:
+    drawn = np.asarray(
+        mass_overlay(Image.new("RGB", (20, 10)), np.array([[0.0, 1.0]]), (0, 0, 1, 1))
+    )
+    assert np.abs(drawn[5, 5] - 0.75 * np.array(rgb(VIRIDIS[0]))).max() <= 1
+    assert np.abs(drawn[5, 15] - 0.75 * np.array(rgb(VIRIDIS[-1]))).max() <= 1
+    lightness = [sum(viridis(value)) for value in np.linspace(0, 1, 50)]
+    assert viridis(-1) == viridis(0) and viridis(2) == viridis(1)
+    assert lightness == sorted(lightness)
+
+
+def test_png_shows_picture_overlay_mass_and_augmentations(
+    store: LabelStore, images: Path, tmp_path: Path
+) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    state = torch.random.get_rng_state()
+    for path, seed in zip(paths, (0, 0, 1), strict=True):
+        save_png(store, KEY, path, images, seed)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    first, same, other = (path.read_bytes() for path in paths)
+    assert first == same != other, "the seed decides the augmentations"
+    with Image.open(paths[0]) as sheet:
+        assert sheet.format == "PNG"
+        pixels = np.asarray(sheet.convert("RGB"))
+    for colour in PAINT:  # in the plain picture; resampling leaves flat areas as they are
+        assert (np.abs(pixels.astype(int) - colour).max(-1) == 0).sum() > 1000
+    for entry in legend(*(part[..., 0] for part in patch_map(store[KEY])[:2])):
+        assert (pixels == rgb(entry.colour)).all(-1).sum() > 300, "a swatch in the legend"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "2.png"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2000, 3), (3, 900)])
+def test_odd_shapes_are_drawn(tmp_path: Path, size: tuple[int, int]) -> None:
+    data = painted(size)
+    store = write_store(tmp_path / "labels", tmp_path / "images", {"a.png": data})
+    save_png(store, "a.png", tmp_path / "a.png", tmp_path / "images")
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.width == 1920
+
+
+def test_images_are_found_in_the_split_or_the_data_set(store: LabelStore, images: Path) -> None:
+    for place in (images, images / "train"):
+        assert PictureFiles(store, place).read(KEY).size == (180, 100)
+    with pytest.raises(ConfigError, match=r"but there is no .*Remedy: name the folder"):
+        PictureFiles(store, images / "train" / "a")
+    with pytest.raises(ConfigError, match="does not record where its images are"):
+        PictureFiles(store)
+
+
+def test_the_samples_pictures_are_found_by_themselves(sample: Path, tmp_path: Path) -> None:
+    pictures = {
+        path.relative_to(sample / "train").as_posix(): path.read_bytes()
+        for path in sorted((sample / "train").rglob("*.jpg"))[:2]
+    }
+    store = write_store(tmp_path / "renamed", tmp_path / "copies", pictures)
+    for key in pictures:
+        with Image.open(sample / "train" / key) as picture:
+            assert PictureFiles(store).read(key).size == picture.size
+
+
+def test_another_picture_is_refused(store: LabelStore, images: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(images, tmp_path / "data")
+    files = PictureFiles(store, copy)
+    target = tmp_path / "out.png"
+    target.write_text("as it was")
+    (copy / "train" / KEY).write_bytes(painted((180, 101)))
+    with pytest.raises(PictureError, match=r"digest [0-9a-f]{16}; its digest is [0-9a-f]{16}"):
+        save_png(store, KEY, target, copy)
+    (copy / "train" / KEY).unlink()
+    with pytest.raises(PictureError, match="cannot read the picture"):
+        files.read(KEY)
+    assert target.read_text() == "as it was" and len([*tmp_path.iterdir()]) == 2
+
+
+def test_damaged_files_and_keys_that_lead_elsewhere(tmp_path: Path) -> None:
+    pictures = {"a.png": painted(), "b.png": painted()}
+    store = write_store(tmp_path / "labels", tmp_path / "images", pictures)
+    with pytest.raises(MissingMapError, match=r"no score map for 'c\.png'"):
+        PictureFiles(store, tmp_path / "images").read("c.png")
+    cut = write_store(tmp_path / "cut", tmp_path / "images", {"c.png": painted((99, 99))[:-100]})
+    with pytest.raises(PictureError, match="cannot decode the picture"):
+        PictureFiles(cut, tmp_path / "images").read("c.png")
+    outside = write_store(tmp_path / "evil", tmp_path / "images" / "x", {"../a.png": painted()})
+    with pytest.raises(PictureError, match="a path below"):
+        PictureFiles(outside, tmp_path / "images" / "x")
+
+
+def test_a_folder_that_cannot_be_written(store: LabelStore, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"cannot write .*nowhere/a\.png: No such file.*Remedy"):
+        save_png(store, KEY, tmp_path / "nowhere" / "a.png", images)
+
+
+def test_names_on_the_sheet_are_harmless_text() -> None:
+    assert printable("a\u202eb\nc\u2028") == r"a\u202eb\nc\u2028"
+    assert shortened("x" * 5000, 20, 300).startswith("xx")
+    assert "..." in shortened("x" * 5000, 20, 300)
+    assert shortened("short", 20, 300) == "short"
