@@ -1,0 +1,363 @@
+"""Train a student, with token labels or without. One process, or several under torchrun.
+
+    python examples/train_student.py --data DATA --out OUT                          # without
+    python examples/train_student.py --data DATA --out OUT --labels LABELS/train    # with
+    torchrun --nproc-per-node 8 examples/train_student.py --data DATA --out OUT ...
+
+DATA holds train/CLASS/* and val/CLASS/*; OUT gets log.csv and checkpoint.pt, from which the same
+command goes on. `--labels` is all that differs: the pictures, their order and their augmentation,
+the backbone's first weights and the schedule are the same with and without it.
+
+Everything random in an epoch follows from the seed, the epoch, the rank and the number of workers.
+So a run that was killed goes on from its last finished epoch and ends with the weights of an
+undisturbed one, to the bit where the hardware's arithmetic repeats.
+"""
+
+import argparse
+import csv
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, ParseKwargs
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from tokenlabel.dataset import (
+    LabelStore,
+    TokenLabelDataset,
+    TokenLabelError,
+    eval_transform,
+    train_transform,
+)
+from tokenlabel.supervise import CutMix, MixUp, TokenLabelLoss, TokenStudent
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder with train/CLASS/* and val/CLASS/*")
+    add("--out", type=Path, required=True, help="folder for log.csv and checkpoint.pt")
+    add("--labels", type=Path, help="token labels of DATA/train; leave out to train without")
+    add("--model", default="deit_small_patch16_224", help="a timm model")
+    add(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="NAME=VALUE",
+        help="for its constructor, such as img_size=32 patch_size=4 drop_path_rate=0.1",
+    )
+    add("--size", type=int, default=224, help="side of the student's input in pixels")
+    add("--epochs", type=int, default=300)
+    add("--batch-size", type=int, default=128, help="of each process")
+    add("--opt", default="adamw", help="a timm optimizer")
+    add("--lr", type=float, default=1e-3)
+    add("--weight-decay", type=float, default=0.05)
+    add("--sched", default="cosine", help="a timm schedule")
+    add("--warmup-epochs", type=int, default=5)
+    add("--dense-weight", type=float, default=0.5, help="beta: weight of the patches' loss")
+    add("--cls-target", default="label", choices=["label", "crop", "both"])
+    add("--label-smoothing", type=float, default=0.0)
+    add("--auto-augment", default="rand-m9-mstd0.5-inc1", help="as timm spells it, or none")
+    add("--min-scale", type=float, default=0.08, help="smallest crop, as a share of the picture")
+    add("--crop-pct", type=float, default=0.875, help="of the validation pictures, as timm has it")
+    add("--erase-prob", type=float, default=0.25)
+    add("--mix", type=float, default=0.0, metavar="P", help="share of MixUp or CutMix batches")
+    add("--ema", type=float, default=0.0, metavar="DECAY", help="validate averaged weights too")
+    add("--precision", default="bfloat16", choices=["bfloat16", "float32"])
+    add("--workers", type=int, default=4, help="data loader processes, for each process")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for split in ("train", "val"):
+        if not (args.data / split).is_dir():
+            parser.error(
+                f"--data must hold a folder train and a folder val; no {args.data / split}"
+            )
+    for name in ("size", "epochs", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not timm.is_model(args.model):
+        parser.error(f"--model must be a timm model; there is no {args.model!r}")
+    if not 0 <= args.mix <= 1:
+        parser.error(f"--mix is a probability, 0 to 1; got {args.mix}")
+    if not 0 <= args.ema < 1:
+        parser.error(f"--ema is a decay below 1, such as 0.9999; 0 is off; got {args.ema}")
+    return args
+
+
+class Classes(ImageFolder):
+    """An ImageFolder whose classes have the numbers of `names`, whatever folders there are."""
+
+    def __init__(self, root: Path, names: list[str], transform: Any) -> None:
+        self.names = names
+        super().__init__(str(root), transform)
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """Folders, and the number of each."""
+        folders = super().find_classes(directory)[0]
+        unknown = sorted(set(folders) - set(self.names))
+        if unknown:
+            raise ValueError(
+                f"the folders of {directory} must be classes of the training data or its labels; "
+                f"{', '.join(unknown[:5])} are not. Remedy: check --data and --labels"
+            )
+        return folders, {folder: self.names.index(folder) for folder in folders}
+
+
+def class_names(args: argparse.Namespace, store: LabelStore | None) -> list[str]:
+    """Names of the student's classes: the teacher's where there are labels, else the folders."""
+    if store and store.attrs["label_space"] == "teacher":
+        return list(store.attrs["class_names"])
+    folders = sorted(entry.name for entry in (args.data / "train").iterdir() if entry.is_dir())
+    if store and store.num_classes != len(folders):
+        raise ValueError(
+            f"the labels' teacher has {store.num_classes} classes and DATA/train has "
+            f"{len(folders)} folders, and no names tell which is which. Remedy: annotate with "
+            "--class-names"
+        )
+    return folders
+
+
+def make_loader(
+    dataset: Dataset[Any], args: argparse.Namespace, rank: int, world: int
+) -> DataLoader[Any]:
+    """Batches of this process's share of the training data, as many as those of any other."""
+    sampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=args.seed, drop_last=True)
+    loader = DataLoader(
+        dataset,
+        args.batch_size,
+        sampler=sampler,
+        num_workers=args.workers,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=True,
+    )
+    if not len(loader):
+        raise ValueError(
+            f"an epoch needs a batch for each process; {len(dataset)} pictures are fewer than "
+            f"{world} x {args.batch_size}. Remedy: a smaller --batch-size"
+        )
+    return loader
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A tensor, or a named tuple of tensors, on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    return type(value)(*(field.to(device, non_blocking=True) for field in value))
+
+
+@torch.inference_mode()
+def top1(model: nn.Module, loader: DataLoader[Any], device: torch.device) -> float:
+    """Share of the validation pictures that the model gets right, over all processes."""
+    model.eval()
+    counts = torch.zeros(2, dtype=torch.int64, device=device)  # right, all
+    for images, classes in loader:
+        right = model(images.to(device)).argmax(1) == classes.to(device)
+        counts += torch.stack([right.sum(), torch.tensor(len(classes), device=device)])
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    return (counts[0] / counts[1]).item()
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint; a crash leaves the old one or the new one, never half of one."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_log(args: argparse.Namespace, history: list[dict[str, float]]) -> None:
+    """Write log.csv anew, so that a resumed run has no row twice."""
+    temporary = args.out / "log.tmp"
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
+    temporary.replace(args.out / "log.csv")
+
+
+def settings(args: argparse.Namespace, world: int) -> dict[str, str]:
+    """What decides the result of a run, as far as the command line does."""
+    free = ("out", "data", "workers")
+    decisive = {name: str(value) for name, value in vars(args).items() if name not in free}
+    return {**decisive, "processes": str(world)}
+
+
+def refuse_other_run(path: Path, saved: dict[str, str], asked: dict[str, str]) -> None:
+    """Raise if a checkpoint is of a run with other settings."""
+    changed = [
+        f"{name}: {saved.get(name)} then, {value} now"
+        for name, value in asked.items()
+        if saved.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{path} is of a run with other settings ({'; '.join(changed)}). "
+            "Remedy: another --out, or delete it"
+        )
+
+
+def train(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
+    """Train from the last checkpoint, or the beginning, to the end."""
+    store = LabelStore(args.labels) if args.labels else None
+    names = class_names(args, store)
+
+    torch.manual_seed(args.seed)
+    model = timm.create_model(args.model, num_classes=len(names), **args.model_kwargs)
+    bare = TokenStudent(model, image_size=args.size) if store else model
+    bare.to(device)
+    ema = ModelEmaV3(bare, decay=args.ema) if args.ema else None
+
+    augment = train_transform(
+        args.size,
+        scale=(args.min_scale, 1.0),
+        auto_augment=None if args.auto_augment == "none" else args.auto_augment,
+        erase_prob=args.erase_prob,
+    )
+    dataset: Dataset[Any]
+    if store:
+        dataset = TokenLabelDataset(
+            Classes(args.data / "train", names, None), store, transform=augment, grid=bare.grid
+        )
+        criterion = TokenLabelLoss(
+            dense_weight=args.dense_weight,
+            cls_target=args.cls_target,
+            label_smoothing=args.label_smoothing,
+        )
+        mixes = [MixUp(0.8), CutMix(1.0, grid=bare.grid)]
+    else:
+        dataset = Classes(args.data / "train", names, augment)
+        mixes = [
+            v2.MixUp(alpha=0.8, num_classes=len(names)),
+            v2.CutMix(alpha=1.0, num_classes=len(names)),
+        ]
+    mix = v2.RandomChoice(mixes)  # by torchvision's draws in either case
+    loader = make_loader(dataset, args, rank, world)
+    validation = Classes(
+        args.data / "val", names, eval_transform(args.size, crop_pct=args.crop_pct)
+    )
+    share = Subset(validation, range(rank, len(validation), world))
+    val_loader = DataLoader(share, args.batch_size, num_workers=args.workers)
+
+    optimizer = create_optimizer_v2(bare, args.opt, args.lr, args.weight_decay)
+    scheduler, epochs = create_scheduler_v2(
+        optimizer,
+        args.sched,
+        args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        updates_per_epoch=len(loader),
+        step_on_epochs=False,
+    )
+    student = DistributedDataParallel(bare) if world > 1 else bare
+
+    first, history = 0, []
+    checkpoint = args.out / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        refuse_other_run(checkpoint, state["settings"], settings(args, world))
+        bare.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if ema:
+            ema.module.load_state_dict(state["ema"])
+        first, history = state["epoch"], state["history"]
+        if rank == 0:
+            print(f"going on after epoch {first} of {checkpoint}", flush=True)
+
+    for epoch in range(first, epochs):
+        # All random state there is: nothing of it need be in the checkpoint.
+        torch.manual_seed((args.seed * 100_003 + epoch) * 10_007 + rank)
+        loader.sampler.set_epoch(epoch)
+        student.train()
+        start, total = time.monotonic(), torch.zeros((), device=device)
+        for step, (images, targets) in enumerate(loader, epoch * len(loader) + 1):
+            images, targets = to_device(images, device), to_device(targets, device)
+            if torch.rand(()) < args.mix:
+                images, targets = mix(images, targets)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+                output = student(images)
+            if store:
+                loss = criterion(*output, targets)
+            else:
+                loss = cross_entropy(output.float(), targets, label_smoothing=args.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step_update(step)
+            if ema:
+                ema.update(bare, step)
+            total += loss.detach()
+        if world > 1:
+            dist.all_reduce(total)
+        row = {
+            "epoch": epoch + 1,
+            "lr": optimizer.param_groups[0]["lr"],
+            "loss": total.item() / len(loader) / world,
+            "top1": top1(bare, val_loader, device),
+            **({"ema_top1": top1(ema.module, val_loader, device)} if ema else {}),
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        history.append(row)
+        if not math.isfinite(row["loss"]):
+            raise ValueError(
+                f"the loss of epoch {epoch + 1} is {row['loss']}. Remedy: a lower --lr"
+            )
+        if rank == 0:
+            print(", ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
+            write_log(args, history)
+            save(
+                checkpoint,
+                {
+                    "settings": settings(args, world),
+                    "epoch": epoch + 1,
+                    "history": history,
+                    "model": bare.state_dict(),
+                    "ema": ema.module.state_dict() if ema else None,
+                    "optimizer": optimizer.state_dict(),
+                },
+            )
+
+
+def main() -> None:
+    """Join the other processes, if any, and train."""
+    args = arguments()
+    cuda = torch.cuda.is_available()
+    rank, world = 0, 1
+    if "RANK" in os.environ:  # torchrun
+        dist.init_process_group("nccl" if cuda else "gloo")
+        rank, world = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        train(args, rank, world, device)
+    except (ValueError, OSError, TokenLabelError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

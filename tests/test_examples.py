@@ -1,0 +1,309 @@
+"""The examples, run as a user runs them, on a few small pictures."""
+
+import csv
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import PIL.Image
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as F
+
+from tests.jobs import environment
+from tokenlabel.annotate import annotate
+from tokenlabel.annotate.config import load_config
+from tokenlabel.dataset import LabelStore, TokenLabelMap, ToTokenTargets
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CIFAR = EXAMPLES / "cifar10"
+CLASSES = ["even", "odd"]
+STUDENT = [
+    *("--model", "vit_tiny_patch16_224", "--size", "32", "--batch-size", "8", "--workers", "0"),
+    *("--model-kwargs", "img_size=32", "patch_size=8", "embed_dim=32", "depth=1", "num_heads=1"),
+    # A class token starts at nearly 0 and is normalised: it turns last bits into first ones.
+    *("global_pool=avg", "class_token=False"),
+    *("--warmup-epochs", "0", "--precision", "float32"),
+]
+
+
+def load(path: Path) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*command: object, status: int = 0) -> str:
+    """Run a script in a process of its own; return what it prints."""
+    arguments = [sys.executable, *map(str, command)]
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=300, env=environment(), check=False
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def kill_when(path: Path, command: list[str]) -> None:
+    """Start a command and kill it as soon as it has written a file."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment(), **quiet)
+    deadline = time.monotonic() + 200
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert path.exists()
+
+
+def call(path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """Run a script in this process."""
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+    load(path).main()
+
+
+@pytest.fixture(scope="module")
+def data(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of 32 px pictures, cut from the sample's photographs: 32 of train, 8 of val."""
+    root = tmp_path_factory.mktemp("pictures")
+    for split in ("train", "val"):
+        for number, path in enumerate(sorted((sample / split).rglob("*.jpg"))):
+            picture = PIL.Image.open(path).resize((64, 64))
+            folder = root / split / CLASSES[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            for corner in (0, 32):
+                tile = picture.crop((corner, corner, corner + 32, corner + 32))
+                tile.save(folder / f"{number:02d}-{corner}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def work(data: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Path:
+    """Steps 2 and 3 of the CIFAR-10 example: teacher and labels, at 64 px instead of 256."""
+    work = tmp_path_factory.mktemp("work")
+    small = ("--size", 64, "--views", 2, "--epochs", 1, "--batch-size", 8)
+    with pytest.MonkeyPatch.context() as patch:
+        call(CIFAR / "fit_teacher.py", patch, "--data", data, "--out", work, *small)
+    for split in ("train", "val"):
+        given: dict[str, Any] = {
+            "data": str(data),
+            "split": split,
+            "out": str(work / "labels"),
+            "weights": str(work / "teacher.pth"),
+            "class_names": str(work / "classes.txt"),
+            "num_classes": 2,
+            "k": 2,
+            "input_size": 64,
+            "batch_size": 8,
+        }
+        assert annotate(load_config(str(CIFAR / "annotate.yaml"), given)).ok
+    return work
+
+
+def test_the_pictures_are_exported_once(tmp_path: Path) -> None:
+    export = load(CIFAR / "prepare.py").export
+    pictures = [(PIL.Image.new("RGB", (4, 4), (i, 0, 0)), i % 2) for i in range(7)]
+    assert export(pictures, CLASSES, 2, tmp_path / "train") == 4
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    assert files == [f"train/{c}/0000{i}.png" for c in CLASSES for i in range(2)]
+    assert PIL.Image.open(tmp_path / "train/odd/00001.png").getpixel((0, 0)) == (3, 0, 0)
+    assert export([], CLASSES, 2, tmp_path / "train") == 4
+    assert export(pictures, CLASSES, 0, tmp_path / "val") == 7
+
+
+def test_the_fitted_teacher_annotates(work: Path) -> None:
+    store = LabelStore(work / "labels" / "train")
+    assert (len(store), store.grid, store.num_classes) == (32, (2, 2), 2)
+    assert store.attrs["label_space"] == "teacher" and store.attrs["class_names"] == CLASSES
+    assert json.loads((work / "labels" / "val" / "report.json").read_text())["top1"] is not None
+
+
+SMALL = ("--width", 32, "--depth", 1, "--batch-size", 8)
+
+
+def test_the_table_goes_on_where_it_was(data: Path, work: Path) -> None:
+    command = (CIFAR / "compare.py", "--data", data, "--work", work, *SMALL, "--seeds", 2)
+    command = (*command, "--epochs", 2)
+    first = run(*command)
+    names = re.findall(r"^\| \((.)\) .* \| [\d.]+ \| [\d.]+ \| ", first, re.MULTILINE)
+    assert names == ["a", "b", "c", "d"] and "annotator itself" in first
+    assert first.count("epoch 2/2") == 2
+
+    results = work / "results.jsonl"
+    lines = results.read_text().split("\n")
+    assert [json.loads(line)["arm"] for line in lines[1:]] == [*"abcdabcd"]
+    # Killed in the midst of the last line: that arm and seed alone are made again, and the same.
+    results.write_text("\n".join([*lines[:-1], lines[-1][:40]]))
+    second = run(*command)
+    assert second.count("epoch 1/2") == 1 and "(d)" in second and "(c) 0" not in second
+    table = first[first.index("| supervision") :]
+    assert second.endswith(table)
+    assert run(*command) == table
+
+
+def test_a_killed_comparison_ends_as_an_undisturbed_one(data: Path, work: Path) -> None:
+    given = ("--data", data, "--work", work, *SMALL, "--seeds", 1, "--epochs", 3, "--arms", "bd")
+    command = [sys.executable, *map(str, (CIFAR / "compare.py", *given))]
+    state = work / "seed-0.pt"
+    state.unlink(missing_ok=True)
+    kill_when(state, command)
+    said = run(*command[1:])
+    assert "epoch 1/3" not in said
+    killed = torch.load(state, weights_only=True)
+    state.unlink()
+    (work / "results.jsonl").unlink()
+    run(*command[1:])
+    whole = torch.load(state, weights_only=True)
+    for arm in "bd":
+        for name, value in whole[arm]["student"].items():
+            assert torch.equal(value, killed[arm]["student"][name]), (arm, name)
+
+
+def test_settings_are_chosen_on_a_part_of_train(data: Path, work: Path) -> None:
+    apart = ("--seeds", 1, "--epochs", 1, "--held-out", 0.25, "--arms", "a")
+    said = run(CIFAR / "compare.py", "--data", data, "--work", work, *SMALL, *apart)
+    assert "annotator" not in said and said.count("epoch 1/1") == 1
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_transposed_boxes_show_the_transposed_part(flipped: bool) -> None:
+    """Against the target of the transposed crop of the same map, flipped or not."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(4, 4, 3, generator=generator).sort(descending=True)[0]
+    classes = torch.arange(48).reshape(4, 4, 3)
+    whole = TokenLabelMap.from_scores(scores, classes, torch.zeros(4, 4), canvas_size=(16, 16))
+
+    def crop(left: int, top: int, width: int, height: int) -> Any:
+        part = F.resized_crop(whole, top, left, height, width, [16, 16])
+        return F.horizontal_flip(part) if flipped else part
+
+    _, found = load(CIFAR / "compare.py").BothTargets(4, 12)(
+        torch.zeros(3, 16, 16), crop(2, 5, 12, 8)
+    )
+    for box, targets in (((2, 5, 12, 8), found[0]), ((5, 2, 8, 12), found[1])):
+        expected = ToTokenTargets(4, 12).transform(crop(*box), {})
+        for one, other in zip(targets, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def weights(out: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(out / "checkpoint.pt", weights_only=True)
+    return state
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with open(out / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("mix", [0, 1])
+def test_labels_are_the_only_difference(
+    mix: int, data: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With labels that weigh nothing, the student becomes the one without labels."""
+    script = EXAMPLES / "train_student.py"
+    # Plain and slow, so that the last bits of two ways to the same loss stay the last bits.
+    common = ["--data", data, *STUDENT, "--epochs", 2, "--opt", "sgd", "--lr", 1e-3, "--mix", mix]
+    labels = ["--labels", work / "labels" / "train"]
+    call(script, monkeypatch, *common, "--out", tmp_path / "without")
+    call(script, monkeypatch, *common, "--out", tmp_path / "with", *labels)
+    call(script, monkeypatch, *common, "--out", tmp_path / "zero", *labels, "--dense-weight", 0)
+    losses = {
+        n: [float(row["loss"]) for row in rows(tmp_path / n)] for n in ("without", "with", "zero")
+    }
+    assert losses["zero"] == pytest.approx(losses["without"], rel=1e-5)
+    assert losses["with"] != pytest.approx(losses["without"], rel=1e-2)
+    without, zero = (weights(tmp_path / n)["model"] for n in ("without", "zero"))
+    for name, value in without.items():
+        torch.testing.assert_close(value, zero[f"model.{name}"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(data: Path, work: Path, tmp_path: Path) -> None:
+    labels = work / "labels" / "train"
+    command = [
+        *(EXAMPLES / "train_student.py", "--data", data, "--labels", labels, *STUDENT),
+        *("--epochs", 4, "--ema", 0.9, "--mix", 0.5),
+    ]
+    run(*command, "--out", tmp_path / "whole")
+    out = tmp_path / "killed"
+    kill_when(out / "checkpoint.pt", [sys.executable, *map(str, command), "--out", str(out)])
+    epoch = weights(out)["epoch"]
+    said = run(*command, "--out", out)
+    assert f"going on after epoch {epoch} " in said
+    one, other = weights(tmp_path / "whole"), weights(out)
+    for part in ("model", "ema"):
+        assert one[part].keys() == other[part].keys()
+        assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
+    logs = [
+        [(row["epoch"], row["loss"], row["ema_top1"]) for row in rows(tmp_path / n)]
+        for n in ("whole", "killed")
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+
+    refusal = run(*command, "--out", out, "--lr", "0.5", status=1)
+    assert "lr: 0.001 then, 0.5 now" in refusal and "Remedy" in refusal
+
+
+def test_two_processes(data: Path, work: Path, tmp_path: Path) -> None:
+    said = run(
+        *("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone"),
+        *("--local-addr", "127.0.0.1"),
+        *(EXAMPLES / "train_student.py", "--data", data, "--labels", work / "labels" / "train"),
+        *(*STUDENT, "--epochs", 2, "--ema", 0.5, "--out", tmp_path / "out"),
+    )
+    assert said.count("epoch 2, ") == 1  # by the first process alone
+    assert [row["epoch"] for row in rows(tmp_path / "out")] == ["1", "2"]
+    assert weights(tmp_path / "out")["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "no nowhere/train"),
+        (["--model", "vit_tinny"], "there is no 'vit_tinny'"),
+        (["--epochs", 0], "--epochs must be at least 1"),
+        (["--mix", 2], "--mix is a probability"),
+        (["--ema", 1], "--ema is a decay below 1"),
+        (["--batch-size", 1000], "fewer than 1 x 1000"),
+        (["--labels", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_arguments_are_told(
+    arguments: list[object],
+    message: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["--data", data, "--out", tmp_path, *STUDENT, *arguments]
+    with pytest.raises(SystemExit) as stopped:
+        call(EXAMPLES / "train_student.py", monkeypatch, *given)
+    assert stopped.value.code not in (0, None)
+    assert message in capsys.readouterr().err + str(stopped.value.code)
+
+
+def test_classes_that_no_label_knows_are_refused(
+    data: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "data"
+    for split in ("train", "val"):
+        (other / split).mkdir(parents=True)
+        (other / split / "strange").symlink_to(data / split / "odd")
+    given = ["--data", other, "--out", tmp_path / "out", *STUDENT]
+    with pytest.raises(SystemExit, match="strange are not"):
+        call(
+            EXAMPLES / "train_student.py",
+            monkeypatch,
+            *given,
+            "--labels",
+            work / "labels" / "train",
+        )
