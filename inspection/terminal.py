@@ -157,8 +157,8 @@ def _print_suspects(facts: dict[str, Any], console: Console) -> None:
     if not of:
         return
     console.print(
-        f"[bold]label nowhere[/bold] {count:,} of {of:,} images have their label in the top "
-        f"{facts['k']} of no patch" + (": mislabelled, or too hard for the teacher" * (count > 0))
+        f"[bold]label nowhere[/bold] in {count:,} of {of:,} images no patch has the label in "
+        f"its top {facts['k']}" + (": mislabelled, or too hard for the teacher" * (count > 0))
     )
     found = facts["images_without_their_label_list"]
     for entry in found[:_LISTED]:
