@@ -114,7 +114,13 @@ def find_shards(root: Path) -> list[Path]:
         if (parsed := parse_shard_name(entry.name))
     )
     if not found:
-        raise FileNotFoundError(f"{root} holds no shards. Remedy: run `annotate` into this folder")
+        below = [
+            folder.path
+            for folder in sorted(os.scandir(root), key=lambda entry: entry.name)
+            if folder.is_dir() and any(map(parse_shard_name, os.listdir(folder.path)))
+        ]
+        remedy = f"name a split: {' or '.join(below)}" if below else "run `annotate` into it"
+        raise FileNotFoundError(f"{root} holds no shards. Remedy: {remedy}")
     totals = sorted({shards for (_, shards), _ in found})
     if len(totals) > 1:
         raise FormatError(

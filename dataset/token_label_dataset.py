@@ -1,6 +1,7 @@
 """`TokenLabelDataset`: pictures with the token targets of what their augmentation left of them."""
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from tokenlabel.dataset.sources import Pictures
 from tokenlabel.dataset.store import LabelStore, MissingMapError, ScoreMap
 from tokenlabel.dataset.targets import TokenTargets, ToTokenTargets
 
+#: Pictures whose keys are looked up at the start, where missing maps are no error.
+_LOOKED_AT = 100
 Truth = Literal["auto", "images", "maps"]
 
 
@@ -32,7 +35,8 @@ class TokenLabelDataset(Dataset[tuple[Any, TokenTargets]]):
         k: classes kept for each patch.
         key: index to key, where `images` does not tell the files of its pictures.
         missing: what to do about a picture without a map: "error", or "ignore", which gives
-            targets of weight 0, so that the loss falls back on the label.
+            targets of weight 0, so that the loss falls back on the label; with a warning if no
+            picture seems to have one.
         truth: where `TokenTargets.label` comes from: the classes of `images`, the ground truth in
             the "maps", or "auto": that of the maps for a folder, else that of `images`, which must
             then agree with the maps where these know it.
@@ -69,6 +73,19 @@ class TokenLabelDataset(Dataset[tuple[Any, TokenTargets]]):
         self._ignore_missing = missing == "ignore"
         is_folder = isinstance(images, str | os.PathLike)
         self._truth: Truth = "maps" if truth == "auto" and is_folder else truth
+        if self._ignore_missing:
+            self._warn_if_nothing_matches()
+
+    def _warn_if_nothing_matches(self) -> None:
+        step = max(1, len(self) // _LOOKED_AT)
+        keys = [self.pictures.key(index) for index in range(0, len(self), step)]
+        if keys and not any(key in self.store for key in keys):
+            warnings.warn(
+                f"none of {len(keys)} pictures looked at has a map, such as {keys[0]!r}; the "
+                f"labels have {next(iter(self.store.keys), None)!r}. Remedy: check that images and "
+                "labels are of one split; missing='ignore' trains such pictures on labels alone",
+                stacklevel=3,
+            )
 
     def __len__(self) -> int:
         return len(self.pictures)

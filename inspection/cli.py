@@ -62,7 +62,7 @@ def inspect_labels(labels: Path, key: str | None, as_json: bool, **options: Any)
       python cli.py inspect-labels labels/train --key n02108422/imagenet_00_243.jpg
       python cli.py inspect-labels --html labels.html
 
-    Exit status: 0 all is well, 1 something is wrong with the labels, 2 bad usage.
+    Exit status: 0 all is well, 1 something is wrong or could not be done, 2 bad usage.
     """
     from tokenlabel.inspection.splits import find_splits
 
@@ -93,6 +93,8 @@ def _check_usage(key: str | None, as_json: bool, options: dict[str, Any]) -> Non
     ]
     if len(given) > 1:
         raise click.UsageError(f"{' and '.join(given)}: one at a time")
+    if key is not None and (options["do_verify"] or options["repair"] or options["agreement"]):
+        raise click.UsageError("--key looks at one image: leave it out to check a whole split")
     if options["png"] and key is None:
         raise click.UsageError("--png draws one image: name it with --key")
     if options["repair"] and as_json and not options["yes"]:
@@ -137,6 +139,7 @@ def _page(splits: Sequence[Path], key: str | None, options: dict[str, Any]) -> N
         )
     click.echo(
         f"{report.path}: {report.shown} of {report.total} images, {report.size / 1e6:.1f} MB"
+        + f"; {report.errors} in its list of errors" * (report.errors > 0)
     )
 
 

@@ -36,7 +36,8 @@ class MixUpOrCutMix(nn.Module):
         mode: draw once for the "batch", for each "pair" of pictures (the first and the last of the
             batch, and so on, mixed with each other), or for each one ("elem"). But for "pair", the
             partner is the picture before in the batch.
-        grid: patches (h, w), or one number for a square; None: as many rows as columns.
+        grid: patches (h, w), or one number for a square; None, for square
+            pictures: as many rows as columns.
 
     Raises:
         ValueError: an option is out of range.
@@ -93,7 +94,9 @@ class MixUpOrCutMix(nn.Module):
         self._check(images, targets)
         size, (height, width) = len(images), images.shape[-2:]
         # Blended patches need no grid: their shares are all the same.
-        grid = grid_of(targets.weight.shape[1], self.grid) if self.cutmix_alpha else (1, 1)
+        grid: Grid = (1, 1)
+        if self.cutmix_alpha:
+            grid = grid_of(targets.weight.shape[1], self.grid, (height, width))
         own = torch.arange(size)
         partner = own.flip(0) if self.mode == "pair" else own.roll(1)
         draws = {"batch": 1, "pair": size // 2, "elem": size}[self.mode]
@@ -186,7 +189,8 @@ class CutMix(MixUpOrCutMix):
     Args:
         alpha: of the Beta(alpha, alpha) distribution of the share left of a picture.
         mode: as for `MixUpOrCutMix`.
-        grid: patches (h, w), or one number for a square; None: as many rows as columns.
+        grid: patches (h, w), or one number for a square; None, for square
+            pictures: as many rows as columns.
 
     Raises:
         ValueError: an option is out of range.

@@ -90,18 +90,20 @@ def _covered(start: Tensor, end: Tensor, side: int, patches: int) -> Tensor:
     return overlap.clamp(min=0) * patches / side
 
 
-def grid_of(patches: int, grid: Grid | None) -> Grid:
-    """Rows and columns of N patches.
+def grid_of(patches: int, grid: Grid | None, size: tuple[int, int]) -> Grid:
+    """Rows and columns of N patches of pictures of `size` (h, w).
 
     Raises:
-        ValueError: `grid` has another number of patches, or is None and they form no square.
+        ValueError: `grid` has another number of patches; or is None, and the pictures are not
+            square or N is no square number.
     """
     if grid is None:
         side = math.isqrt(patches)
-        if side * side != patches:
+        if side * side != patches or size[0] != size[1]:
             raise ValueError(
-                f"without a grid the patches must form a square; the targets have {patches}. "
-                "Remedy: grid=(h, w), that of TokenLabelDataset"
+                "without a grid, pictures must be square and their patches form a square; the "
+                f"pictures are {size[0]} x {size[1]} and the targets have {patches} patches. "
+                "Remedy: grid=student.grid, that of TokenLabelDataset"
             )
         return side, side
     if grid[0] * grid[1] != patches:

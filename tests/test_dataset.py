@@ -223,6 +223,18 @@ def test_pictures_without_a_map(images: Path, labels: Path, tmp_path: Path) -> N
     assert (targets.weight[1:] > 0).all()
 
 
+def test_labels_of_another_split_do_not_train_silently(
+    images: Path, labels: Path, tmp_path: Path
+) -> None:
+    above = tmp_path / "above"
+    above.mkdir()
+    (above / "split").symlink_to(images)
+    with pytest.warns(UserWarning, match=r"none of 16 pictures .* such as 'split/n\d+.*Remedy"):
+        TokenLabelDataset(above, labels, missing="ignore")
+    with pytest.raises(FileNotFoundError, match=f"Remedy: name a split: {labels}"):
+        TokenLabelDataset(images, labels.parent)
+
+
 class Seeded(torch.utils.data.Dataset[Any]):
     """Every item with a seed of its own, so that where it is made does not matter."""
 

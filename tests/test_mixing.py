@@ -1,6 +1,7 @@
 """MixUp and CutMix: torchvision's pictures, and targets that say what the pictures show."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,9 @@ MIXES: dict[str, Callable[[int], Any]] = {
 }
 
 
-@pytest.mark.parametrize(("ours", "stock"), [(MixUp, v2.MixUp), (CutMix, v2.CutMix)])
+@pytest.mark.parametrize(
+    ("ours", "stock"), [(MixUp, v2.MixUp), (partial(CutMix, grid=(2, N // 2)), v2.CutMix)]
+)
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
 def test_pictures_and_labels_are_torchvisions(ours: Any, stock: Any, alpha: float) -> None:
     images, targets = torch.rand(B, 3, 33, 50), made_up(B, N, C, K)
@@ -304,7 +307,8 @@ ONE = TokenTargets(*(part[0] for part in TARGETS))
         (ValueError, "must be 2 or more", MixUp(), IMAGES[:1], made_up(1, N, C, K)),
         (ValueError, "must be of one batch", MixUp(), IMAGES[:4], TARGETS),
         (ValueError, "must be a batch", MixUp(), IMAGES[0], TARGETS),
-        (ValueError, "must form a square", CutMix(), IMAGES, made_up(5, 15, C, K)),
+        (ValueError, "patches form a square", CutMix(), IMAGES, made_up(5, 15, C, K)),
+        (ValueError, "must be square", CutMix(), IMAGES[..., :4], TARGETS),
         (ValueError, "3 x 5, they have 16", CutMix(grid=(3, 5)), IMAGES, TARGETS),
         (ValueError, "must be collated", MixUp(), IMAGES, ONE),
         (TypeError, "floating dtype", MixUp(), IMAGES.byte(), TARGETS),
