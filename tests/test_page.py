@@ -324,7 +324,8 @@ def test_addresses_of_single_images(watch: Any, report: PageReport) -> None:
         address = page.url
         page.locator("#close").click()
         assert not page.locator("#viewer").is_visible()
-        page.wait_for_function("location.hash === ''")  # the close event comes a little later
+        while page.evaluate("location.hash"):  # cleared by the close event, a little later
+            page.wait_for_timeout(20)
         page.goto(address)
         page.wait_for_selector("#viewer[open]")
         assert page.evaluate("document.getElementById('title').textContent") == key
