@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed-$(shell { cat pyproject.toml $(CONSTRAINTS); echo '$(EXTRAS)'; ls *.py */*.py */page_assets/*; cat */*.c; } 2>/dev/null | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup annotate test check format clean
+.PHONY: help setup annotate test soak check format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -39,6 +39,9 @@ annotate: $(STAMP)  ## annotate SPLIT of DATA (default: the embedded sample) int
 
 test: $(STAMP)  ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+soak: $(STAMP)  ## try faults for up to an hour, and write what was seen to soak.md
+	@$(BIN)/python -m pytest tests/faults --soak --table soak.md $(ARGS)
 
 check: $(STAMP)  ## lint, formatting and types
 	@$(BIN)/ruff check .

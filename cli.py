@@ -12,7 +12,8 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -154,9 +155,8 @@ def annotate(config: str | None, **options: Any) -> None:
     given = {name: value for name, value in options.items() if value is not None}
     settings = load_config(config, given)
     console = Console(stderr=True, emoji=False, highlight=False)
-    stopped = _stop_on_signals()
     try:
-        with progress_display(console) as show:
+        with _stop_on_signals() as stopped, progress_display(console) as show:
 
             def watch(*progress: Any) -> None:
                 if stopped.is_set():  # an exception that some callback has swallowed
@@ -173,18 +173,33 @@ def annotate(config: str | None, **options: Any) -> None:
     click.echo(f"Next: python cli.py inspect-labels {shlex.quote(settings.out)}")
 
 
-def _stop_on_signals() -> threading.Event:
+@contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
     """Turn SIGINT and SIGTERM into KeyboardInterrupt; the event remembers that one came."""
     stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    report = sys.unraisablehook
 
     def stop(*_: object) -> None:
         stopped.set()
         raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
-    return stopped
+    def swallowed(what: Any) -> None:
+        # A signal that comes during a weak reference's callback is lost there. The event tells of
+        # it a moment later; a stack dump would look as if something had gone wrong.
+        if not issubclass(what.exc_type, KeyboardInterrupt):
+            report(what)
+
+    before = {which: signal.signal(which, stop) for which in (signal.SIGINT, signal.SIGTERM)}
+    sys.unraisablehook = swallowed
+    try:
+        yield stopped
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+        sys.unraisablehook = report
 
 
 main.add_command(inspect_labels)

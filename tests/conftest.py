@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 import torch
 
+from tests.faults.table import ROWS, write_table
 from tokenlabel.annotate.cluster import ray_session
 from tokenlabel.annotate.sample import sample_folder
 
@@ -15,6 +16,23 @@ torch.set_num_threads(2)
 # CI tries the same examples each time; elsewhere they differ from run to run.
 hypothesis.settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of `make soak`."""
+    parser.addoption("--soak", action="store_true", help="try faults for an hour, not a minute")
+    parser.addoption("--table", type=Path, help="write what the tests of faults saw to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make room for what the tests of faults see."""
+    config.stash[ROWS] = []
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the table, if asked for."""
+    if path := session.config.getoption("--table"):
+        write_table(session.config.stash[ROWS], path)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,30 @@ def test_no_traceback_from_a_teacher_that_fails_in_its_actor(sample: Path, tmp_p
     assert done.returncode == 2
     assert "none.pth" in done.stderr and "Remedy" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_signal_that_a_callback_swallows_is_remembered_without_a_stack_dump() -> None:
+    code = """
+import os, signal, weakref
+from tokenlabel.cli import _stop_on_signals
+
+class Thing: pass
+
+def stop(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(1000): pass
+
+def fail(_):
+    raise ValueError("told")
+
+with _stop_on_signals() as stopped:
+    for callback in (stop, fail):
+        thing = Thing()
+        reference = weakref.ref(thing, callback)
+        del thing
+    print(stopped.is_set())
+"""
+    done = run(sys.executable, "-c", code)
+    assert done.stdout == "True\n"
+    assert "KeyboardInterrupt" not in done.stderr
+    assert "ValueError: told" in done.stderr, "other errors are told as before"
