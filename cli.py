@@ -47,7 +47,8 @@ from rich.logging import RichHandler
 
 from tokenlabel.annotate.config import AnnotateConfig, load_config
 from tokenlabel.annotate.errors import ConfigError
-from tokenlabel.dataset.errors import TokenLabelError
+from tokenlabel.annotate.markup import VisibleFormatter
+from tokenlabel.dataset.errors import TokenLabelError, visible
 from tokenlabel.inspection.cli import compare_labels, inspect_labels
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class _Failure(click.ClickException):
     exit_code = 1
 
     def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
+        super().__init__(visible(str(error)))
 
 
 class _UsageFailure(_Failure):
@@ -83,8 +84,9 @@ class _Group(click.Group):
 def main(verbose: bool) -> None:
     """Per-patch soft labels for vision transformers: make them, look at them."""
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    handler.setFormatter(VisibleFormatter("%(message)s"))
     level = logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 class _Value(click.ParamType[Any]):

@@ -15,8 +15,9 @@ from tokenlabel.dataset.shard import SCORE_DTYPES, VIEWS
 SAMPLE = "sample"
 MAX_FILE_BYTES = 1 << 14
 MAX_BRACKETS = 64
+_MOST_SHOWN = 200  # characters of a wrong value
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1 << 24)]
 Size = Annotated[int, Field(ge=1, le=8192)]
 
 
@@ -229,7 +230,16 @@ def _explain(fault: dict[str, Any], source: str | None, given: dict[str, Any]) -
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, fields, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(fields)}"
-        return f"{where}: unknown key (value {fault['input']!r}). Remedy: {hint}"
+        return f"{where}: unknown key (value {_shown(fault['input'])}). Remedy: {hint}"
     if not key:
         return f"{source or 'options'}: {rule}"
-    return f"{where}: {rule}, got {fault['input']!r}. Remedy: set {key}: {fields[key].description}"
+    got = _shown(fault["input"])
+    return f"{where}: {rule}, got {got}. Remedy: set {key}: {fields[key].description}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write out a number of thousands of digits
+        return "a number too long to show"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"

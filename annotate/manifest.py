@@ -5,6 +5,7 @@ shard refer to it. Scanned and stored in constant memory; read through the page 
 """
 
 import hashlib
+import heapq
 import logging
 import os
 import re
@@ -20,12 +21,12 @@ from tokenlabel.annotate.errors import ConfigError
 from tokenlabel.annotate.images import EXTENSIONS
 from tokenlabel.dataset.errors import FormatError
 from tokenlabel.dataset.files import (
-    attribute,
     check_identity,
     create_h5,
     open_h5,
     replacing,
     set_text,
+    system_error,
 )
 from tokenlabel.dataset.keys import KeySpool, KeyTable, MappedFile, Spool
 
@@ -33,6 +34,8 @@ FORMAT = "tokenlabel-manifest"
 VERSION = 1
 NAME = "manifest.h5"
 _BLOCK = 8192
+_READ = 1 << 20
+_RUN = 1 << 15
 _WNID = re.compile(r"n\d{8}")
 
 _log = logging.getLogger(__name__)
@@ -92,7 +95,7 @@ def build_manifest(
         digest = hashlib.sha256()
         for spool in (keys, labels):
             for part in spool.blocks():
-                digest.update(np.ascontiguousarray(part).tobytes())
+                digest.update(np.ascontiguousarray(part).data)
         with replacing(path) as temporary, create_h5(temporary) as file:
             set_text(file.attrs, "format", FORMAT)
             file.attrs["version"] = VERSION
@@ -117,7 +120,7 @@ def open_manifest(path: Path, verify: bool = False) -> Manifest:
     with open_h5(path) as file:
         check_identity(file, FORMAT, VERSION, "Remedy: delete it; `annotate` makes it again")
         try:
-            attrs = {name: attribute(value) for name, value in file.attrs.items()}
+            attrs = file.attrs
             mapped, rows = MappedFile(path, file), int(attrs["rows"])
             if verify and _content_digest(mapped, rows, int(attrs["key_size"])) != attrs["sha256"]:
                 raise FormatError(f"{path} is damaged: its content is not what was written")
@@ -127,14 +130,18 @@ def open_manifest(path: Path, verify: bool = False) -> Manifest:
                 attrs["sha256"],
                 attrs["label_space"],
             )
-        except (KeyError, OSError, TypeError, ValueError) as error:
-            raise FormatError(f"{path} is damaged: {error}") from error
+        except (KeyError, OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise system_error(error, path) or FormatError(f"{path} is damaged: {error}") from error
 
 
 def _content_digest(mapped: MappedFile, rows: int, key_size: int) -> str:
-    digest = hashlib.sha256(mapped.array("key_bytes", "|u1", (key_size,)).data)
-    digest.update(mapped.array("key_offsets", "<u8", (rows + 1,)).data)
-    digest.update(mapped.array("label", "<i4", (rows,)).data)
+    digest = hashlib.sha256()
+    columns = (("key_bytes", "|u1", key_size), ("key_offsets", "<u8", rows + 1))
+    for name, dtype, count in (*columns, ("label", "<i4", rows)):
+        size = count * np.dtype(dtype).itemsize
+        start = mapped.offset(name, dtype, (count,)) if size else 0
+        for place in range(start, start + size, _READ):  # not by the map, whose pages would stay
+            digest.update(mapped.read(place, min(_READ, start + size - place)))
     return digest.hexdigest()
 
 
@@ -172,7 +179,9 @@ def find_classes(root: Path, names: Sequence[str] | None, num_classes: int | Non
 
 
 def scan(root: Path) -> Iterator[bytes]:
-    """Keys of all images under `root`, sorted by their UTF-8 bytes, with one listing in memory.
+    """Keys of all images under `root`, sorted by their UTF-8 bytes.
+
+    Holds the names of one folder at a time, and those of the folders above it.
 
     Follows symbolic links, but not back into a folder it is in. What counts as an image is its
     ending, as for torchvision's ImageFolder, in upper or lower case.
@@ -181,15 +190,15 @@ def scan(root: Path) -> Iterator[bytes]:
 
 
 def _scan(folder: str, prefix: bytes, above: list[tuple[int, int]]) -> Iterator[bytes]:
-    status = os.stat(folder)
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        _log.warning("%s links back to a folder above it: left out", folder)
-        return
     try:
+        status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            _log.warning("%s links back to a folder above it: left out", folder)
+            return
         with os.scandir(folder) as entries:
             # A folder sorts as its name plus "/", which makes the walk's order the keys' order.
-            names = sorted(
+            names = _sorted(
                 _encode(entry.name, folder) + (b"/" if _is_folder(entry) else b"")
                 for entry in entries
                 if _is_folder(entry) or entry.name.lower().endswith(EXTENSIONS)
@@ -205,6 +214,21 @@ def _scan(folder: str, prefix: bytes, above: list[tuple[int, int]]) -> Iterator[
             yield from _scan(child, prefix + name, [*above, here])
         else:
             yield prefix + name
+
+
+def _sorted(names: Iterator[bytes]) -> Iterator[bytes]:
+    """The names of a folder in order; of millions, without an object for each.
+
+    Merges sorted runs, each one string with NUL, which no name can hold, between its names.
+    """
+    runs = []
+    while run := sorted(islice(names, _RUN)):
+        runs.append(b"\0".join(run))
+    return heapq.merge(*map(_split, runs))
+
+
+def _split(run: bytes) -> Iterator[bytes]:
+    return (found[0] for found in re.finditer(rb"[^\0]+", run))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

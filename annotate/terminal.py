@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 import rich.progress as rp
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from tokenlabel.annotate.markup import escape
 from tokenlabel.annotate.pool import Tally
 from tokenlabel.annotate.report import Report
 
@@ -71,8 +72,10 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"  [yellow]no map[/yellow] {escape(repr(key))}: {escape(reason)}")
     if report.errors > 10:
         console.print(f"  … and {report.errors - 10} more: see `inspect-labels --json`")
-    for shard, reason in report.failed.items():
+    for shard, reason in islice(report.failed.items(), 10):
         console.print(f"  [red]failed[/red] shard {shard}: {escape(reason)}")
+    if len(report.failed) > 10:
+        console.print(f"  … and {len(report.failed) - 10} more: see report.json")
     if report.failed:
         console.print("[red]Some shards failed.[/red] Run the same command again to try just them.")
     if report.max_errors_exceeded:

@@ -1,7 +1,7 @@
 """One image's array as one HDF5 chunk: a zlib stream after a byte shuffle, made to inflate fast.
 
 What is written is what docs/format.md says under "Chunks"; what is read is any such stream. Chunks
-are read here without HDF5, from places in the file that HDF5 has told before.
+are read from places in the file that the index, or the file itself, has told.
 """
 
 import os
@@ -12,10 +12,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
 
 from tokenlabel.dataset import native
+from tokenlabel.dataset.hdf5_bytes import read_at
 
 # The same interface; faster. Never for writing, as its bytes are others.
 _inflate: Any = import_module("isal.isal_zlib" if find_spec("isal") else "zlib")
@@ -82,25 +82,6 @@ class ChunkCodec(NamedTuple):
     nbytes: int
     shuffle: bool
 
-    @classmethod
-    def of(cls, dataset: h5py.Dataset) -> "ChunkCodec | None":
-        """The codec of a dataset; None when only HDF5 can read it.
-
-        That is one that is not stored in chunks of a row, or not with gzip alone or after shuffle.
-        """
-        create = dataset.id.get_create_plist()
-        filters = [create.get_filter(number)[0] for number in range(create.get_nfilters())]
-        shape, dtype = dataset.shape[1:], dataset.dtype
-        shuffle = filters == [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE]
-        if (
-            dataset.chunks != (1, *shape)
-            or not (shuffle or filters == [h5py.h5z.FILTER_DEFLATE])
-            or dtype != dtype.newbyteorder("<")
-        ):
-            return None
-        nbytes = int(np.prod(shape)) * dtype.itemsize
-        return cls(shape, dtype, nbytes, shuffle and dtype.itemsize > 1)
-
     def decode(self, data: bytes | memoryview) -> np.ndarray:
         """The array in a chunk; writable, and nobody else's.
 
@@ -113,7 +94,7 @@ class ChunkCodec(NamedTuple):
             plain = inflater.decompress(data, self.nbytes + 1)
         except _inflate.error as error:
             raise ValueError(str(error)) from error
-        if len(plain) != self.nbytes or not inflater.eof:
+        if len(plain) != self.nbytes or not inflater.eof or inflater.unused_data:
             raise ValueError(f"the chunk must inflate to {self.nbytes} bytes, it does not")
         if not self.shuffle:
             return np.ndarray(self.shape, self.dtype, bytearray(plain))
@@ -125,26 +106,6 @@ class ChunkCodec(NamedTuple):
             for byte in range(width):  # slices of a bytearray: faster than NumPy at this size
                 whole[byte::width] = plain[byte * count : (byte + 1) * count]
         return np.ndarray(self.shape, self.dtype, whole)
-
-
-def chunk_places(dataset: h5py.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Where each row's chunk is: its offset in the file, uint64 [n], and stored size, uint32 [n].
-
-    Size 0 stands for a row that has to be read through HDF5.
-    """
-    rows = dataset.shape[0]
-    offsets, sizes = np.zeros(rows, "<u8"), np.zeros(rows, "<u4")
-    # HDF5 before 1.12.3 has no chunk_iter.
-    if ChunkCodec.of(dataset) is None or not hasattr(dataset.id, "chunk_iter"):
-        return offsets, sizes
-
-    def note(chunk: Any) -> None:
-        if chunk.filter_mask == 0 and chunk.size < 1 << 32:
-            row = chunk.chunk_offset[0]
-            offsets[row], sizes[row] = chunk.byte_offset, chunk.size
-
-    dataset.id.chunk_iter(note)
-    return offsets, sizes
 
 
 class ChunkFile:
@@ -185,7 +146,7 @@ class ChunkFile:
 
     def stored(self, offset: int, size: int) -> bytes:
         """The bytes at a place; fewer where the file ends."""
-        return os.pread(self._descriptor, size, offset)
+        return read_at(self._descriptor, size, offset)
 
     def _pread(self, size: int, offset: int) -> bytes:
         data = self.stored(offset, size)

@@ -1,5 +1,6 @@
 """Files that are whole or not there: written beside their place, flushed, then renamed."""
 
+import errno
 import os
 import re
 import socket
@@ -7,12 +8,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 
-from tokenlabel.dataset.errors import FormatError
+from tokenlabel.dataset.errors import FormatError, NewerVersionError
+from tokenlabel.dataset.hdf5_file import InputFile
 
 #: Ending of unfinished files. A job removes those that it finds when it starts.
 TEMPORARY = ".tmp"
@@ -24,6 +25,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The file and its folder are fsynced, so that after a power failure `path` is the old file or
     the new one. On any exception the temporary file is removed and `path` is left as it was.
+
+    Raises OSError, naming the file, when the system cannot do it.
     """
     temporary = path.with_name(
         f".{path.name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY}"
@@ -34,19 +37,28 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # fsync, write and close name none
+            error.filename = str(path)
+        raise
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it must not hide what went wrong before
             temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` durable, where the system can (Windows cannot open folders)."""
-    with suppress(OSError):
+    try:
         handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    except PermissionError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that have no such thing
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -65,18 +77,24 @@ def create_h5(path: Path) -> Iterator[h5py.File]:
         raise
 
 
-def open_h5(path: Path) -> h5py.File:
-    """Open for reading, without file locks and without the 1 MB a dataset of chunk cache.
+def system_error(error: Exception, path: Path) -> OSError | None:
+    """The error, naming the file, if it is the system's; None where the data are at fault."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    return OSError(error.errno, os.strerror(error.errno), str(path))
 
-    Raises FileNotFoundError or PermissionError as the system does, and FormatError for a file
-    that is no HDF5 file or was cut short.
+
+def open_h5(path: Path) -> InputFile:
+    """Open for reading.
+
+    Raises OSError as the system does, and FormatError for a file that is no HDF5 file, was cut
+    short, or holds what docs/format.md does not allow.
     """
     try:
-        return h5py.File(path, "r", locking=False, rdcc_nbytes=0)
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
-    except OSError as error:
-        raise FormatError(
+        return InputFile(path)
+    except (OSError, ValueError) as error:
+        # The system's own errors tell nothing of the file: it may be whole.
+        raise system_error(error, path) or FormatError(
             f"{path} is not a complete HDF5 file (damaged, cut short or something else): {error}. "
             "Remedy: delete it; the next `annotate` makes it again"
         ) from error
@@ -104,29 +122,16 @@ def encode_texts(texts: list[str]) -> np.ndarray:
     return np.array(data, dtype=h5py.string_dtype("utf-8", width))
 
 
-def attribute(value: Any) -> Any:
-    """An attribute as Python sees it best: bytes as str, arrays as lists, numbers as numbers."""
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, np.ndarray):
-        return [attribute(item) for item in value]
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def check_identity(file: h5py.File, name: str, version: int, remedy: str) -> None:
+def check_identity(file: InputFile, name: str, version: int, remedy: str) -> None:
     """Raise FormatError unless the root attributes name this format, in a version we read."""
     path = file.filename
-    try:
-        found = attribute(file.attrs.get("format"))
-        number = attribute(file.attrs.get("version"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path}: its header is damaged: {error}. {remedy}") from error
+    found, number = file.attrs.get("format"), file.attrs.get("version")
     if found != name:
         raise FormatError(f"{path}: expected format {name!r}, found {found!r}. {remedy}")
     if not isinstance(number, int) or number < 1:
         raise FormatError(f"{path}: the format version must be 1 or more, got {number!r}. {remedy}")
     if number > version:
-        raise FormatError(
+        raise NewerVersionError(
             f"{path} is version {number} of {name}; this release of tokenlabel reads up to version "
             f"{version}. Remedy: install a newer tokenlabel"
         )

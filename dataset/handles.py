@@ -12,11 +12,10 @@ import numpy as np
 from tokenlabel.dataset.chunks import ChunkFile
 from tokenlabel.dataset.errors import FormatError
 from tokenlabel.dataset.index import Index, find_shards, open_index
+from tokenlabel.dataset.index_writer import open_shard
 from tokenlabel.dataset.shard import MAPS, Shard, dequantise, unreadable
 
 _Extent = tuple[float, float, float, float]
-#: Rows of a shard whose chunks are read by HDF5 too, to see that the index has the right places.
-_PROBES = 8
 
 
 class Handles:
@@ -78,17 +77,17 @@ class Handles:
 
 
 class _OpenShard:
-    """A shard that agrees with the index. Read by chunks where possible: HDF5 takes 1 MB a file.
+    """A shard that agrees with the index. Read by its places there, if each map is one chunk.
 
     Attributes:
-        chunks: its open file; None where HDF5 has to read everything.
+        chunks: its open file; None where `Shard` has to read everything.
     """
 
     def __init__(self, path: Path, index: Index, number: int) -> None:
         self.path = path
         self.first = int(index.shard_rows[number])
         self._index, self._number = index, number
-        shard = Shard(path)
+        shard = open_shard(path)
         try:
             self.chunks = shard.chunk_file()
             if not _agree(shard, index, number, self.chunks):
@@ -104,7 +103,7 @@ class _OpenShard:
             self.close()
 
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, _Extent] | None:
-        """What is stored of a row of the split, without HDF5; None when that cannot be done."""
+        """What is stored of a row of the split, by its places; None when that cannot be done."""
         index = self._index
         offsets, sizes = index.chunks(row)
         if not all(sizes):
@@ -124,7 +123,7 @@ class _OpenShard:
         return scores, classes, rest, (x0, y0, x1, y1)
 
     def read_hdf5(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, _Extent]:
-        """The same, with HDF5."""
+        """The same by `Shard`, however it is stored."""
         local = row - self.first
         with self._opened() as shard:
             return *shard.map(local), shard.extent(local)
@@ -137,17 +136,17 @@ class _OpenShard:
 
     @contextmanager
     def _opened(self) -> Iterator[Shard]:
-        """The shard by HDF5: the one that is open, or opened for once."""
+        """The shard: the one that is open, or opened for once."""
         if self._shard is not None:
             yield self._shard
             return
-        with Shard(self.path) as shard:
+        with open_shard(self.path) as shard:
             if shard.attrs["sha256"] != self._index.shard_sha256[self._number]:
                 raise _disagree(self.path)
             yield shard
 
     def close(self) -> None:
-        """Close what HDF5 has open; `chunks` is closed when nobody reads it any more."""
+        """Close the shard; `chunks` is closed when nobody reads it any more."""
         if self._shard is not None:
             self._shard.close()
             self._shard = None
@@ -174,10 +173,12 @@ def _agree(shard: Shard, index: Index, number: int, chunks: ChunkFile | None) ->
         return False
     if chunks is None:
         return True
-    for row in np.unique(np.linspace(0, shard.rows - 1, _PROBES, dtype=int)).tolist():
-        for name, offset, size in zip(MAPS, *index.chunks(first + row), strict=True):
-            if size and chunks.stored(offset, size) != shard.chunk(name, row):
-                return False
+    told = index.places(first, last)
+    for column, name in enumerate(MAPS):
+        offsets, sizes = shard.chunk_places(name)
+        same = (told["offset"][:, column] == offsets) & (told["size"][:, column] == sizes)
+        if not (same | (told["size"][:, column] == 0)).all():
+            return False
     return True
 
 

@@ -13,11 +13,11 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import NamedTuple
 
-import h5py
 import numpy as np
 
 from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.files import attribute, check_identity, open_h5, replacing
+from tokenlabel.dataset.files import check_identity, open_h5, replacing
+from tokenlabel.dataset.hdf5_file import InputFile
 from tokenlabel.dataset.index_writer import (
     CHUNK,
     COLUMNS,
@@ -25,12 +25,16 @@ from tokenlabel.dataset.index_writer import (
     OPTIONAL,
     VERSION,
     checksums,
+    open_shard,
+    shard_size,
     write_index,
 )
 from tokenlabel.dataset.keys import KeyTable, MappedFile
-from tokenlabel.dataset.shard import MAPS, Shard, parse_shard_name, shard_name
+from tokenlabel.dataset.shard import MAPS, parse_shard_name, shard_name
 
 NAME = "index.h5"
+#: How often an index is built that does not fit the shards: they may change at that moment.
+_TRIES = 2
 
 _CHUNK = struct.Struct(f"<{len(MAPS)}Q{len(MAPS)}I")
 _log = logging.getLogger(__name__)
@@ -71,11 +75,16 @@ class Index(NamedTuple):
     def chunks(self, row: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Where the chunks of scores, classes and rest are in the shard's file: offsets, sizes.
 
-        Size 0 stands for a chunk that only HDF5 can read.
+        Size 0 stands for a map that is not one chunk of gzip.
         """
         start = self.offsets["chunk"] + row * CHUNK.itemsize
         found = _CHUNK.unpack(self.file.read(start, CHUNK.itemsize))
         return found[: len(MAPS)], found[len(MAPS) :]
+
+    def places(self, first: int, last: int) -> np.ndarray:
+        """The same of rows `first` to `last` - 1, CHUNK [n]."""
+        start = self.offsets["chunk"] + first * CHUNK.itemsize
+        return np.frombuffer(self.file.read(start, (last - first) * CHUNK.itemsize), CHUNK)
 
     def undamaged(self, shard: int) -> bool:
         """Whether a shard's part of the columns is what was written."""
@@ -133,7 +142,8 @@ def find_shards(root: Path) -> list[Path]:
         names = ", ".join(shard_name(shard, totals[0]) for shard in missing[:3])
         raise FormatError(
             f"{root} is incomplete: {len(missing)} of {totals[0]} shards are missing ({names}"
-            f"{', …' if len(missing) > 3 else ''}). Remedy: run the same `annotate` again"
+            f"{', …' if len(missing) > 3 else ''}). Remedy: wait for the job that makes them, or "
+            "run the same `annotate` again"
         )
     return [Path(path) for _, path in found]
 
@@ -145,28 +155,44 @@ def open_index(root: Path) -> Index:
     """
     shards = find_shards(root)
     path = root / NAME
+    for _ in range(_TRIES):
+        try:
+            return _load(path, shards)
+        except FileNotFoundError:
+            _log.info("%s has no index yet: building it", root)
+        except (FormatError, OSError) as error:
+            _log.info("building the index anew: %s", error)
+        try:
+            build_index(root, shards)
+        except OSError as error:
+            _log.info("the index cannot be kept in %s (%s): it is built in memory", root, error)
+            return _built_in_memory(root, shards, error)
     try:
         return _load(path, shards)
-    except FileNotFoundError:
-        _log.info("%s has no index yet: building it", root)
-    except FormatError as error:
-        _log.info("building the index anew: %s", error)
+    except (FormatError, OSError) as error:
+        raise FormatError(
+            f"{root} changes while it is read: {error}. Remedy: wait for the job that writes to it"
+        ) from error
+
+
+def _built_in_memory(root: Path, shards: list[Path], reason: OSError) -> Index:
     try:
-        build_index(root, shards)
-    except OSError as error:
-        _log.info("the index cannot be kept in %s (%s): it is built in memory", root, error)
         # Mapped memory outlives the file's name, so the folder may go at once.
         with tempfile.TemporaryDirectory(prefix="tokenlabel-") as folder:
             path = Path(folder) / NAME
             write_index(path, shards)
             return _load(path, shards)
-    return _load(path, shards)
+    except OSError as error:
+        raise OSError(
+            f"{root} needs an index, and it can be written neither there ({reason}) nor to the "
+            f"temporary folder ({error}). Remedy: name a folder with room in TMPDIR"
+        ) from error
 
 
 def build_index(root: Path, shards: list[Path] | None = None) -> Path:
     """Write `index.h5` from the shards; return its path.
 
-    Raises FormatError for shards that do not belong together.
+    Raises FormatError for shards that do not belong together or have gone meanwhile.
     """
     path = root / NAME
     with replacing(path) as temporary:
@@ -178,29 +204,29 @@ def _load(path: Path, shards: list[Path]) -> Index:
     with open_h5(path) as file:
         check_identity(file, FORMAT, VERSION, "Remedy: delete it; it is rebuilt")
         try:
-            if attribute(file.attrs["version"]) != VERSION:
+            if file.attrs["version"] != VERSION:
                 raise FormatError(f"{path} is of an older version")
-            rows, count = (attribute(file.attrs[name]) for name in ("rows", "shards"))
-            sizes = file["shard_size"][:].tolist()
-            if count != len(shards) or sizes != [shard.stat().st_size for shard in shards]:
+            rows, count = (file.attrs[name] for name in ("rows", "shards"))
+            sizes = file["shard_size"].read().tolist()
+            if count != len(shards) or sizes != [shard_size(shard) for shard in shards]:
                 raise FormatError(f"{path} is older than the shards")
             index = _map(path, file, int(rows), len(shards))
-        except (KeyError, OSError, TypeError, ValueError) as error:
+        except (KeyError, OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise FormatError(f"{path} is damaged: {error}") from error
     # Another run's shards may have the same sizes; one header tells. The others are compared
     # when they are opened.
-    with Shard(shards[0]) as shard:
+    with open_shard(shards[0]) as shard:
         if shard.attrs["sha256"] != index.shard_sha256[0]:
             raise FormatError(f"{path} is of other shards")
     return index
 
 
-def _map(path: Path, file: h5py.File, rows: int, shards: int) -> Index:
+def _map(path: Path, file: InputFile, rows: int, shards: int) -> Index:
     mapped = MappedFile(path, file)
 
     present = [name for name in COLUMNS if name in file or name not in OPTIONAL]
     shapes = {n: (rows,) if COLUMNS[n][1] == 1 else (rows, COLUMNS[n][1]) for n in present}
-    key_size = int(attribute(file.attrs["key_size"]))
+    key_size = int(file.attrs["key_size"])
 
     def column(name: str) -> np.ndarray:
         return mapped.array(name, COLUMNS[name][0], shapes[name])
@@ -208,6 +234,10 @@ def _map(path: Path, file: h5py.File, rows: int, shards: int) -> Index:
     offsets = {name: mapped.offset(name, COLUMNS[name][0], shapes[name]) for name in present}
     offsets["key_offsets"] = mapped.offset("key_offsets", "<u8", (rows + 1,))
     offsets["key_bytes"] = mapped.offset("key_bytes", "|u1", (key_size,)) if key_size else 0
+    shard_rows = mapped.array("shard_rows", "<u8", (shards + 1,)).astype("=u8")
+    ends = shard_rows.tolist()
+    if (ends[0], ends[-1]) != (0, rows) or ends != sorted(set(ends)):
+        raise FormatError(f"{path}: the shards' rows do not ascend from 0 to {rows}")
     return Index(
         keys=KeyTable.mapped(mapped, rows, key_size),
         labels=column("label"),
@@ -215,8 +245,8 @@ def _map(path: Path, file: h5py.File, rows: int, shards: int) -> Index:
         failed=column("failed").view(bool),
         score_ranges=column("score_range") if "score_range" in file else None,
         extents=column("extent") if "extent" in file else None,
-        shard_rows=mapped.array("shard_rows", "<u8", (shards + 1,)).astype("=u8"),
-        shard_sha256=[digest.decode() for digest in file["shard_sha256"][:]],
+        shard_rows=shard_rows,
+        shard_sha256=[digest.decode() for digest in file["shard_sha256"].read().tolist()],
         shard_checks=mapped.array("shard_check", "<u4", (shards, 1 + len(COLUMNS))),
         file=mapped,
         offsets=offsets,

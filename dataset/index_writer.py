@@ -36,10 +36,36 @@ def checksums(keys: bytes, lengths: np.ndarray, columns: dict[str, bytes]) -> li
     ]
 
 
+def open_shard(path: Path) -> Shard:
+    """Open a shard that was there a moment ago.
+
+    Raises FormatError as `Shard`, and where it has gone, as by `inspect-labels --repair`.
+    """
+    try:
+        return Shard(path)
+    except FileNotFoundError as error:
+        raise _deleted(path) from error
+
+
+def shard_size(path: Path) -> int:
+    """Bytes of a shard that was there a moment ago; FormatError where it has gone."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError as error:
+        raise _deleted(path) from error
+
+
+def _deleted(path: Path) -> FormatError:
+    return FormatError(
+        f"{path} has been deleted meanwhile. Remedy: wait for the job that makes it again, or "
+        "run the same `annotate` again"
+    )
+
+
 def write_index(path: Path, shards: list[Path]) -> None:
     """Write the index of `shards` to `path`, row by row in constant memory.
 
-    Raises FormatError for shards that do not belong together.
+    Raises FormatError for shards that do not belong together or have gone meanwhile.
     """
     with contextlib.ExitStack() as stack:
         keys = stack.enter_context(contextlib.closing(KeySpool(path.parent)))
@@ -51,7 +77,7 @@ def write_index(path: Path, shards: list[Path]) -> None:
         first: dict[str, Any] = {}
         optional: set[str] = set()
         for number, shard_path in enumerate(shards):
-            with Shard(shard_path) as shard:
+            with open_shard(shard_path) as shard:
                 first = first or shard.attrs
                 _check_neighbours(shard, number, rows[-1], shards[0], first)
                 texts, columns = shard.read("key").tolist(), _columns(shard)
@@ -63,7 +89,7 @@ def write_index(path: Path, shards: list[Path]) -> None:
                 spools[name].append(column)
             lengths = np.fromiter(map(len, texts), "<u8", len(texts))
             checks.append(checksums(b"".join(texts), lengths, columns))
-            sizes.append(shard_path.stat().st_size)
+            sizes.append(shard_size(shard_path))
         with create_h5(path) as file:
             set_text(file.attrs, "format", FORMAT)
             file.attrs["version"] = VERSION

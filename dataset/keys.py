@@ -6,6 +6,7 @@ places: opening costs nothing, data-loader workers share the system's cache, and
 binary search. Keys are sorted by their UTF-8 bytes.
 """
 
+import math
 import mmap
 import os
 import sys
@@ -24,9 +25,12 @@ import h5py
 import numpy as np
 
 from tokenlabel.dataset.errors import FormatError
+from tokenlabel.dataset.files import system_error
+from tokenlabel.dataset.hdf5_bytes import read_at
+from tokenlabel.dataset.hdf5_file import InputFile
 
 _FENCES = 8192  # keys kept as objects, at most
-_BLOCK = 1 << 22  # bytes copied at a time from a spool file
+_BLOCK = 1 << 20  # bytes copied at a time from a spool file
 
 
 class MappedFile:
@@ -36,42 +40,39 @@ class MappedFile:
     them; `read` leaves none behind.
     """
 
-    def __init__(self, path: Path, file: h5py.File) -> None:
+    def __init__(self, path: Path, file: InputFile) -> None:
         self._file = file
-        with open(path, "rb") as handle:
-            self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-            self._descriptor = os.dup(handle.fileno())
+        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._descriptor = os.dup(file.fileno())
         weakref.finalize(self, os.close, self._descriptor).atexit = False
         self._lock = threading.Lock()
 
     def array(self, name: str, dtype: np.dtype | str, shape: tuple[int, ...]) -> np.ndarray:
         """Dataset `name` as an array; raises FormatError unless it has this dtype and shape."""
-        count = int(np.prod(shape))
-        if count == 0:
+        offset = self.offset(name, dtype, shape)
+        if 0 in shape:
             return np.empty(shape, dtype)
-        return np.frombuffer(self._map, dtype, count, self.offset(name, dtype, shape)).reshape(
-            shape
-        )
+        return np.frombuffer(self._map, dtype, math.prod(shape), offset).reshape(shape)
 
     def offset(self, name: str, dtype: np.dtype | str, shape: tuple[int, ...]) -> int:
         """Where in the file dataset `name` begins; checked as by `array`."""
-        dataset = self._file.get(name)
-        if not isinstance(dataset, h5py.Dataset):
+        if name not in self._file:
             raise FormatError(f"{self._file.filename}: the dataset {name!r} is missing")
+        dataset = self._file[name]
         if dataset.dtype != np.dtype(dtype) or dataset.shape != shape or dataset.chunks:
             raise FormatError(
                 f"{self._file.filename}: {name!r} must be contiguous {dtype} {shape}, "
                 f"got {dataset.dtype.str} {dataset.shape}"
             )
-        offset: int | None = dataset.id.get_offset()
-        if offset is None or offset + int(np.prod(shape)) * dataset.dtype.itemsize > len(self._map):
-            raise FormatError(f"{self._file.filename}: {name!r} lies outside the file (truncated?)")
-        return offset
+        return dataset.offset
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes of the file, not by way of the map; fewer where it ends."""
+        size = max(min(size, len(self._map) - offset), 0)  # before room is made for them
         try:
-            return os.pread(self._descriptor, size, offset)
+            return read_at(self._descriptor, size, offset)
+        except OSError as error:
+            raise system_error(error, Path(self._file.filename)) or error from error
         except AttributeError:  # Windows
             with self._lock:
                 os.lseek(self._descriptor, offset, os.SEEK_SET)
@@ -109,7 +110,7 @@ class KeyTable(Sequence[str]):
         row = index + len(self) if index < 0 else index
         if not 0 <= row < len(self):
             raise IndexError(f"row {index} is outside 0..{len(self) - 1}")
-        return self._raw(row).decode()
+        return _decoded(self._raw(row))
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, self._rows, _FENCES):
@@ -117,15 +118,17 @@ class KeyTable(Sequence[str]):
             begin, *ends = self._ends(start, stop + 1)
             text = self._text(begin, ends[-1])
             for first, last in pairwise((begin, *ends)):
-                yield text[first - begin : last - begin].decode()
+                yield _decoded(text[first - begin : last - begin])
 
     def _raw(self, row: int) -> bytes:
         first, last = self._ends(row, row + 2)
         return self._text(first, last)
 
-    def find(self, key: str) -> int:
-        """Row of `key`, or -1."""
-        wanted = key.encode(errors="surrogateescape")
+    def find(self, key: str, near: int = -1) -> int:
+        """Row of `key`, or -1; soonest where that is row `near`."""
+        wanted = key.encode(errors="surrogatepass")  # which no key has
+        if 0 <= near < self._rows and self._raw(near) == wanted:
+            return near
         fences = range(0, self._rows, self._rows // _FENCES + 1)
         after = bisect_right(fences, wanted, key=self._fence)
         if after == 0:
@@ -183,6 +186,16 @@ class KeyTable(Sequence[str]):
         if (ends(0, 1)[0], ends(rows, rows + 1)[0]) != (0, size):
             raise FormatError("the key offsets do not span the key bytes: the file is damaged")
         return cls(rows, ends, text)
+
+
+def _decoded(key: bytes) -> str:
+    try:
+        return key.decode()
+    except UnicodeDecodeError:
+        raise FormatError(
+            f"keys are UTF-8, but one is {key[:99]!r}: the key table is damaged. Remedy: delete "
+            "the file it is in, index.h5 or manifest.h5; it is made again"
+        ) from None
 
 
 class Spool:

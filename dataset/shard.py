@@ -16,14 +16,11 @@ import numpy as np
 
 from tokenlabel.dataset.chunks import (
     STRATEGIES,
-    ChunkCodec,
     ChunkFile,
-    chunk_places,
     encode_chunk,
 )
 from tokenlabel.dataset.errors import FormatError
 from tokenlabel.dataset.files import (
-    attribute,
     check_identity,
     create_h5,
     encode_texts,
@@ -31,6 +28,7 @@ from tokenlabel.dataset.files import (
     replacing,
     set_text,
     set_texts,
+    system_error,
 )
 
 FORMAT = "tokenlabel-shard"
@@ -57,6 +55,11 @@ HEADER = (
     "sha256",
     "fingerprint",
 )
+_KINDS = {
+    **dict.fromkeys(("num_classes", "k", "shard", "shards", "first_row", "errors"), int),
+    **dict.fromkeys(("views", "extent"), list),
+    **dict.fromkeys(("sha256", "fingerprint"), str),
+}
 _GZIP = 4
 _NAME = re.compile(r"shard-(\d{5,})-of-(\d{5,})\.h5")
 _REMEDY = "Remedy: delete the file and run `annotate` again; it remakes just what is missing"
@@ -107,7 +110,8 @@ def quantise(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def dequantise(codes: np.ndarray, score_range: np.ndarray) -> np.ndarray:
     """One image's float16 scores from its uint8 codes and (low, high)."""
     low, high = np.float32(score_range[0]), np.float32(score_range[1])
-    return (low + codes.astype(np.float32) * ((high - low) / 255)).astype(np.float16)
+    with np.errstate(over="ignore", invalid="ignore"):  # of a range that no writer writes
+        return (low + codes.astype(np.float32) * ((high - low) / 255)).astype(np.float16)
 
 
 class ContentDigest:
@@ -287,9 +291,14 @@ def write_shard(
         writer.finish()
 
 
-def unreadable(path: Path, row: int, reason: Exception) -> FormatError:
-    """The error for a map whose stored bytes are damaged; `row` counts within the shard."""
-    return FormatError(f"{path}: the map of row {row} cannot be read: {reason}. {_REMEDY}")
+def unreadable(path: Path, row: int, reason: Exception) -> FormatError | OSError:
+    """The error for a map that cannot be read; `row` counts within the shard.
+
+    FormatError where the stored bytes are damaged, OSError where the system does not give them.
+    """
+    return system_error(reason, path) or FormatError(
+        f"{path}: the map of row {row} cannot be read: {reason}. {_REMEDY}"
+    )
 
 
 class Shard:
@@ -306,22 +315,31 @@ class Shard:
         try:
             check_identity(self._file, FORMAT, VERSION, _REMEDY)
             self._check()
-        except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except (KeyError, OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             self._file.close()
-            raise FormatError(f"{path}: damaged shard: {error}. {_REMEDY}") from error
+            raise system_error(error, path) or FormatError(
+                f"{path}: damaged shard: {error}. {_REMEDY}"
+            ) from error
         except FormatError:
             self._file.close()
             raise
 
     def _check(self) -> None:
-        self.attrs: dict[str, Any] = {k: attribute(v) for k, v in self._file.attrs.items()}
-        if missing := [name for name in HEADER if name not in self.attrs]:
+        self.attrs: dict[str, Any] = self._file.attrs
+        if missing := [name for name in HEADER if self.attrs.get(name) is None]:
             raise ValueError(f"the header lacks {', '.join(missing)}")
+        for name, kind in _KINDS.items():
+            if not isinstance(self.attrs[name], kind):
+                raise ValueError(f"{name} must be {kind.__name__}, got {self.attrs[name]!r}")
+        if tuple(self.attrs["views"]) not in (VIEWS[:1], VIEWS):
+            raise ValueError(f"views must be {VIEWS[:1]} or {VIEWS}, got {self.attrs['views']}")
+        if len(self.attrs["extent"]) != 4:
+            raise ValueError(f"extent must be a box of 4 numbers, got {self.attrs['extent']}")
         # Bound once: looking a dataset up by name costs as much as reading a map.
         self._data = {name: self._file[name] for name in (*MAPS, *ROWS)}
         self._data |= {name: self._file[name] for name in OPTIONAL_ROWS if name in self._file}
         scores = self._data["scores"]
-        if scores.ndim != 5:
+        if len(scores.shape) != 5:
             raise ValueError(f"scores must be [n, V, H, W, K], got {scores.shape}")
         self.rows: int = scores.shape[0]
         views = tuple(self.attrs["views"])
@@ -359,13 +377,15 @@ class Shard:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of a dataset, decoded as stored (texts as bytes).
 
-        Raises FormatError where the stored bytes do not decode.
+        Raises FormatError where the stored bytes do not decode, OSError where the system does not
+        give them.
         """
         try:
-            block: np.ndarray = self._data[name][start:stop]
-        except OSError as error:
-            raise FormatError(f"{self.path}: {name} cannot be read: {error}. {_REMEDY}") from error
-        return block
+            return self._data[name].read(start, stop)
+        except (OSError, ValueError) as error:
+            raise system_error(error, self.path) or FormatError(
+                f"{self.path}: {name} cannot be read: {error}. {_REMEDY}"
+            ) from error
 
     def __contains__(self, name: str) -> bool:
         """Whether the shard has this dataset."""
@@ -374,19 +394,16 @@ class Shard:
     def chunk_places(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Offset, uint64 [n], and stored size, uint32 [n], of each row's chunk in the file.
 
-        Size 0 stands for a row that only HDF5 can read.
+        Size 0 stands for a row whose map is not one chunk of gzip, alone or after shuffle.
         """
-        if self._file.userblock_size:  # HDF5's releases differ in whether they count it
-            return np.zeros(self.rows, "<u8"), np.zeros(self.rows, "<u4")
-        return chunk_places(self._data[name])
-
-    def chunk(self, name: str, row: int) -> bytes:
-        """A row's chunk as it is stored."""
-        dataset = self._data[name]
-        try:
-            return bytes(dataset.id.read_direct_chunk((row,) + (0,) * (dataset.ndim - 1))[1])
-        except OSError as error:
-            raise unreadable(self.path, row, error) from error
+        data = self._data[name]
+        sizes = np.zeros(self.rows, "<u4")
+        if data.codec is None:
+            return np.zeros(self.rows, "<u8"), sizes
+        offsets, stored, masks = data.places
+        plain = (masks == 0) & (stored < 1 << 32)
+        sizes[plain] = stored[plain]
+        return np.where(plain, offsets, 0).astype("<u8"), sizes
 
     def chunk_file(self) -> ChunkFile | None:
         """The maps of this file, to be read without HDF5; None where that cannot be done.
@@ -394,11 +411,11 @@ class Shard:
         It outlives this object, and reads the file that was checked even if its name is given to
         another one.
         """
-        codecs = [ChunkCodec.of(self._data[name]) for name in MAPS]
+        codecs = [self._data[name].codec for name in MAPS]
         known = [codec for codec in codecs if codec]
         if len(known) < len(MAPS) or not hasattr(os, "pread"):  # Windows
             return None
-        return ChunkFile(os.dup(self._file.id.get_vfd_handle()), known)
+        return ChunkFile(os.dup(self._file.fileno()), known)
 
     def texts(self, name: str) -> list[str]:
         """The `key` or `error` column."""
@@ -408,16 +425,16 @@ class Shard:
         """(float16 [V, H, W, K], class ids [V, H, W, K], float16 [V, H, W]) of one row."""
         data = self._data
         try:
-            scores, classes, rest = data["scores"][row], data["classes"][row], data["rest"][row]
+            scores, classes, rest = (data[name].read(row, row + 1)[0] for name in MAPS)
             if "score_range" in data:
-                scores = dequantise(scores, data["score_range"][row])
-        except OSError as error:
+                scores = dequantise(scores, data["score_range"].read(row, row + 1)[0])
+        except (OSError, ValueError) as error:
             raise unreadable(self.path, row, error) from error
         return scores, classes, rest
 
     def extent(self, row: int) -> tuple[float, float, float, float]:
         """Box (x0, y0, x1, y1), normalised to the picture, that the row's map covers."""
-        box = self._data["extent"][row] if "extent" in self._data else self.attrs["extent"]
+        box = self.read("extent", row, row + 1)[0] if "extent" in self else self.attrs["extent"]
         x0, y0, x1, y1 = map(float, box)
         return x0, y0, x1, y1
 

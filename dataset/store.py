@@ -9,15 +9,12 @@ import numpy as np
 from tokenlabel.dataset.errors import TokenLabelError
 from tokenlabel.dataset.handles import Handles
 from tokenlabel.dataset.index import Index, find_shards
+from tokenlabel.dataset.index_writer import open_shard
 from tokenlabel.dataset.keys import KeyTable
-from tokenlabel.dataset.shard import Shard
 
 
 class MissingMapError(TokenLabelError, KeyError):
     """A key has no score map: unknown, or its image could not be annotated."""
-
-    def __str__(self) -> str:  # KeyError would print the repr
-        return str(self.args[0])
 
 
 class ScoreMap(NamedTuple):
@@ -66,7 +63,7 @@ class LabelStore:
                 f"{self.root} is not a folder. Remedy: name the folder of a split, OUT/SPLIT, "
                 "that `annotate` has written"
             )
-        with Shard(find_shards(self.root)[0]) as shard:
+        with open_shard(find_shards(self.root)[0]) as shard:
             self.attrs: dict[str, Any] = shard.attrs
             self._layout = shard.layout
         self._local = Handles(self.root)
@@ -137,6 +134,7 @@ class LabelStore:
             MissingMapError: a KeyError; the key is unknown or its image had an error.
             IndexError: the row is out of range.
             FormatError: the stored bytes are damaged.
+            OSError: the system does not give them.
         """
         index = self._local.index()
         row = self._row(index, key)
@@ -149,14 +147,14 @@ class LabelStore:
         width, height = index.sizes[row].tolist()
         return ScoreMap(scores, classes, rest, index.labels.item(row), (width, height), extent)
 
-    def row(self, key: str | int) -> int:
-        """Row of a key; a row is checked and returned as it is."""
-        return self._row(self._local.index(), key)
+    def row(self, key: str | int, near: int = -1) -> int:
+        """Row of a key, found soonest if it is `near`; a row is checked and returned as it is."""
+        return self._row(self._local.index(), key, near)
 
-    def _row(self, index: Index, key: str | int) -> int:
+    def _row(self, index: Index, key: str | int, near: int = -1) -> int:
         keys = index.keys
         if isinstance(key, str):
-            row = keys.find(key)
+            row = keys.find(key, near)
             if row < 0:
                 raise MissingMapError(
                     f"no score map for {key!r} in {self.root}: keys are image paths relative to "

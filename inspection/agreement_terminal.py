@@ -3,8 +3,9 @@
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from tokenlabel.annotate.markup import escape
 
 
 def print_agreement(result: dict[str, Any], console: Console) -> None:

@@ -4,15 +4,26 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from tokenlabel.dataset.errors import FormatError
 from tokenlabel.dataset.files import open_h5
+from tokenlabel.dataset.hdf5_dataset import StoredDataset
 from tokenlabel.dataset.index import NAME
-from tokenlabel.dataset.index_writer import write_index
+from tokenlabel.dataset.index_writer import FORMAT, VERSION, write_index
 
 _COMPARED = 1 << 20  # values compared at a time
+
+
+def other_version(path: Path) -> int | None:
+    """Version of an index that another release wrote; None for one of this release, or no index."""
+    try:
+        with open_h5(path) as file:
+            name, version = (file.attrs.get(key) for key in ("format", "version"))
+    except (FormatError, OSError, UnicodeDecodeError):
+        return None
+    known = name != FORMAT or not isinstance(version, int) or version in (VERSION, 0)
+    return None if known else version
 
 
 def index_difference(path: Path, shards: Sequence[Path]) -> str | None:
@@ -52,11 +63,11 @@ def _difference(path: Path, fresh: Path) -> str | None:
     return None
 
 
-def _equal(one: h5py.Dataset, two: h5py.Dataset) -> bool:
+def _equal(one: StoredDataset, two: StoredDataset) -> bool:
     if one.dtype != two.dtype or one.shape != two.shape or one.chunks:
         return False
     step = max(_COMPARED // max(int(np.prod(two.shape[1:])), 1), 1)
     return all(
-        one[start : start + step].tobytes() == two[start : start + step].tobytes()
-        for start in range(0, len(two), step)
+        one.read(start, start + step).tobytes() == two.read(start, start + step).tobytes()
+        for start in range(0, two.shape[0], step)
     )

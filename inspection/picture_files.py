@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from tokenlabel.annotate.errors import ConfigError
-from tokenlabel.annotate.images import FORMATS, file_digest
+from tokenlabel.annotate.images import FORMATS, MAX_FILE_BYTES, file_digest
 from tokenlabel.annotate.sample import sample_folder
 from tokenlabel.dataset.errors import TokenLabelError
 from tokenlabel.dataset.shard import Shard
@@ -47,9 +47,10 @@ class PictureFiles:
         for place in places:
             if _below(place, self._example).is_file():
                 return place
+        tried = " and no ".join(repr(str(place / self._example)) for place in places)
         raise ConfigError(
             f"the images of {self._store.root} must lie in {images} under the keys of the labels, "
-            f"but there is no {' and no '.join(str(place / self._example) for place in places)}. "
+            f"but there is no {tried}. "
             "Remedy: name the folder that was annotated, DATA/SPLIT or DATA, with --images"
         )
 
@@ -104,6 +105,8 @@ class PictureFiles:
         try:
             if not path.is_file():  # a named pipe would hang
                 raise FileNotFoundError("no such file")
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise OSError(f"larger than {MAX_FILE_BYTES} bytes")
             return path.read_bytes(), str(path)
         except OSError as error:
             raise PictureError(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenlabel.annotate.images import file_digest
+from tokenlabel.annotate.images import MAX_FILE_BYTES, file_digest
 from tokenlabel.annotate.manifest import Manifest
 
 Found = Iterator[tuple[int, str]]
@@ -124,12 +124,21 @@ def image_faults(images: Path, keys: list[str], digests: np.ndarray) -> Found:
         if not _is_inside(key):
             continue  # said among the keys' faults
         try:
-            data = (images / key).read_bytes()
+            data = _regular_bytes(images / key)
         except OSError as error:
             yield row, f"the image cannot be read: {error.strerror or error}"
             continue
         if file_digest(data) != digests[row]:
             yield row, "the image's file is not the one that was annotated: its digest differs"
+
+
+def _regular_bytes(path: Path) -> bytes:
+    """A file's bytes; OSError for what is no file (a pipe would hang) or far too large."""
+    if path.exists() and not path.is_file():
+        raise OSError("not a regular file")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise OSError(f"larger than {MAX_FILE_BYTES} bytes")
+    return path.read_bytes()
 
 
 def _is_inside(key: str) -> bool:

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.style import Style
 from rich.text import Text
 
+from tokenlabel.annotate.markup import escape, one_line
 from tokenlabel.dataset.store import LabelStore
 from tokenlabel.inspection.names import ClassNames
 
@@ -59,7 +59,7 @@ def print_map(facts: dict[str, Any], console: Console) -> None:
         where = classes == class_id
         line = Text("  ").append(_cell(order, class_id, 1), _style(order, class_id))
         line.append(
-            f" {class_id:>5}  {facts['names'][class_id]}: {int(where.sum())} patches, "
+            f" {class_id:>5}  {one_line(facts['names'][class_id])}: {int(where.sum())} patches, "
             f"mean probability {probs[where].mean():.2f}"
         )
         console.print(line)

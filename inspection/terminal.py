@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from tokenlabel.annotate.markup import escape
 from tokenlabel.inspection.summary import TIMES
 
 _BARS = " ▁▂▃▄▅▆▇█"

@@ -13,10 +13,10 @@ from typing import Any
 
 from tokenlabel.annotate.manifest import NAME as MANIFEST
 from tokenlabel.annotate.manifest import Manifest, open_manifest
-from tokenlabel.dataset.errors import FormatError
+from tokenlabel.dataset.errors import FormatError, NewerVersionError
 from tokenlabel.dataset.index import NAME as INDEX
 from tokenlabel.dataset.shard import parse_shard_name, shard_name
-from tokenlabel.inspection.index_check import index_difference
+from tokenlabel.inspection.index_check import index_difference, other_version
 from tokenlabel.inspection.shard_check import Fault, ShardCheck, check_shard, crashed
 
 Watch = Callable[[int, int], None]
@@ -225,8 +225,17 @@ def _check_index(root: Path, paths: Sequence[Path], result: SplitCheck) -> None:
     if not result.ok and (result.missing or any(map(parse_shard_name, result.bad_files))):
         result.notes.append(f"{INDEX} was not compared with the shards, as these have faults")
         return
+    if version := other_version(path):
+        result.notes.append(
+            f"{INDEX} is of version {version}, of another release: it was not compared, and is "
+            "built anew when it is needed"
+        )
+        return
     try:
         difference = index_difference(path, paths)
+    except NewerVersionError as error:
+        result.notes.append(f"{INDEX} was not compared with the shards: {error}")
+        return
     except FormatError as error:
         difference = _short(path, error)
     if difference:

@@ -1,8 +1,8 @@
 """What `--verify` found, in a terminal."""
 
 from rich.console import Console
-from rich.markup import escape
 
+from tokenlabel.annotate.markup import escape
 from tokenlabel.inspection.verify import SplitCheck
 
 

@@ -171,3 +171,12 @@ def test_a_flipped_byte_is_found_on_verifying(tmp_path: Path) -> None:
     open_manifest(path)
     with pytest.raises(FormatError, match="its content is not what was written"):
         open_manifest(path, verify=True)
+
+
+def test_a_folder_of_many_names_is_merged_from_sorted_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenlabel.annotate.manifest._RUN", 3)
+    names = [f"{number * 7 % 10}{tail}.png" for number in range(10) for tail in ("", "/a", "-")]
+    root = fill(tmp_path / "train", *names)
+    assert list(build(root).keys) == sorted(names, key=str.encode)

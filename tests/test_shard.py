@@ -149,7 +149,7 @@ def test_other_versions_and_formats_are_refused(
 ) -> None:
     make(tmp_path / "s.h5")
     with h5py.File(tmp_path / "s.h5", "a") as file:
-        file.attrs[name] = value
+        file.attrs[name] = np.bytes_(value) if isinstance(value, str) else value
     with pytest.raises(FormatError, match=message):
         Shard(tmp_path / "s.h5")
 

@@ -56,6 +56,14 @@ def test_maps_by_key_and_row(split: tuple[Path, list[Rows]]) -> None:
     assert 3 not in store.keys
 
 
+def test_a_wrong_guess_of_the_row_does_not_matter(split: tuple[Path, list[Rows]]) -> None:
+    store = LabelStore(split[0])
+    for row, key in enumerate(KEYS):
+        assert [store.row(key, near) for near in range(-3, 11)] == [row] * 14
+    with pytest.raises(MissingMapError):
+        store.row("nope.jpg", 3)
+
+
 def test_missing_keys_are_named(split: tuple[Path, list[Rows]]) -> None:
     store = LabelStore(split[0])
     with pytest.raises(KeyError, match=r"no score map for 'nope.jpg' .* such as 'a.b/z.png'"):
@@ -217,7 +225,7 @@ def test_threads_read_while_files_are_closed(
 
 def rewrite(path: Path, storage: dict[str, object], names: Sequence[str] = MAPS) -> None:
     """Store maps of a shard otherwise, with HDF5's own filters; the content stays."""
-    with h5py.File(path, "a") as file:
+    with h5py.File(path, "a", libver=("v110", "v110")) as file:
         for name in names:
             data = file[name][:]
             del file[name]
@@ -231,7 +239,6 @@ def rewrite(path: Path, storage: dict[str, object], names: Sequence[str] = MAPS)
         ({"compression": "gzip", "compression_opts": 9, "shuffle": True}, True),
         ({"compression": "gzip"}, True),
         ({"compression": "gzip", "fletcher32": True}, False),
-        ({"compression": "lzf"}, False),
         ({}, False),
     ],
 )

@@ -262,7 +262,10 @@ def test_shards_of_another_writer_are_not_called_damaged(tmp_path: Path) -> None
     layout = ShardLayout(("identity",), (2, 2), 3, 50)
     write_split(tmp_path, ["a.jpg", "b.jpg"], layout)
     path = tmp_path / shard_name(0, 1)
-    with h5py.File(path) as source, h5py.File(tmp_path / "copy", "w") as copy:
+    with (
+        h5py.File(path) as source,
+        h5py.File(tmp_path / "copy", "w", libver=("v110", "v110")) as copy,
+    ):
         for name in source:
             copy.create_dataset(name, data=source[name][:])
         for name, value in source.attrs.items():

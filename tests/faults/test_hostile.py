@@ -1,0 +1,526 @@
+"""Files that somebody made to do harm: label sets, pictures, keys, configurations."""
+
+import ast
+import io
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image, PngImagePlugin
+
+from tests.faults.attacks import ATTACKS, attack
+from tests.maps import attrs, random_rows, write_split
+from tokenlabel.annotate.config import load_config
+from tokenlabel.annotate.errors import ConfigError
+from tokenlabel.annotate.images import decode_batch
+from tokenlabel.annotate.manifest import build_manifest
+from tokenlabel.cli import main
+from tokenlabel.dataset.errors import FormatError, visible
+from tokenlabel.dataset.hdf5_file import InputFile
+from tokenlabel.dataset.shard import Shard, ShardLayout, shard_name, write_shard
+from tokenlabel.dataset.store import LabelStore
+from tokenlabel.inspection.verify import verify
+
+LAYOUT = ShardLayout(("identity",), (2, 3), 2, 10)
+KEYS = ["a/b.jpg", "b/c.jpg", "c/d.jpg"]
+FIRST = shard_name(0, 1)
+Observed = Callable[[str, int, str, str], None]
+#: What a process may take beyond what it has, for a hostile file of some kilobytes.
+MEMORY = 128 << 20
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Fail instead of hanging: of computing time, so that a loaded machine is no fault."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"more than {seconds} s of computing")
+
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def grown_by(work: Callable[[], Any]) -> int:
+    """Bytes by which the process's peak grew."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Path:
+    write_split(tmp_path / "labels", KEYS, LAYOUT)
+    return tmp_path / "labels"
+
+
+def test_hostile_hdf5_is_refused(split: Path, tmp_path: Path, observed: Observed) -> None:
+    """By the shard reader, by the store, and by --verify; and nothing of another file is read."""
+    secret = tmp_path / FIRST
+    write_split(tmp_path, KEYS, LAYOUT, seed=9)
+    whole, opened, peak = (split / FIRST).read_bytes(), 0, 0
+
+    def look() -> None:
+        with pytest.raises(FormatError, match="Remedy: "):
+            with Shard(split / FIRST) as shard:
+                for part in ("key", "label", "scores", "classes"):
+                    shard.read(part)
+        with pytest.raises(FormatError, match="Remedy: "):
+            store = LabelStore(split)
+            [store[row] for row in range(3)]
+
+    for name, (_, readable) in ATTACKS.items():
+        print(name)  # shown where it fails
+        (split / FIRST).write_bytes(whole)
+        (split / "index.h5").unlink(missing_ok=True)
+        attack(split / FIRST, name, secret)
+        with within(20):
+            if readable:
+                store = LabelStore(split)
+                assert [store[row].label for row in range(3)] == [0, 1, 2], name
+                opened += 1
+            else:
+                peak = max(peak, grown_by(look))
+                assert not verify(split).ok, name
+    assert peak < MEMORY
+    observed(
+        "shards that HDF5 made: links, other files, references, other types and filters, "
+        "terabytes declared, bombs, chunks that inflate to too little",
+        len(ATTACKS),
+        "FormatError; no other file opened, no memory taken",
+        f"{len(ATTACKS) - opened} refused, {opened} harmless ones read; "
+        f"{peak / (1 << 20):.0f} MB at most",
+    )
+
+
+def test_other_files_are_not_even_opened(split: Path, tmp_path: Path) -> None:
+    """A named pipe stands where the attack points: whoever opens it hangs."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    whole = (split / FIRST).read_bytes()
+    for name in ("external_link", "external_storage", "virtual"):
+        (split / FIRST).write_bytes(whole)
+        attack(split / FIRST, name, pipe)
+        with pytest.raises(FormatError):
+            with Shard(split / FIRST) as shard:
+                shard.read("label")
+
+
+@pytest.mark.parametrize("name", [FIRST, "index.h5", "manifest.h5"])
+def test_what_is_no_file_does_not_hang_its_reader(split: Path, name: str) -> None:
+    LabelStore(split)
+    (split / name).unlink(missing_ok=True)
+    os.mkfifo(split / name)
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from tokenlabel.dataset.store import LabelStore\n"
+        "from tokenlabel.inspection.verify import verify\n"
+        "from tokenlabel.dataset.errors import FormatError\n"
+        "split = Path(sys.argv[1])\n"
+        "assert verify(split).ok is False or sys.argv[2] == 'index.h5'\n"
+        "try:\n    print(len(LabelStore(split)))\n"
+        "except (FormatError, OSError) as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(split), name],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("not a regular file" in done.stdout) == (name == FIRST), done.stdout
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, *more: bytes) -> bytes:
+    """A PNG that declares a size, with no more pixels than a few."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes((1 + 3 * 64) * 64))
+    parts = (chunk(b"IHDR", head), *more, chunk(b"IDAT", pixels), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def saved(kind: str, **options: Any) -> bytes:
+    data = io.BytesIO()
+    Image.effect_noise((64, 64), 50).convert("RGB").save(data, kind, **options)
+    return data.getvalue()
+
+
+def gif(frames: int) -> bytes:
+    first = Image.new("P", (64, 64), 1)
+    data = io.BytesIO()
+    rest = [Image.new("P", (64, 64), 2 + n % 200) for n in range(frames - 1)]
+    first.save(data, "GIF", save_all=True, append_images=rest)
+    return data.getvalue()
+
+
+def with_zip(picture: bytes) -> bytes:
+    data = io.BytesIO(picture)
+    with zipfile.ZipFile(data, "a") as archive:
+        archive.writestr("run.py", "print('harm')")
+    return data.getvalue()
+
+
+def large_icc() -> bytes:
+    return saved("JPEG", icc_profile=bytes(3 << 20))
+
+
+def hostile_pictures() -> dict[str, bytes]:
+    """By name; those that begin with "good" are pictures all the same."""
+    jpeg = saved("JPEG")
+    bomb = zlib.compress(bytes(200 << 20), 9)
+    huge = PngImagePlugin.PngInfo()
+    huge.add_text("more", "x" * 1000)
+    tiff = saved("TIFF")
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 60_000
+    return {
+        "bomb.png": png(60_000, 60_000),
+        "wide.png": png(2**31 - 1, 1),
+        "none.png": png(0, 0),
+        "text.png": png(64, 64, chunk(b"zTXt", b"a\0\0" + bomb)),
+        "itxt.png": png(64, 64, chunk(b"iTXt", b"a\0\1\0\0\0" + bomb)),
+        "iccp.png": png(64, 64, chunk(b"iCCP", b"a\0\0" + bomb)),
+        "good-text.png": saved("PNG", pnginfo=huge),
+        "good-frames.gif.jpg": gif(1000),
+        "good-zip.jpg": with_zip(jpeg),
+        "good-html.jpg": jpeg + b"<html><script>alert(1)</script></html>",
+        "good-icc.jpg": large_icc(),
+        "good-exif.jpg": saved("JPEG", exif=exif),
+        "good-name.webp": jpeg,
+        "html.jpg": b"<html><script>alert(1)</script></html>",
+        "zip.jpg": with_zip(b""),
+        "cut.jpg": jpeg[: len(jpeg) // 2],
+        "cut.webp": saved("WEBP")[:60],
+        "cut.tiff": tiff[: len(tiff) // 3],
+        "size.webp": saved("WEBP")[:26] + b"\xff\xff\xff\xff" + saved("WEBP")[30:],
+        "eps.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run",
+        "svg.jpg": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///"/></svg>',
+        "head.jpg": b"\xff\xd8\xff\xe0" + b"\xff" * 100_000,
+    }
+
+
+def test_hostile_pictures_become_rows(tmp_path: Path, observed: Observed) -> None:
+    files = hostile_pictures()
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "terminal.jpg").symlink_to("/dev/tty")
+    with socket.socket(socket.AF_UNIX) as server:
+        here = os.open(tmp_path, os.O_RDONLY)
+        server.bind(f"/proc/self/fd/{here}/socket.jpg")  # its path must be short
+        os.close(here)
+        others = ["pipe.jpg", "folder.jpg", "device.jpg", "loop.jpg", "terminal.jpg", "socket.jpg"]
+        names = [*files, *others]
+        batches: list[Any] = []
+        with within(30):
+            grown = grown_by(
+                lambda: batches.append(decode_batch(str(tmp_path), names, (8, 8), "bilinear"))
+            )
+    (batch,) = batches
+    for name, error in zip(names, batch.errors, strict=True):
+        assert (not error) == name.startswith("good"), (name, error)
+        assert str(tmp_path) not in error and error == visible(error)
+    assert grown < MEMORY
+    observed(
+        "pictures: bombs, 1,000 frames, polyglots, cut, huge chunks, pipes, devices, sockets",
+        len(names),
+        "an error row, or the picture that ImageFolder shows; no hang",
+        f"{sum(map(bool, batch.errors))} error rows, {batch.errors.count('')} pictures, "
+        f"{grown / (1 << 20):.0f} MB at most",
+    )
+
+
+def test_only_the_first_frame_is_decoded(tmp_path: Path) -> None:
+    for frames in (2, 1000):
+        (tmp_path / f"{frames}.gif").write_bytes(gif(frames))
+
+    def seconds(name: str) -> float:
+        start = time.thread_time()
+        assert decode_batch(str(tmp_path), [name], (8, 8), "bilinear").errors == [""]
+        return time.thread_time() - start
+
+    few, many = (min(seconds(f"{n}.gif") for _ in range(9)) for n in (2, 1000))
+    assert many < 20 * few + 0.01
+
+
+def test_folders_that_lead_in_circles_or_away(tmp_path: Path) -> None:
+    """Links are followed, as ImageFolder does, but not in circles; keys stay below the split."""
+    data, away = tmp_path / "data", tmp_path / "away"
+    (data / "a").mkdir(parents=True)
+    away.mkdir()
+    for folder in (data / "a", away):
+        (folder / "x.jpg").write_bytes(b"")
+    (data / "a" / "up").symlink_to(data)
+    (data / "a" / "self").symlink_to("self")
+    (data / "away").symlink_to(away)
+    (away / "back").symlink_to(data / "a")
+    with within(20):
+        keys = list(build_manifest(data, tmp_path / "manifest.h5", None, None).keys)
+    assert keys == ["a/x.jpg", "away/back/x.jpg", "away/x.jpg"]
+
+
+ODD_NAMES = {
+    "newline": "a\nb.jpg",
+    "escape": "\x1b[2J\x1b]0;owned\x07.jpg",
+    "csi": "\x9b31m.jpg",
+    "bidi": "gpj.\u202exe.jpg",
+    "long": "/".join(["d" * 250] * 15) + "/" + "e" * 250 + ".jpg",
+    "quote": "'; rm -rf ~; '.jpg",
+    "markup": "[red]x.jpg",
+}
+
+
+def test_odd_names_are_keys_like_others(tmp_path: Path) -> None:
+    """4 KB, newlines, terminal escapes: stored, found, and told apart; never a lone surrogate."""
+    data = tmp_path / "data"
+    data.mkdir()
+    short = [name for key, name in ODD_NAMES.items() if key != "long"]
+    for name in short:
+        (data / name).write_bytes(b"")
+    manifest = build_manifest(data, tmp_path / "manifest.h5", None, None)
+    assert list(manifest.keys) == sorted(short, key=str.encode)
+    keys = sorted(ODD_NAMES.values(), key=str.encode)
+    assert max(map(len, keys)) > 4000
+    write_split(tmp_path / "labels", keys, LAYOUT, shard_size=3)
+    store = LabelStore(tmp_path / "labels")
+    assert [store.row(key) for key in keys] == list(range(len(keys)))
+    assert "\ud800.jpg" not in store and "a\0" not in store
+    (data / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"keys are UTF-8.*caf\\xe9.*Remedy: rename it"):
+        build_manifest(data, tmp_path / "manifest.h5", None, None)
+
+
+def hostile_split(folder: Path, keys: list[str], text: str) -> None:
+    """A whole, valid split in which every text that somebody may see is hostile."""
+    header = attrs(
+        0,
+        1,
+        0,
+        class_names=[text] * 10,
+        dense_rule=text,
+        label_space="teacher",
+        preprocessing=json.dumps({text: text}),
+        libraries=json.dumps({text: text}),
+        settings=json.dumps({"x": text}),
+    ) | {"teacher": text}
+    folder.mkdir(parents=True)
+    rows = random_rows(LAYOUT, len(keys))
+    rows.errors[0] = text
+    with write_shard(folder / FIRST, LAYOUT, keys, [0] * len(keys), header) as writer:
+        writer.append(*rows)
+
+
+def commands(labels: Path, key: str, images: Path) -> list[list[str]]:
+    inspect = ["inspect-labels", str(labels)]
+    return [
+        inspect,
+        [*inspect, "--all"],
+        [*inspect, "--json"],
+        [*inspect, "--key", key],
+        [*inspect, "--key", "missing" + key],
+        [*inspect, "--verify", "--workers", "0", "--images", str(images)],
+        [*inspect, "--key", key, "--png", str(images / "x.png"), "--images", str(images)],
+        ["compare-labels", str(labels), str(labels)],
+    ]
+
+
+@pytest.mark.parametrize("text", ["\x1b[31mred\x1b]0;owned\x07", "a\nError: \x9b2J", "\u202egpj"])
+def test_no_text_of_a_file_steers_the_terminal(tmp_path: Path, text: str) -> None:
+    keys = sorted([f"a{text}.jpg", f"b{text}.jpg", "c.jpg"])
+    hostile_split(tmp_path / "labels" / "train", keys, text)
+    for words in commands(tmp_path / "labels" / "train", keys[1], tmp_path):
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code in (0, 1, 2), (words, result.exc_info)
+        assert isinstance(result.exception, SystemExit | None), (words, result.exc_info)
+        assert visible(result.output) == result.output, words
+        assert "\nError: \\x9b" not in result.output, words
+
+
+@pytest.mark.parametrize(
+    "key", ["../secret.jpg", "a/../../secret.jpg", "/etc/passwd", "a\0b.jpg", "x/pipe.jpg"]
+)
+def test_keys_never_lead_out_of_the_folder(tmp_path: Path, key: str) -> None:
+    """What joins a key of a label set to a folder: pictures, page, --verify, --agreement."""
+    images = tmp_path / "images"
+    (images / "x").mkdir(parents=True)
+    (tmp_path / "secret.jpg").write_bytes(saved("JPEG"))
+    os.mkfifo(images / "x" / "pipe.jpg")
+    hostile_split(tmp_path / "train", sorted([" .jpg", key, "~"]), "no")
+    opened: list[str] = []
+    audited = [True]
+
+    def note(event: str, given: tuple[Any, ...]) -> None:
+        if event == "open" and audited[0]:
+            opened.append(os.fsdecode(given[0]) if isinstance(given[0], str | bytes) else "")
+
+    sys.addaudithook(note)
+    page = ["inspect-labels", str(tmp_path / "train"), "--html", str(tmp_path / "p.html")]
+    folder = ["--images", str(images)]
+    try:
+        for words in (*commands(tmp_path / "train", key, images), [*page, *folder]):
+            with within(60):
+                result = CliRunner().invoke(main, words)
+            assert isinstance(result.exception, SystemExit | None), (words, result.exc_info)
+    finally:
+        audited[0] = False
+    real = {os.path.realpath(path) for path in opened if "\0" not in path}
+    assert not real & {str(tmp_path / "secret.jpg"), "/etc/passwd", str(images / "x" / "pipe.jpg")}
+    assert not verify(tmp_path / "train", images).ok
+
+
+YAML = {
+    "laughs": "a: &a [x, x]\nb: &b [*a, *a]\nk: *b\n",
+    "merge": "a: &a {k: 1}\nb:\n  <<: *a\n",
+    "brackets": "k: " + "[" * 8000,
+    "dashes": "k:\n " + "- " * 8000 + "1",
+    "maps": "".join(" " * n + "a:\n" for n in range(170)),
+    "questions": "? " * 8000,
+    "large": "model: " + "x" * (100 << 20),
+    "object": "model: !!python/object/apply:os.system ['touch owned']",
+    "name": "model: !!python/name:os.system",
+    "tag": "model: !owned x",
+    "binary": "model: !!binary AAAA",
+    "number": "k: " + "9" * 15_000,
+    "base60": "k: " + "1:" * 5000 + "1",
+    "twice": "k: 1\n--- \nk: 2\n",
+    "nul": "model: \0",
+    "bytes": "model: \udcff",
+    "date": "k: 9999-99-99",
+    "key": "? [a, b]\n: 1\n",
+    "infinite": "max_errors: .inf\nk: .nan\n",
+}
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_hostile_configurations_are_refused_at_once(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(YAML[name].encode(errors="surrogateescape"))
+    with within(5), pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    assert len(str(caught.value)) < 40_000
+    assert not (tmp_path / "owned").exists() and not Path("owned").exists()
+
+
+ROOT = Path(__file__).parents[2]
+_LOADERS = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal", "jsonpickle"}
+_CALLS = {"eval", "exec", "compile", "__import__"}
+_ATTRIBUTES = {
+    *("os.system", "os.popen", "yaml.load", "yaml.full_load", "yaml.unsafe_load"),
+    *("yaml.load_all", "yaml.full_load_all", "yaml.unsafe_load_all", "torch.jit.load"),
+    *("numpy.fromfile", "np.fromfile", "pd.read_pickle", "torch.hub.load"),
+}
+
+
+def dangers(source: str) -> list[str]:
+    """What code does that could run what a file holds; by syntax: texts do not count."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Import):
+            found += [f"{line}: {n.name}" for n in node.names if n.name.split(".")[0] in _LOADERS]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in _LOADERS:
+            found.append(f"{line}: {node.module}")
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
+
+        def said(option: str, given: dict[str | None, ast.expr] = given) -> Any:
+            value = given.get(option)
+            return value.value if isinstance(value, ast.Constant) else value
+
+        if name in _CALLS or name in _ATTRIBUTES:
+            found.append(f"{line}: {name}")
+        if name in ("torch.load", "load_state_dict_from_url") and said("weights_only") is not True:
+            found.append(f"{line}: {name} without weights_only=True")
+        if said("shell") not in (None, False) or said("allow_pickle") not in (None, False):
+            found.append(f"{line}: {name} with shell or allow_pickle")
+        if name in ("np.load", "numpy.load") and said("allow_pickle") is not False:
+            found.append(f"{line}: {name} without allow_pickle=False")
+        if name.endswith("h5py.File") and len(node.args) > 1 and ast.unparse(node.args[1]) == "'r'":
+            found.append(f"{line}: HDF5 itself reads a file")
+    return found
+
+
+def test_nothing_that_is_read_can_be_run() -> None:
+    """No pickles, no eval, no shell, in all that is installed; and this test can see them."""
+    folders = ("annotate", "dataset", "inspection", "supervise", "configs")
+    files = [ROOT / "cli.py", *(path for name in folders for path in (ROOT / name).rglob("*.py"))]
+    assert len(files) > 60
+    found = {path.name: dangers(path.read_text(encoding="utf-8")) for path in files}
+    assert not {name: lines for name, lines in found.items() if lines}
+    for bad in (
+        "import pickle",
+        "from joblib import load",
+        "import torch\ntorch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "np.load(f)",
+        "np.load(f, allow_pickle=True)",
+        "yaml.load(f, Loader=yaml.Loader)",
+        "eval(x)",
+        "os.system(x)",
+        "subprocess.run(x, shell=True)",
+        "h5py.File(p, 'r')",
+    ):
+        assert dangers(bad), bad
+    assert not dangers("torch.load(f, weights_only=True); yaml.safe_load(f); 'import pickle'")
+
+
+def test_reading_does_without_hdf5(split: Path) -> None:
+    """So that nothing in a file reaches HDF5, which it could crash."""
+    LabelStore(split)
+    code = (
+        "import sys, h5py\n"
+        "class Refused:\n"
+        "    def __init__(self, *_, **__): raise AssertionError('HDF5 reads')\n"
+        "h5py.File = Refused\n"
+        "from tokenlabel.dataset.store import LabelStore\n"
+        "store = LabelStore(sys.argv[1])\n"
+        "print(sum(store[row].label for row in range(3)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(split)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "3\n", done.stderr
+    with InputFile(split / FIRST) as file:
+        assert sorted(file)[:3] == ["classes", "digest", "error"]
+
+
+def test_a_hostile_range_of_scores_warns_nobody(tmp_path: Path) -> None:
+    layout = LAYOUT._replace(score_dtype="uint8")
+    rows = random_rows(layout, 1)
+    with write_shard(tmp_path / FIRST, layout, ["a"], [0], attrs(0, 1, 0)) as writer:
+        writer.append(*rows)
+        writer._rows["score_range"][:] = [[-3e38, 3e38]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not np.isfinite(LabelStore(tmp_path)["a"].scores).all()
