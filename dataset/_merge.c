@@ -8,6 +8,7 @@
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -16,30 +17,33 @@
 /* Shares below this are rounding: as _NOTHING in sampling.py. */
 #define NOTHING 1e-9
 
-/* One view of a map, as it is stored: [cells, k]. */
+/* One view of a map, as it is stored or wider: [rows, columns, k]. */
 typedef struct {
-    const void *scores; /* float16 or float32 */
-    const int32_t *classes;
-    const float *rest; /* [cells] */
-    Py_ssize_t k;
-    int is_half;
+    const void *scores, *classes, *rest; /* rest: [rows, columns] */
+    Py_ssize_t rows, columns, k, first; /* first: the view's first cell */
+    int half_scores, half_rest;         /* float16, not float32 */
+    int short_classes;                  /* 16 bits, not 32 */
 } Map;
 
-/* What is known of the cells so far: softmax and columns of those met, and the classes' ids. */
+/* A class that occurs. */
+typedef struct {
+    int32_t id;
+    int32_t stamp; /* the last patch that had it */
+    float sum;     /* of the patch at hand; 0 between patches */
+} Column;
+
+/* What is known of the cells so far: softmax and columns of those met, and the columns themselves. */
 typedef struct {
     Map map;
     float *probs;     /* [cells, k] */
-    int32_t *columns; /* [cells, k]; the first of a cell is -1 until the cell is met */
-    int32_t *slots;   /* hash table of columns, -1 where empty */
-    uint32_t mask;
-    int32_t *ids; /* [columns], class id of each column */
+    int32_t *indices; /* [cells, k], into `columns`; the first of a cell is -1 until it is met */
+    Column *columns;  /* [width] */
     int32_t width;
-    float *sums;      /* [columns], of the patch at hand; 0 between patches */
-    int32_t *stamps;  /* [columns], the last patch that had the column */
+    int32_t *slots; /* hash table of columns, -1 where empty; at most half full */
+    uint32_t mask;
     int32_t *touched; /* columns of the patch at hand, and one place more */
     uint64_t *best;   /* [k], its largest sums */
     int32_t stamp;
-    void *memory;
 } Table;
 
 /* Where the results of a patch go. */
@@ -51,113 +55,210 @@ typedef struct {
     Py_ssize_t k;
 } Out;
 
-/* Patches along one axis of the map, as _Span in sampling.py; in cells. */
+/* Patches along one axis of the map, as Span in sampling.py; in cells. */
 typedef struct {
     double start, length, low, high;
     Py_ssize_t patches, cells;
     Py_ssize_t *first, *count; /* [patches], the cells that each patch shows */
     double *weights;           /* [patches, cells], from `first` on; sums to 1, or 0 outside */
     double *share;             /* [patches] */
+    double *total;             /* [cells], how much each counts in all patches together */
+    Py_ssize_t begin, end;     /* the cells that any patch shows */
 } Axis;
 
-static float from_half(uint16_t half)
+/* ---- memory: one block a call, the last one kept, for fresh pages cost more than the work ---- */
+
+#define KEPT (1 << 20) /* bytes, at most */
+
+static void *spare; /* guarded by the GIL */
+static size_t spare_size;
+
+typedef struct {
+    char *start;
+    size_t size, used;
+} Block;
+
+/* Room for n items; before the block is there (start is NULL) it only counts. */
+static void *room(Block *block, size_t n, size_t item)
+{
+    char *place = block->start ? block->start + block->used : NULL;
+    size_t size = n > (SIZE_MAX / 4) / item ? SIZE_MAX / 4 : (n * item + 15) & ~(size_t)15;
+    block->used = block->used > SIZE_MAX / 4 ? block->used : block->used + size;
+    return place;
+}
+
+/* With the GIL. */
+static int take(Block *block)
+{
+    if (block->used >= SIZE_MAX / 4)
+        return -1;
+    if (spare && spare_size >= block->used) {
+        block->start = spare;
+        block->size = spare_size;
+        spare = NULL;
+    } else {
+        block->size = block->used;
+        block->start = malloc(block->size);
+    }
+    block->used = 0;
+    return block->start ? 0 : -1;
+}
+
+/* With the GIL. */
+static void give(Block *block)
+{
+    if (block->size <= KEPT && (!spare || spare_size < block->size)) {
+        free(spare);
+        spare = block->start;
+        spare_size = block->size;
+    } else
+        free(block->start);
+}
+
+/* ---- numbers ---- */
+
+static inline float from_half(uint16_t half)
 {
     uint32_t sign = (uint32_t)(half & 0x8000u) << 16, exponent = (half >> 10) & 31u;
     uint32_t fraction = half & 0x3FFu, bits;
-    float value;
-    if (exponent == 0) {
-        value = (float)fraction * 0x1p-24f;
-        return sign ? -value : value;
-    }
-    exponent = exponent == 31 ? 255 : exponent + 112;
-    bits = sign | (exponent << 23) | (fraction << 13);
+    float value, small = (float)(int32_t)fraction * 0x1p-24f;
+    bits = sign | ((exponent == 31 ? 255 : exponent + 112) << 23) | (fraction << 13);
     memcpy(&value, &bits, sizeof value);
-    return value;
+    return exponent ? value : sign ? -small : small;
+}
+
+static inline float number(const void *values, int half, Py_ssize_t i)
+{
+    return half ? from_half(((const uint16_t *)values)[i]) : ((const float *)values)[i];
+}
+
+/* exp(x) of x <= 0, to float rounding; 0 below -86. Compilers make it a vector loop, unlike expf. */
+static inline float decay(float x)
+{
+#if FLT_EVAL_METHOD == 0
+    float y = x > -86.0f ? x : -86.0f, n = y * 1.44269504f + 0x1.8p23f, r, e;
+    uint32_t power, bits;
+    memcpy(&power, &n, sizeof power); /* the lowest bits hold n, rounded */
+    n -= 0x1.8p23f;
+    r = y - n * 0x1.62ep-1f;  /* ln 2, of so few bits that the product is exact, */
+    r -= n * 0x1.0bfbe8p-15f; /* and the rest of it; |r| <= ln 2 / 2: Taylor's series will do */
+    e = 1 / 120.0f + r * (1 / 720.0f + r * (1 / 5040.0f));
+    e = 1 + r * (1 + r * (1 / 2.0f + r * (1 / 6.0f + r * (1 / 24.0f + r * e))));
+    memcpy(&bits, &e, sizeof bits);
+    bits += power << 23;
+    memcpy(&e, &bits, sizeof e);
+    return x > -86.0f ? e : x == x ? 0.0f : x;
+#else
+    return expf(x);
+#endif
 }
 
 /* ---- the table ---- */
 
-static int open_table(Table *table, Map map, Py_ssize_t cells, Py_ssize_t kept)
+static int too_large(const Map *map)
 {
-    size_t entries = (size_t)cells * (size_t)map.k, slots = 16;
-    char *next;
-    if (entries > INT32_MAX / 4)
-        return -1;
+    return map->k > INT32_MAX / 8 / (map->rows * map->columns);
+}
+
+/* Lays the table out in the block. */
+static void lay_table(Block *block, Table *table, const Map *map, Py_ssize_t kept)
+{
+    size_t entries = (size_t)(map->rows * map->columns * map->k), slots = 256;
     while (slots < 2 * entries)
         slots *= 2;
-    next = table->memory = malloc(sizeof(uint64_t) * (size_t)kept + sizeof(int32_t) * (6 * entries + 1 + slots));
-    if (!next)
-        return -1;
-    table->map = map;
-    table->best = (uint64_t *)next, next += sizeof(uint64_t) * (size_t)kept;
-    table->probs = (float *)next, next += sizeof(float) * entries;
-    table->columns = (int32_t *)next, next += sizeof(int32_t) * entries;
-    table->ids = (int32_t *)next, next += sizeof(int32_t) * entries;
-    table->sums = (float *)next, next += sizeof(float) * entries;
-    table->stamps = (int32_t *)next, next += sizeof(int32_t) * entries;
-    table->touched = (int32_t *)next, next += sizeof(int32_t) * (entries + 1);
-    table->slots = (int32_t *)next;
-    table->mask = (uint32_t)slots - 1;
-    table->width = 0;
-    table->stamp = 0;
-    memset(table->columns, -1, sizeof(int32_t) * entries);
-    memset(table->slots, -1, sizeof(int32_t) * slots);
-    return 0;
+    table->map = *map;
+    table->best = room(block, (size_t)kept, sizeof *table->best);
+    table->columns = room(block, entries, sizeof *table->columns);
+    table->touched = room(block, entries + 1, sizeof *table->touched);
+    table->probs = room(block, entries, sizeof *table->probs);
+    table->indices = room(block, entries, sizeof *table->indices);
+    table->slots = room(block, slots, sizeof *table->slots);
+}
+
+/* As few slots as will do are used, for most maps hold few classes. */
+static void empty_slots(Table *table, uint32_t slots)
+{
+    table->mask = slots - 1;
+    memset(table->slots, -1, sizeof *table->slots * slots);
+}
+
+static uint32_t free_slot(const Table *table, int32_t id, int32_t *column)
+{
+    uint32_t slot = (((uint32_t)id * 2654435769u) >> 7) & table->mask;
+    while ((*column = table->slots[slot]) >= 0 && table->columns[*column].id != id)
+        slot = (slot + 1) & table->mask;
+    return slot;
 }
 
 static int32_t column_of(Table *table, int32_t id)
 {
-    uint32_t slot = (((uint32_t)id * 2654435769u) >> 7) & table->mask;
-    int32_t column;
-    while ((column = table->slots[slot]) >= 0) {
-        if (table->ids[column] == id)
-            return column;
-        slot = (slot + 1) & table->mask;
-    }
+    int32_t column, other, i;
+    uint32_t slot = free_slot(table, id, &column);
+    if (column >= 0)
+        return column;
     column = table->width++;
     table->slots[slot] = column;
-    table->ids[column] = id;
-    table->stamps[column] = -1;
-    table->sums[column] = 0;
+    table->columns[column] = (Column){id, -1, 0};
+    if (2 * (uint32_t)table->width > table->mask + 1) {
+        empty_slots(table, 2 * (table->mask + 1));
+        for (i = 0; i < table->width; i++)
+            table->slots[free_slot(table, table->columns[i].id, &other)] = i;
+    }
     return column;
 }
 
 /* Softmax of a cell's scores and rest, stable for logits of any size; -inf has probability 0. */
 static void meet(Table *table, Py_ssize_t cell)
 {
-    Py_ssize_t k = table->map.k, i;
-    float *probs = table->probs + cell * k, top = table->map.rest[cell], total;
-    int32_t *columns = table->columns + cell * k;
-    const int32_t *classes = table->map.classes + cell * k;
-    for (i = 0; i < k; i++) {
-        probs[i] = table->map.is_half ? from_half(((const uint16_t *)table->map.scores)[cell * k + i])
-                                      : ((const float *)table->map.scores)[cell * k + i];
-        top = probs[i] > top ? probs[i] : top;
-        columns[i] = column_of(table, classes[i]);
-    }
-    total = expf(table->map.rest[cell] - top);
+    const Map *map = &table->map;
+    Py_ssize_t k = map->k, start = (map->first + cell) * k, i;
+    float *probs = table->probs + cell * k;
+    int32_t *indices = table->indices + cell * k;
+    float rest = number(map->rest, map->half_rest, map->first + cell), top = rest, total;
+    if (map->half_scores)
+        for (i = 0; i < k; i++)
+            probs[i] = from_half(((const uint16_t *)map->scores)[start + i]);
+    else
+        memcpy(probs, (const float *)map->scores + start, sizeof *probs * (size_t)k);
     for (i = 0; i < k; i++)
-        total += probs[i] = expf(probs[i] - top);
+        top = probs[i] > top ? probs[i] : top;
+    for (i = 0; i < k; i++)
+        probs[i] = decay(probs[i] - top);
+    total = decay(rest - top);
+    for (i = 0; i < k; i++)
+        total += probs[i];
     for (i = 0; i < k; i++)
         probs[i] /= total;
+    if (map->short_classes)
+        for (i = 0; i < k; i++)
+            indices[i] = column_of(table, ((const uint16_t *)map->classes)[start + i]);
+    else
+        for (i = 0; i < k; i++)
+            indices[i] = column_of(table, ((const int32_t *)map->classes)[start + i]);
+}
+
+static void begin_table(Table *table)
+{
+    table->width = 0;
+    table->stamp = 0;
+    empty_slots(table, 256);
 }
 
 /* Adds a cell to the patch at hand; returns how many columns the patch then has. */
-static int32_t add(Table *table, int32_t count, Py_ssize_t cell, double weight)
+static inline int32_t add(Table *table, int32_t count, Py_ssize_t cell, double weight)
 {
     Py_ssize_t k = table->map.k, i;
-    const int32_t *columns = table->columns + cell * k;
+    const int32_t *indices = table->indices + cell * k;
     const float *probs = table->probs + cell * k;
-    int32_t *stamps = table->stamps, *touched = table->touched, stamp = table->stamp;
-    float *sums = table->sums, scale = (float)weight;
-    if (columns[0] < 0)
-        meet(table, cell);
+    int32_t *touched = table->touched, stamp = table->stamp;
+    Column *columns = table->columns;
+    float scale = (float)weight;
     for (i = 0; i < k; i++) { /* no branch: none could be predicted */
-        int32_t column = columns[i];
-        touched[count] = column;
-        count += stamps[column] != stamp;
-        stamps[column] = stamp;
-        sums[column] += scale * probs[i];
+        Column *column = columns + indices[i];
+        touched[count] = indices[i];
+        count += column->stamp != stamp;
+        column->stamp = stamp;
+        column->sum += scale * probs[i];
     }
     return count;
 }
@@ -169,20 +270,19 @@ static int32_t add(Table *table, int32_t count, Py_ssize_t cell, double weight)
  */
 static void finish(Table *table, int32_t count, const Out *out, Py_ssize_t row)
 {
-    int32_t *classes = out->classes + row * out->k;
+    int32_t *classes = out->classes + row * out->k, n;
     float *probs = out->probs + row * out->k;
     uint64_t *best = table->best;
     Py_ssize_t k = out->k, i;
     double mass = 0;
-    int32_t n;
     memset(best, 0, sizeof *best * (size_t)k);
     for (n = 0; n < count; n++) {
-        int32_t column = table->touched[n];
+        Column *column = table->columns + table->touched[n];
         uint64_t entry;
         uint32_t bits;
-        memcpy(&bits, table->sums + column, sizeof bits);
-        table->sums[column] = 0;
-        entry = (uint64_t)bits << 32 | (UINT32_MAX - (uint32_t)table->ids[column]);
+        memcpy(&bits, &column->sum, sizeof bits);
+        column->sum = 0;
+        entry = (uint64_t)bits << 32 | (UINT32_MAX - (uint32_t)column->id);
         if (entry <= best[k - 1])
             continue;
         for (i = k - 1; i > 0; i--) {
@@ -219,15 +319,24 @@ static double within(double x, double low, double high)
     return x < low ? low : x > high ? high : x;
 }
 
-static int weigh(Axis *axis, int nearest)
+static void lay_axis(Block *block, Axis *axis)
+{
+    size_t n = (size_t)axis->patches, cells = (size_t)axis->cells;
+    axis->weights = room(block, n > SIZE_MAX / cells ? SIZE_MAX : n * cells, sizeof(double));
+    axis->share = room(block, n, sizeof(double));
+    axis->first = room(block, n, sizeof(Py_ssize_t));
+    axis->count = room(block, n, sizeof(Py_ssize_t));
+    axis->total = room(block, cells, sizeof(double));
+}
+
+static void weigh(Axis *axis, int nearest)
 {
     Py_ssize_t n = axis->patches, cells = axis->cells, i, j;
-    axis->weights = calloc((size_t)(n * cells), sizeof(double));
-    axis->share = calloc((size_t)n, sizeof(double));
-    axis->first = calloc((size_t)(2 * n), sizeof(Py_ssize_t));
-    if (!axis->weights || !axis->share || !axis->first)
-        return -1;
-    axis->count = axis->first + n;
+    double shares = 0;
+    axis->begin = cells;
+    axis->end = 0;
+    memset(axis->weights, 0, sizeof(double) * (size_t)(n * cells));
+    memset(axis->total, 0, sizeof(double) * (size_t)cells);
     for (i = 0; i < n; i++) {
         double *weights = axis->weights + i * cells, sum = 0;
         double p = within(axis->start + i * (axis->length / n), axis->low, axis->high);
@@ -251,84 +360,102 @@ static int weigh(Axis *axis, int nearest)
             }
         }
         axis->share[i] = sum * n / fabs(axis->length);
-        if (axis->share[i] < NOTHING) {
+        if (!(axis->share[i] >= NOTHING)) {
             axis->share[i] = 0;
             axis->count[i] = 0;
             continue;
         }
         for (j = 0; j < axis->count[i]; j++)
             weights[j] /= sum;
+        axis->begin = begin < axis->begin ? begin : axis->begin;
+        axis->end = end > axis->end ? end : axis->end;
+        shares += axis->share[i];
     }
-    return 0;
-}
-
-/* How much each cell of an axis counts in all patches together, weighted by their shares. */
-static double *totals(const Axis *axis)
-{
-    double *total = calloc((size_t)axis->cells, sizeof(double)), sum = 0;
-    Py_ssize_t i, j;
-    if (!total)
-        return NULL;
-    for (i = 0; i < axis->patches; i++)
-        sum += axis->share[i];
-    for (i = 0; sum > 0 && i < axis->patches; i++)
+    for (i = 0; i < n; i++)
         for (j = 0; j < axis->count[i]; j++)
-            total[axis->first[i] + j] +=
-                axis->share[i] / sum * axis->weights[i * axis->cells + j];
-    return total;
+            axis->total[axis->first[i] + j] +=
+                axis->share[i] / shares * axis->weights[i * cells + j];
 }
 
-static int upright(Table *table, Axis *y, Axis *x, int transposed, const Out *out)
+/* The patches along the map's rows (y) and columns (x), as `spans` in sampling.py. */
+static void span(const Map *map, int view, const double *matrix, const double *box,
+                 const double *extent, const double *canvas, const Py_ssize_t *grid, Axis *y,
+                 Axis *x, int *transposed)
 {
-    Py_ssize_t i, j, r, c, rows = y->cells, columns = x->cells;
-    double *down = totals(y), *across = totals(x);
-    int32_t count = 0;
-    if (down && across) {
-        for (i = 0; i < y->patches; i++) {
-            const double *wy = y->weights + i * rows;
-            for (j = 0; j < x->patches; j++) {
-                const double *wx = x->weights + j * columns;
-                Py_ssize_t row = transposed ? j * y->patches + i : i * x->patches + j;
-                count = 0;
-                for (r = 0; r < y->count[i]; r++)
-                    for (c = 0; c < x->count[j]; c++)
-                        if (wy[r] * wx[c] > 0)
-                            count = add(table, count,
-                                        (y->first[i] + r) * columns + x->first[j] + c,
-                                        wy[r] * wx[c]);
-                finish(table, count, out, row);
-                out->weight[row] = (float)(y->share[i] * x->share[j]);
-            }
-        }
-        count = 0;
-        for (r = 0; r < rows; r++)
-            for (c = 0; c < columns; c++)
-                if (down[r] * across[c] > 0)
-                    count = add(table, count, r * columns + c, down[r] * across[c]);
-        finish(table, count, out, y->patches * x->patches);
+    double step_x, step_y, c = matrix[2], m, n;
+    double x0 = extent[0], y0 = extent[1], x1 = extent[2], y1 = extent[3];
+    double left = box[0] > x0 ? box[0] : x0, top = box[1] > y0 ? box[1] : y0;
+    double right = box[2] < x1 ? box[2] : x1, bottom = box[3] < y1 ? box[3] : y1, other;
+    *transposed = matrix[0] == 0 && matrix[4] == 0;
+    step_x = *transposed ? matrix[1] * canvas[0] : matrix[0] * canvas[1];
+    step_y = *transposed ? matrix[3] * canvas[1] : matrix[4] * canvas[0];
+    x->patches = grid[!*transposed];
+    y->patches = grid[*transposed];
+    if (view == 1) { /* of the mirrored picture */
+        c = 1 - c, step_x = -step_x;
+        other = x0, x0 = 1 - x1, x1 = 1 - other;
+        other = left, left = 1 - right, right = 1 - other;
     }
-    free(down);
-    free(across);
-    return down && across ? 0 : -1;
+    m = map->rows / (y1 - y0), n = map->columns / (x1 - x0);
+    y->start = (matrix[5] - y0) * m, x->start = (c - x0) * n;
+    y->length = step_y * m, x->length = step_x * n;
+    y->cells = map->rows, x->cells = map->columns;
+    /* A box beyond the extent shows nothing: from the last point to the last. */
+    y->low = (top - y0) * m < map->rows ? (top - y0) * m : map->rows;
+    x->low = (left - x0) * n < map->columns ? (left - x0) * n : map->columns;
+    y->high = (bottom - y0) * m > y->low ? (bottom - y0) * m : y->low;
+    x->high = (right - x0) * n > x->low ? (right - x0) * n : x->low;
+}
+
+static void upright(Table *table, const Axis *y, const Axis *x, int transposed, const Out *out)
+{
+    Py_ssize_t i, j, r, c, columns = x->cells;
+    int32_t count;
+    for (r = y->begin; r < y->end; r++)
+        for (c = x->begin; c < x->end; c++)
+            meet(table, r * columns + c);
+    for (i = 0; i < y->patches; i++) {
+        const double *wy = y->weights + i * y->cells;
+        for (j = 0; j < x->patches; j++) {
+            const double *wx = x->weights + j * columns;
+            Py_ssize_t row = transposed ? j * y->patches + i : i * x->patches + j;
+            count = 0;
+            for (r = 0; r < y->count[i]; r++)
+                for (c = 0; c < x->count[j]; c++)
+                    if (wy[r] * wx[c] > 0)
+                        count = add(table, count, (y->first[i] + r) * columns + x->first[j] + c,
+                                    wy[r] * wx[c]);
+            finish(table, count, out, row);
+            out->weight[row] = (float)(y->share[i] * x->share[j]);
+        }
+    }
+    count = 0;
+    for (r = y->begin; r < y->end; r++)
+        for (c = x->begin; c < x->end; c++)
+            if (y->total[r] * x->total[c] > 0)
+                count = add(table, count, r * columns + c, y->total[r] * x->total[c]);
+    finish(table, count, out, y->patches * x->patches);
 }
 
 /* ---- other paths: weights of single cells, as runs of entries, one run a patch ---- */
 
-static int scattered(Table *table, const int64_t *cells, const float *weights,
-                     const int64_t *offsets, const double *share, Py_ssize_t patches,
-                     Py_ssize_t entries, Py_ssize_t map_cells, const Out *out)
+static void scattered(Table *table, const int64_t *cells, const float *weights,
+                      const int64_t *offsets, const double *share, Py_ssize_t patches,
+                      Py_ssize_t entries, double *total, const Out *out)
 {
-    double *total = calloc((size_t)map_cells, sizeof(double)), sum = 0;
-    Py_ssize_t i, e;
+    Py_ssize_t map_cells = table->map.rows * table->map.columns, i, e;
+    double sum = 0;
     int32_t count;
-    if (!total)
-        return -1;
+    memset(total, 0, sizeof *total * (size_t)map_cells);
+    memset(table->indices, -1, sizeof *table->indices * (size_t)(map_cells * table->map.k));
     for (i = 0; i < patches; i++)
         sum += share[i];
     for (i = 0; i < patches; i++) {
         Py_ssize_t end = i + 1 < patches ? offsets[i + 1] : entries;
         count = 0;
         for (e = offsets[i]; e < end; e++) {
+            if (table->indices[cells[e] * table->map.k] < 0)
+                meet(table, cells[e]);
             count = add(table, count, cells[e], weights[e]);
             total[cells[e]] += share[i] / sum * weights[e];
         }
@@ -340,8 +467,6 @@ static int scattered(Table *table, const int64_t *cells, const float *weights,
         if (total[i] > 0)
             count = add(table, count, i, total[i]);
     finish(table, count, out, patches);
-    free(total);
-    return 0;
 }
 
 /* ---- Python ---- */
@@ -358,24 +483,46 @@ static void release(Buffers *buffers)
         PyBuffer_Release(all + i);
 }
 
-/* Map and results from the buffers; their sizes must agree, or nothing here could be trusted. */
-static int understand(const Buffers *b, Py_ssize_t k, Py_ssize_t cells, Py_ssize_t patches,
-                      Map *map, Out *out)
+/* What "y*" gives has its item's size, though not its format. */
+static int items(const Py_buffer *buffer, int small, int large)
 {
-    Py_ssize_t entries = b->classes.len / 4;
-    int fits = cells > 0 && patches > 0 && k > 0 && entries > 0 && entries % cells == 0;
-    fits = fits && b->rest.len == 4 * cells;
-    fits = fits && (b->scores.len == 2 * entries || b->scores.len == 4 * entries);
-    fits = fits && b->out_classes.len == 4 * k * (patches + 1);
-    fits = fits && b->out_probs.len == b->out_classes.len;
-    fits = fits && b->out_rest.len == 4 * (patches + 1) && b->out_weight.len == 4 * patches;
+    return buffer->itemsize == small || buffer->itemsize == large;
+}
+
+/* Map and results from the buffers; their sizes must agree, or nothing here could be trusted. */
+static int understand(const Buffers *b, Py_ssize_t k, Py_ssize_t view, Py_ssize_t rows,
+                      Py_ssize_t columns, Py_ssize_t patches, Map *map, Out *out)
+{
+    Py_ssize_t entries, cells, views = 0;
+    int fits = items(&b->scores, 2, 4) && items(&b->classes, 2, 4) && items(&b->rest, 2, 4);
+    fits = fits && rows > 0 && columns > 0 && patches > 0 && k > 0 && view >= 0;
+    fits = fits && rows <= b->rest.len && columns <= b->rest.len / rows;
+    if (fits) {
+        cells = rows * columns;
+        entries = b->scores.len / b->scores.itemsize;
+        views = b->rest.len / b->rest.itemsize / cells;
+        fits = views > view && b->rest.len == views * cells * b->rest.itemsize;
+        fits = fits && entries > 0 && entries % (views * cells) == 0;
+        fits = fits && entries == b->classes.len / b->classes.itemsize;
+        fits = fits && patches < b->out_rest.len && k <= b->out_classes.len;
+        fits = fits && b->out_classes.len / 4 / k == patches + 1 &&
+               b->out_classes.len == 4 * k * (patches + 1);
+        fits = fits && b->out_probs.len == b->out_classes.len;
+        fits = fits && b->out_rest.len == 4 * (patches + 1) && b->out_weight.len == 4 * patches;
+    }
     if (!fits) {
         PyErr_SetString(PyExc_ValueError, "arrays that do not fit together");
         return -1;
     }
-    *map = (Map){b->scores.buf, b->classes.buf, b->rest.buf, entries / cells,
-                 b->scores.len == 2 * entries};
+    *map = (Map){b->scores.buf,   b->classes.buf, b->rest.buf,
+                 rows,            columns,        entries / (views * cells),
+                 view * cells,    b->scores.itemsize == 2,
+                 b->rest.itemsize == 2, b->classes.itemsize == 2};
     *out = (Out){b->out_classes.buf, b->out_probs.buf, b->out_rest.buf, b->out_weight.buf, k};
+    if (too_large(map)) {
+        PyErr_NoMemory();
+        return -1;
+    }
     return 0;
 }
 
@@ -386,29 +533,40 @@ static PyObject *merge_upright(PyObject *self, PyObject *args)
     Map map;
     Out out;
     Table table = {0};
-    Py_ssize_t k;
-    int transposed, nearest, failed = 1;
-    if (!PyArg_ParseTuple(args, "y*y*y*w*w*w*w*n(ddnndd)(ddnndd)pp", &b.scores, &b.classes, &b.rest,
-                          &b.out_classes, &b.out_probs, &b.out_rest, &b.out_weight, &k, &y.start,
-                          &y.length, &y.patches, &y.cells, &y.low, &y.high, &x.start, &x.length,
-                          &x.patches, &x.cells, &x.low, &x.high, &transposed, &nearest))
+    Block block = {0};
+    Py_ssize_t k, view, rows, columns, grid[2], patches;
+    double m[9], box[4], extent[4], canvas[2];
+    int transposed, nearest, pass, failed = 1;
+    if (!PyArg_ParseTuple(args, "y*y*y*nnnw*w*w*w*n(ddddddddd)(dddd)(dddd)(dd)(nn)p", &b.scores,
+                          &b.classes, &b.rest, &view, &rows, &columns, &b.out_classes,
+                          &b.out_probs, &b.out_rest, &b.out_weight, &k, m, m + 1, m + 2, m + 3,
+                          m + 4, m + 5, m + 6, m + 7, m + 8, box, box + 1, box + 2, box + 3,
+                          extent, extent + 1, extent + 2, extent + 3, canvas, canvas + 1, grid,
+                          grid + 1, &nearest))
         return NULL;
-    if (y.patches > 0 && x.patches > 0 && y.cells > 0 && x.cells > 0 &&
-        y.cells <= b.rest.len && x.cells <= b.rest.len && y.patches <= b.out_rest.len &&
-        x.patches <= b.out_rest.len) {
-        if (understand(&b, k, y.cells * x.cells, y.patches * x.patches, &map, &out) == 0) {
-            Py_BEGIN_ALLOW_THREADS
-            failed = open_table(&table, map, y.cells * x.cells, k) || weigh(&y, nearest) ||
-                     weigh(&x, nearest) || upright(&table, &y, &x, transposed, &out);
-            free(table.memory);
-            free(y.weights), free(y.share), free(y.first);
-            free(x.weights), free(x.share), free(x.first);
-            Py_END_ALLOW_THREADS
-            if (failed)
-                PyErr_NoMemory();
+    patches = grid[0] > 0 && grid[1] > 0 && grid[0] <= b.out_rest.len / grid[1] ? grid[0] * grid[1]
+                                                                                : 0;
+    if (understand(&b, k, view, rows, columns, patches, &map, &out) == 0) {
+        span(&map, (int)view, m, box, extent, canvas, grid, &y, &x, &transposed);
+        for (pass = 0; pass < 2; pass++) { /* to count the room, and to lay things out in it */
+            lay_axis(&block, &y);
+            lay_axis(&block, &x);
+            lay_table(&block, &table, &map, k);
+            if (pass == 0 && (failed = take(&block)))
+                break;
         }
-    } else
-        PyErr_SetString(PyExc_ValueError, "spans that do not fit the arrays");
+        if (failed)
+            PyErr_NoMemory();
+        else {
+            Py_BEGIN_ALLOW_THREADS
+            begin_table(&table);
+            weigh(&y, nearest);
+            weigh(&x, nearest);
+            upright(&table, &y, &x, transposed, &out);
+            Py_END_ALLOW_THREADS
+            give(&block);
+        }
+    }
     release(&b);
     if (failed)
         return NULL;
@@ -422,31 +580,43 @@ static PyObject *merge_scattered(PyObject *self, PyObject *args)
     Map map;
     Out out;
     Table table = {0};
-    Py_ssize_t k, i, entries, patches, map_cells;
-    int fits, failed = 1;
-    if (!PyArg_ParseTuple(args, "y*y*y*w*w*w*w*ny*y*y*y*", &b.scores, &b.classes, &b.rest,
-                          &b.out_classes, &b.out_probs, &b.out_rest, &b.out_weight, &k, &cells,
-                          &weights, &offsets, &share))
+    Block block = {0};
+    double *total = NULL;
+    Py_ssize_t k, view, rows, columns, i, entries, patches;
+    int fits, pass, failed = 1;
+    if (!PyArg_ParseTuple(args, "y*y*y*nnnw*w*w*w*ny*y*y*y*", &b.scores, &b.classes, &b.rest,
+                          &view, &rows, &columns, &b.out_classes, &b.out_probs, &b.out_rest,
+                          &b.out_weight, &k, &cells, &weights, &offsets, &share))
         return NULL;
-    entries = cells.len / 8, patches = share.len / 8, map_cells = b.rest.len / 4;
+    entries = cells.len / 8, patches = share.len / 8;
     fits = weights.len == 4 * entries && offsets.len == share.len;
-    for (i = 0; fits && i < entries; i++)
-        fits = ((int64_t *)cells.buf)[i] >= 0 && ((int64_t *)cells.buf)[i] < map_cells;
-    for (i = 0; fits && i < patches; i++) {
-        int64_t from = ((int64_t *)offsets.buf)[i];
-        fits = from >= (i ? ((int64_t *)offsets.buf)[i - 1] : 0) && from <= entries;
-    }
     if (!fits)
         PyErr_SetString(PyExc_ValueError, "entries that do not fit the map");
-    else if (understand(&b, k, map_cells, patches, &map, &out) == 0) {
-        Py_BEGIN_ALLOW_THREADS
-        failed = open_table(&table, map, map_cells, k) ||
-                 scattered(&table, cells.buf, weights.buf, offsets.buf, share.buf, patches, entries,
-                           map_cells, &out);
-        free(table.memory);
-        Py_END_ALLOW_THREADS
-        if (failed)
+    else if (understand(&b, k, view, rows, columns, patches, &map, &out) == 0) {
+        for (i = 0; fits && i < entries; i++)
+            fits = ((int64_t *)cells.buf)[i] >= 0 && ((int64_t *)cells.buf)[i] < rows * columns;
+        for (i = 0; fits && i < patches; i++) {
+            int64_t from = ((int64_t *)offsets.buf)[i];
+            fits = from >= (i ? ((int64_t *)offsets.buf)[i - 1] : 0) && from <= entries;
+        }
+        for (pass = 0; fits && pass < 2; pass++) {
+            lay_table(&block, &table, &map, k);
+            total = room(&block, (size_t)(rows * columns), sizeof *total);
+            if (pass == 0 && (failed = take(&block)))
+                break;
+        }
+        if (!fits)
+            PyErr_SetString(PyExc_ValueError, "entries that do not fit the map");
+        else if (failed)
             PyErr_NoMemory();
+        else {
+            Py_BEGIN_ALLOW_THREADS
+            begin_table(&table);
+            scattered(&table, cells.buf, weights.buf, offsets.buf, share.buf, patches, entries,
+                      total, &out);
+            Py_END_ALLOW_THREADS
+            give(&block);
+        }
     }
     PyBuffer_Release(&cells), PyBuffer_Release(&weights);
     PyBuffer_Release(&offsets), PyBuffer_Release(&share);
@@ -456,25 +626,37 @@ static PyObject *merge_scattered(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static int halves_finite(const Py_buffer *buffer)
+{
+    const uint16_t *halves = buffer->buf;
+    Py_ssize_t count = buffer->len / 2, i;
+    uint16_t infinite = 0;
+    for (i = 0; i < count; i++)
+        infinite |= (halves[i] & 0x7C00) == 0x7C00;
+    return !infinite;
+}
+
 /* Whether each cell has a finite logit, and none NaN or +inf. */
 static PyObject *merge_usable(PyObject *self, PyObject *args)
 {
     Py_buffer scores, rest;
     Py_ssize_t cells, k, i, j;
-    int good = 1, fits, is_half;
+    int good = 1, fits;
     if (!PyArg_ParseTuple(args, "y*y*n", &scores, &rest, &k))
         return NULL;
-    cells = rest.len / 4;
-    is_half = k > 0 && scores.len / k == 2 * cells;
-    fits = k > 0 && scores.len == cells * k * (is_half ? 2 : 4);
+    fits = k > 0 && items(&scores, 2, 4) && items(&rest, 2, 4);
+    cells = fits ? rest.len / rest.itemsize : 0;
+    fits = fits && scores.len / scores.itemsize / k == cells &&
+           scores.len == cells * k * scores.itemsize;
+    if (fits && scores.itemsize == 2 && rest.itemsize == 2 && halves_finite(&scores) &&
+        halves_finite(&rest))
+        cells = 0; /* nothing is left to look for */
     for (i = 0; fits && good && i < cells; i++) {
-        const float *stored = (const float *)scores.buf + i * k;
-        const uint16_t *halves = (const uint16_t *)scores.buf + i * k;
-        float other = ((const float *)rest.buf)[i];
+        float other = number(rest.buf, rest.itemsize == 2, i);
         int some = isfinite(other);
         good = some || other < 0; /* -inf is no mass; of NaN, no comparison holds */
         for (j = 0; j < k; j++) {
-            float value = is_half ? from_half(halves[j]) : stored[j];
+            float value = number(scores.buf, scores.itemsize == 2, i * k + j);
             some |= isfinite(value);
             good &= isfinite(value) || value < 0;
         }
@@ -518,11 +700,11 @@ static PyObject *merge_unshuffle(PyObject *self, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"upright", merge_upright, METH_VARARGS,
-     "upright(scores, classes, rest, out_classes, out_probs, out_rest, out_weight, k, along_y, "
-     "along_x, transposed, nearest)\n\nExact averages where the picture's path is upright."},
+     "upright(scores, classes, rest, view, rows, columns, out_classes, out_probs, out_rest, "
+     "out_weight, k, matrix, box, extent, canvas, grid, nearest)\n\nExact averages where the picture's path is upright."},
     {"scattered", merge_scattered, METH_VARARGS,
-     "scattered(scores, classes, rest, out_classes, out_probs, out_rest, out_weight, k, cells, "
-     "weights, offsets, share)\n\nAverages with given weights of single cells."},
+     "scattered(scores, classes, rest, view, rows, columns, out_classes, out_probs, out_rest, "
+     "out_weight, k, cells, weights, offsets, share)\n\nAverages with given weights of single cells."},
     {"usable", merge_usable, METH_VARARGS,
      "usable(scores, rest, k)\n\nWhether each cell has a finite logit, and none NaN or +inf."},
     {"unshuffle", merge_unshuffle, METH_VARARGS,

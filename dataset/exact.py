@@ -45,17 +45,18 @@ def exact_targets(
 def _compiled_targets(
     merge: ModuleType, score_map: TokenLabelMap, grid: Grid, k: int, interpolation: str
 ) -> TokenTargets:
-    scores, classes, rest = arrays(score_map)
-    if scores.dtype not in (np.float16, np.float32):
-        scores = scores.astype(np.float32)
     patches = grid[0] * grid[1]
     kept = np.empty((patches + 1, k), np.int32)
     probs = np.empty((patches + 1, k), np.float32)
     others = np.empty(patches + 1, np.float32)
     weight = np.empty(patches, np.float32)
-    common = (*map(np.ascontiguousarray, (scores, classes, rest)), kept, probs, others, weight, k)
-    if score_map.path.is_single:
-        merge.upright(*common, *spans(score_map, grid), interpolation == "nearest")
+    whole = score_map.arrays()
+    _, rows, columns = whole[2].shape
+    common = (*whole, score_map.view, rows, columns, kept, probs, others, weight, k)
+    path = score_map.path
+    if path.is_single:
+        canvas, nearest = score_map.canvas_size, interpolation == "nearest"
+        merge.upright(*common, path.matrix, path.box, score_map.extent, canvas, grid, nearest)
     else:
         cells, entries, weights, offsets, share = scattered_weights(score_map, grid, interpolation)
         merge.scattered(*common, cells[entries], weights, offsets, share)

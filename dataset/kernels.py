@@ -67,11 +67,15 @@ def _vertical_flip(inpt: TokenLabelMap) -> TokenLabelMap:
 
 @_moves(F.crop)
 def _crop(inpt: TokenLabelMap, top: int, left: int, height: int, width: int) -> TokenLabelMap:
-    h, w = inpt.canvas_size
-    path = inpt.path
-    if top < 0 or left < 0 or top + height > h or left + width > w:
-        path = path.guarded((h, w))
+    path = _source_of_crop(inpt, top, left, height, width)
     return inpt.moved(path.after(translation(left, top)), (height, width))
+
+
+def _source_of_crop(inpt: TokenLabelMap, top: int, left: int, height: int, width: int) -> PixelPath:
+    """The path from the picture that is cropped, where all around it is fill."""
+    h, w = inpt.canvas_size
+    inside = top >= 0 and left >= 0 and top + height <= h and left + width <= w
+    return inpt.path if inside else inpt.path.guarded((h, w))
 
 
 @_moves(F.center_crop)
@@ -135,7 +139,13 @@ def _resized_crop(
     size: int | Sequence[int],
     **_: Any,
 ) -> TokenLabelMap:
-    return _resize(_crop(inpt, top, left, height, width), size)
+    if not isinstance(size, Sequence) or len(size) != 2:
+        return _resize(_crop(inpt, top, left, height, width), size)
+    # Crop and resize in one step: each new map costs as much as either's arithmetic.
+    path, (new_height, new_width) = _source_of_crop(inpt, top, left, height, width), size
+    x, y = width / new_width, height / new_height
+    path = path.after((x, 0.0, float(left), 0.0, y, float(top), 0.0, 0.0, 1.0))
+    return inpt.moved(path, (new_height, new_width))
 
 
 @_moves(F.pad)

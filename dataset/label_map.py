@@ -2,6 +2,7 @@
 """`TokenLabelMap`: a teacher's score map that follows its picture through any v2 transform."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from importlib import import_module
 from typing import Any, Self, TypeVar
 
@@ -17,6 +18,8 @@ from tokenlabel.dataset.path import UNIT_BOX, Box, PixelPath
 
 ArrayLike = Tensor | np.ndarray
 Size = tuple[int, int]
+#: Scores, classes and rest of all views, as they are stored.
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 _Tensor = TypeVar("_Tensor", bound=Tensor)
 _UNUSABLE = (
     "scores and rest must be logits without NaN or +inf, and finite in at least one place of each "
@@ -59,13 +62,13 @@ class TokenLabelMap(tv_tensors.Mask):
         path: from points of the current picture, in pixels, to the normalised source picture.
     """
 
-    classes: Tensor
-    rest: Tensor
     label: int
     extent: Box
     canvas_size: Size
     source_size: Size
     path: PixelPath
+    #: What a store gave; the scores share the tensor's memory. Absent after `wrap`.
+    _stored: Arrays
 
     def __new__(
         cls,
@@ -158,14 +161,15 @@ class TokenLabelMap(tv_tensors.Mask):
         Raises:
             ValueError: a NaN or +inf, or a cell without any finite logit.
         """
-        own = scores.astype(np.float16, copy=not scores.flags.writeable)
-        others = rest.astype(np.float32)
+        own = np.ascontiguousarray(scores, np.float16)
+        own = own if own.flags.writeable else own.copy()
+        ids = np.ascontiguousarray(classes, np.uint16 if classes.itemsize == 2 else np.int32)
+        others = np.ascontiguousarray(rest, np.float16)
         if not _usable(own, others):
             raise ValueError(_UNUSABLE)
-        data = torch.from_numpy(own).as_subclass(cls)
+        data = _sharing(own, cls)
         data.__dict__.update(
-            classes=torch.from_numpy(classes.astype(np.int32)),
-            rest=torch.from_numpy(others),
+            _stored=(own, ids, others),
             label=label,
             extent=extent,
             canvas_size=canvas_size,
@@ -174,15 +178,46 @@ class TokenLabelMap(tv_tensors.Mask):
         )
         return data
 
+    # Of a map from a store, made when somebody asks: in a data set, nobody does.
+    @cached_property
+    def classes(self) -> Tensor:
+        """Class ids, int32 [V, H, W, K]."""
+        return torch.from_numpy(self._stored[1].astype(np.int32))
+
+    @cached_property
+    def rest(self) -> Tensor:
+        """Log-sum-exp of all other logits, float32 [V, H, W]."""
+        return torch.from_numpy(self._stored[2].astype(np.float32))
+
     @property
     def view(self) -> int:
         """Which view matches the current picture: 1, the mirrored one, if there and needed."""
-        return int(len(self.classes) > 1 and self.path.is_mirrored)
+        stored = self.__dict__.get("_stored")
+        views = len(self.rest) if stored is None else len(stored[2])
+        return int(views > 1 and self.path.is_mirrored)
+
+    def arrays(self) -> Arrays:
+        """Contiguous scores, classes and rest of all views: the tensors' memory where possible.
+
+        Returns:
+            float16 or float32 [V, H, W, K], integer of 16 or 32 bits [V, H, W, K], and float16 or
+            float32 [V, H, W].
+        """
+        stored: Arrays | None = self.__dict__.get("_stored")
+        if stored is not None:
+            return stored
+        with DisableTorchFunctionSubclass():  # its detour costs more than all else here
+            scores, ids, rest = (_array(part) for part in (self, self.classes, self.rest))
+        return scores if scores.dtype == np.float16 else scores.astype(np.float32), ids, rest
 
     def moved(self, path: PixelPath, canvas_size: Size) -> Self:
         """The same map on a new picture of `canvas_size` (h, w), reached by `path`."""
-        with DisableTorchFunctionSubclass():  # a new alias; the detour through Mask's costs more
-            moved: Self = self.as_subclass(type(self))
+        stored = self.__dict__.get("_stored")
+        if stored is not None:
+            moved = _sharing(stored[0], type(self))
+        else:
+            with DisableTorchFunctionSubclass():  # the detour through Mask's costs more
+                moved = self.as_subclass(type(self))
         moved.__dict__.update(self.__dict__, path=path, canvas_size=canvas_size)
         return moved
 
@@ -216,6 +251,11 @@ class TokenLabelMap(tv_tensors.Mask):
             return cls.wrap(output, like)
         return output
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Without what is stored, whose scores would no longer share the tensor's memory.
+        plain = self.as_subclass(Tensor).as_subclass(type(self))
+        return super(TokenLabelMap, _attach(plain, **_metadata(self))).__reduce_ex__(protocol)
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -229,12 +269,27 @@ class TokenLabelMap(tv_tensors.Mask):
         return super().__torch_function__(func, types, args, kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        views, height, width, k = self.classes.shape
+        views, height, width, k = self.shape
         return (
             f"TokenLabelMap({height}x{width} cells, {k} scores a cell, {views} view(s), "
             f"canvas_size={self.canvas_size}, source_size={self.source_size}, "
             f"extent={self.extent}, label={self.label})"
         )
+
+
+def _sharing(array: np.ndarray, kind: type[_Tensor]) -> _Tensor:
+    """A tensor of this kind on the array's memory."""
+    tensor: Any = torch.from_numpy(array)
+    # As torch does with lazy parameters. A second view, as as_subclass makes one, costs more than
+    # the first.
+    tensor.__class__ = kind
+    return tensor  # type: ignore[no-any-return]
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    # What `force` does costs even where there is nothing to do.
+    plain = tensor.is_cpu and not tensor.requires_grad
+    return np.ascontiguousarray(tensor.numpy() if plain else tensor.numpy(force=True))
 
 
 def _metadata(like: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch._C import DisableTorchFunctionSubclass
 
 from tokenlabel.dataset.label_map import TokenLabelMap
 
@@ -48,15 +47,8 @@ class TokenTargets(NamedTuple):
 def arrays(score_map: TokenLabelMap) -> tuple[npt.NDArray[Any], Ids, Floats32]:
     """Scores [H, W, K], class ids [H, W, K] and rest [H, W] of the view that matches the crop."""
     view = score_map.view
-    with DisableTorchFunctionSubclass():  # its detour costs more than all else here
-        whole = [_array(part) for part in (score_map, score_map.classes, score_map.rest)]
-    return whole[0][view], whole[1][view], whole[2][view]
-
-
-def _array(tensor: Tensor) -> npt.NDArray[Any]:
-    # What `force` does costs even where there is nothing to do.
-    plain = tensor.is_cpu and not tensor.requires_grad
-    return tensor.numpy() if plain else tensor.numpy(force=True)
+    scores, classes, rest = score_map.arrays()
+    return scores[view], classes[view], rest[view].astype(np.float32)
 
 
 def probabilities(scores: npt.NDArray[Any], rest: Floats32) -> Floats32:

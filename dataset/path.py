@@ -131,7 +131,7 @@ class PixelPath(NamedTuple):
 
     def after(self, matrix: Matrix) -> "PixelPath":
         """The path of a new picture whose point p shows this one's point `matrix` p."""
-        return self._replace(matrix=product(self.matrix, matrix))
+        return PixelPath(product(self.matrix, matrix), self.box, self.warp, self.inner)
 
     def guarded(self, size: tuple[int, int]) -> "PixelPath":
         """The same path where points outside this picture of `size` (h, w) show fill."""

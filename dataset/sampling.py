@@ -95,7 +95,7 @@ def spans(score_map: TokenLabelMap, grid: Grid) -> tuple[Span, Span, bool]:
     step_x, step_y = (b * h, d * w) if transposed else (a * w, e * h)
     box = intersection(score_map.path.box, score_map.extent)
     x0, y0, x1, y1 = score_map.extent
-    _, rows, columns, _ = score_map.classes.shape
+    _, rows, columns, _ = score_map.shape
     if score_map.view == 1:  # of the mirrored picture
         c, step_x, x0, x1 = 1 - c, -step_x, 1 - x1, 1 - x0
         box = (1 - box[2], box[1], 1 - box[0], box[3])
@@ -170,7 +170,7 @@ def scattered_weights(score_map: TokenLabelMap, grid: Grid, interpolation: str) 
         interpolation: "bilinear" or "nearest".
     """
     h, w = score_map.canvas_size
-    _, rows, columns, _ = score_map.classes.shape
+    _, rows, columns, _ = score_map.shape
     cells, patches = rows * columns, grid[0] * grid[1]
     density, least = _POINTS_PER_CELL[interpolation], _POINTS_PER_PATCH[interpolation]
     down, across = (max(least, -(-density * max(rows, columns) // side)) for side in grid)

@@ -71,6 +71,9 @@ class TokenLabelDataset(Dataset[tuple[Any, TokenTargets]]):
         self.transform = transform
         self.to_targets = to_targets or ToTokenTargets(grid, k)
         self._ignore_missing = missing == "ignore"
+        # By how much the row of the last picture's map was beyond its index, and that of the one
+        # before it as well.
+        self._shift, self._steady = 0, True
         is_folder = isinstance(images, str | os.PathLike)
         self._truth: Truth = "maps" if truth == "auto" and is_folder else truth
         if self._ignore_missing:
@@ -104,7 +107,7 @@ class TokenLabelDataset(Dataset[tuple[Any, TokenTargets]]):
         picture, label = self.pictures[index]
         key = self.pictures.key(index)
         try:
-            entry = self.store[key]
+            entry = self.store[self._row(key, index)]
         except MissingMapError:
             if not self._ignore_missing:
                 raise
@@ -115,6 +118,12 @@ class TokenLabelDataset(Dataset[tuple[Any, TokenTargets]]):
         if self.transform:
             picture, score_map = self.transform(picture, score_map)
         return picture, self._targets(picture, score_map)
+
+    def _row(self, key: str, index: int) -> int:
+        """Row of a picture's map. Where a folder was annotated whole, no key has to be searched."""
+        row = self.store.row(key, index + self._shift if self._steady else -1)
+        self._steady, self._shift = row - index == self._shift, row - index
+        return row
 
     def _targets(self, picture: Any, score_map: Any) -> TokenTargets:
         if not isinstance(score_map, TokenLabelMap):

@@ -150,6 +150,14 @@ def test_data_sets_of_all_sorts_give_the_same(images: Path, labels: Path) -> Non
     assert dataset[3][1].label == 7
 
 
+def test_rows_are_found_whatever_the_order_of_the_pictures(images: Path, labels: Path) -> None:
+    reference = TokenLabelDataset(images, labels, grid=GRID)
+    order = [5, 6, 7, 8, 2, 3, 4, 15, 0, 1, 11, 12, 13]  # runs, in which rows are guessed
+    dataset = TokenLabelDataset(Subset(ImageFolder(images), order), labels, grid=GRID, truth="maps")
+    for index, original in enumerate(order):
+        assert same(dataset[index][1], reference[original][1])
+
+
 def test_hugging_face_datasets(images: Path, labels: Path) -> None:
     datasets = pytest.importorskip("datasets")
     folder = ImageFolder(images)

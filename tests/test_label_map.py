@@ -462,6 +462,50 @@ def test_copies_keep_everything(name: str) -> None:
     assert same(COPIES[name](made), made)
 
 
+def a_stored_map() -> tuple[TokenLabelMap, TokenLabelMap]:
+    """A map as a store gives it, whose metadata waits to be asked for, and the same made whole."""
+    rng = np.random.default_rng(3)
+    scores, rest = (rng.normal(size=shape).astype("f2") for shape in ((2, 3, 4, 5), (2, 3, 4)))
+    classes = rng.integers(0, 1000, scores.shape).astype("u2")
+    stored = TokenLabelMap.stored(
+        scores, classes, rest, canvas_size=SIZE, extent=(0.0, 0.0, 1.0, 0.5), label=4
+    )
+    whole = TokenLabelMap(
+        scores,
+        classes=classes.astype("i4"),
+        rest=rest,
+        canvas_size=SIZE,
+        extent=(0.0, 0.0, 1.0, 0.5),
+        label=4,
+    )
+    return stored, whole
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_maps_of_a_store_are_like_any_other(name: str) -> None:
+    stored, whole = (F.rotate(F.horizontal_flip(one), 20) for one in a_stored_map())
+    expected = ToTokenTargets(5)(whole)
+    copied = COPIES[name](stored)
+    for made in (stored, copied):
+        assert all(map(torch.equal, ToTokenTargets(5)(made), expected))
+    assert same(copied, whole)
+    assert same(stored, whole)
+    assert same(F.vertical_flip(stored), F.vertical_flip(whole))
+    assert (stored.classes.dtype, stored.rest.dtype) == (torch.int32, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["itself", *COPIES])
+def test_targets_are_those_of_the_scores_as_they_are(name: str) -> None:
+    changed = {**COPIES, "itself": lambda m: m}[name](a_stored_map()[0])
+    moved = F.horizontal_flip(changed)
+    whole = F.horizontal_flip(a_stored_map()[1])
+    for made in (moved, whole):  # a flipped map shares the memory of the one it came from
+        made.as_subclass(torch.Tensor).mul_(3)
+    assert same(moved, whole)
+    assert all(map(torch.equal, ToTokenTargets(5)(moved), ToTokenTargets(5)(whole)))
+    assert torch.equal(changed.as_subclass(torch.Tensor), moved.as_subclass(torch.Tensor))
+
+
 def test_copies_keep_warps() -> None:
     made = F.pad(a_map(), 7, padding_mode="reflect")
     made = F.elastic(made, torch.randn(1, *made.canvas_size, 2) / 20)

@@ -75,6 +75,15 @@ def test_equal_to_numpy(
         label=7,
         mirrored=views[1] if mirrored else None,
     )
+    if half and seed % 3:  # as a store gives them
+        score_map = TokenLabelMap.stored(
+            np.stack([view[0] for view in views]),
+            np.stack([view[1] for view in views]).astype("u2" if seed % 3 == 1 else "u4"),
+            np.stack([view[2] for view in views]).astype("f2"),
+            canvas_size=SIZE,
+            extent=extent,
+            label=7,
+        )
     for move in moves:
         score_map = MOVES[move](score_map, *rng.random(3))
     # So many that all classes are kept, and the order of equals does not matter.
@@ -110,26 +119,43 @@ def test_the_k_largest_and_the_smaller_id_first(k: int) -> None:
 def test_arrays_that_do_not_fit_are_refused() -> None:
     merge = native.compiled
     assert merge is not None
-    scores, rest = np.zeros((4, 4, 3), "f2"), np.zeros((4, 4), "f4")
+    scores, rest = np.zeros((2, 4, 4, 3), "f2"), np.zeros((2, 4, 4), "f4")
     out = [np.zeros((5, 2), "i4"), np.zeros((5, 2), "f4"), np.zeros(5, "f4"), np.zeros(4, "f4")]
-    span = (0.0, 4.0, 2, 4, 0.0, 4.0)
-    ids = np.zeros((4, 4, 3), "i4")
-    merge.upright(scores, ids, rest, *out, 2, span, span, False, False)
+    ids = np.zeros((2, 4, 4, 3), "i4")
+    path = ((0.1, 0, 0, 0, 0.1, 0, 0, 0, 1), (0, 0, 1, 1), (0, 0, 1, 1), (10, 10))
+    common, more = (scores, ids, rest, 1, 4, 4, *out), (*path, (2, 2), False)
+    merge.upright(*common, 2, *more)
+    runs = (np.zeros(4, "i8"), np.ones(4, "f4"), np.arange(4), np.ones(4))
+    merge.scattered(*common, 2, *runs)
     for wrong in (
-        (scores[:2], ids, rest, *out, 2, span, span),
-        (scores, ids, rest[:2], *out, 2, span, span),
-        (scores, ids, rest, *out, 3, span, span),
-        (scores, ids, rest, *out, 2, (0.0, 4.0, 3, 4, 0.0, 4.0), span),
-        (scores, ids, rest, *out, 2, (0.0, 4.0, 2, 5, 0.0, 4.0), span),
-        (scores, ids, rest, *out, 2, (0.0, 4.0, 0, 4, 0.0, 4.0), span),
-        (scores, ids, rest, *out, 2, (0.0, 4.0, 2, -4, 0.0, 4.0), span),
+        (scores[:1], ids, rest, 1, 4, 4, *out, 2),
+        (scores, ids[:1], rest, 1, 4, 4, *out, 2),
+        (scores, ids, rest[:1], 1, 4, 4, *out, 2),
+        (scores, ids.astype("i8"), rest, 1, 4, 4, *out, 2),
+        (scores.astype("f8"), ids, rest, 1, 4, 4, *out, 2),
+        (scores, ids, rest, 2, 4, 4, *out, 2),
+        (scores, ids, rest, -1, 4, 4, *out, 2),
+        (scores, ids, rest, 1, 4, 5, *out, 2),
+        (scores, ids, rest, 1, -4, -4, *out, 2),
+        (scores, ids, rest, 1, 0, 4, *out, 2),
+        (scores, ids, rest, 1, 1 << 40, 1 << 40, *out, 2),
+        (*common, 3),
+        (*common, 0),
+        (*common, 1 << 62),
+        (scores, ids, rest, 1, 4, 4, out[0][:4], *out[1:], 2),
+        (scores, ids, rest, 1, 4, 4, out[0], out[1][:4], *out[2:], 2),
+        (scores, ids, rest, 1, 4, 4, *out[:2], out[2][:4], out[3], 2),
+        (scores, ids, rest, 1, 4, 4, *out[:3], out[3][:3], 2),
     ):
         with pytest.raises(ValueError, match="fit"):
-            merge.upright(*wrong, False, False)
-    cells, weights = np.zeros(4, "i8"), np.ones(4, "f4")
-    offsets, share = np.arange(4), np.ones(4)
-    merge.scattered(scores, ids, rest, *out, 2, cells, weights, offsets, share)
-    for wrong in (
+            merge.upright(*wrong, *more)
+        with pytest.raises(ValueError, match="fit"):
+            merge.scattered(*wrong, *runs)
+    for grid in ((2, 3), (0, 2), (2, 0), (-2, -2), (1 << 62, 4)):
+        with pytest.raises(ValueError, match="fit"):
+            merge.upright(*common, 2, *path, grid, False)
+    cells, weights, offsets, share = runs
+    for wrong_runs in (
         (cells + 16, weights, offsets, share),
         (cells - 1, weights, offsets, share),
         (cells, weights[:3], offsets, share),
@@ -138,7 +164,23 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         (cells, weights, offsets[:3], share),
     ):
         with pytest.raises(ValueError, match="fit"):
-            merge.scattered(scores, ids, rest, *out, 2, *wrong)
+            merge.scattered(*common, 2, *wrong_runs)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1e300, -1e300, 0.0])
+def test_no_geometry_reads_beyond_the_map(number: float) -> None:
+    scores, rest = np.zeros((4, 4, 3), "f2"), np.zeros((4, 4), "f2")
+    ids = np.arange(48, dtype="u2").reshape(4, 4, 3)
+    out = [np.zeros((5, 9), "i4"), np.zeros((5, 9), "f4"), np.zeros(5, "f4"), np.zeros(4, "f4")]
+    numbers = [0.1, 0, 0, 0, 0.1, 0, 0, 0, 1, 0, 0, 1, 1, 0, 0, 1, 1, 10, 10]
+    assert native.compiled is not None
+    for place in range(len(numbers)):
+        wild = [*numbers[:place], number, *numbers[place + 1 :]]
+        parts = (wild[:9], wild[9:13], wild[13:17], wild[17:])
+        native.compiled.upright(
+            scores, ids, rest, 0, 4, 4, *out, 9, *map(tuple, parts), (2, 2), place % 2 == 0
+        )
+        assert ((out[0] >= 0) & (out[0] < 48)).all()
 
 
 def test_without_a_compiler_it_still_works() -> None:
@@ -156,8 +198,9 @@ def test_without_a_compiler_it_still_works() -> None:
 @pytest.mark.parametrize("dtype", ["f2", "f4"])
 @pytest.mark.parametrize("score", [0.0, -np.inf, np.inf, np.nan])
 @pytest.mark.parametrize("other", [0.0, -np.inf, np.inf, np.nan])
-def test_what_is_usable(dtype: str, score: float, other: float) -> None:
-    scores, rest = np.zeros((2, 3, 4), dtype), np.zeros((2, 3), "f4")
+@pytest.mark.parametrize("other_dtype", ["f2", "f4"])
+def test_what_is_usable(dtype: str, score: float, other: float, other_dtype: str) -> None:
+    scores, rest = np.zeros((2, 3, 4), dtype), np.zeros((2, 3), other_dtype)
     scores[1, 2] = score
     scores[0, 0, :3] = -np.inf
     rest[1, 2] = other
