@@ -1,18 +1,30 @@
 """The teacher actor as Ray sees it. Light to import: the driver needs neither torch nor timm."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import ray
 
 from tokenlabel.annotate.config import AnnotateConfig
 from tokenlabel.annotate.plan import Identity, Plan
 
-if TYPE_CHECKING:
-    from tokenlabel.annotate.worker import Progress
-
 #: Shards an actor works on: one runs through the teacher while the next is decoded.
 SHARDS_AT_ONCE = 2
+
+
+class Progress(NamedTuple):
+    """What an actor has done since it started: images, error rows, and seconds of its teacher.
+
+    `busy` is the time the teacher computed; `since` and `until` are when its first batch began and
+    its last one ended, and `now` is when it was asked, by the monotonic clock of its machine.
+    """
+
+    images: int
+    errors: int
+    busy: float
+    since: float
+    until: float
+    now: float = 0.0
 
 
 class TeacherActor:
@@ -29,7 +41,7 @@ class TeacherActor:
         return self._worker.ready()
 
     @ray.method(concurrency_group="control")
-    def progress(self) -> "Progress":
+    def progress(self) -> Progress:
         """What the actor has done so far."""
         return self._worker.progress()
 
@@ -51,5 +63,4 @@ def remote_actor(gpus: float) -> Any:
         max_restarts=0,
         max_task_retries=0,
         concurrency_groups={"shards": SHARDS_AT_ONCE, "control": 1},
-        scheduling_strategy="SPREAD",
     )(TeacherActor)

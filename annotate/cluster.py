@@ -8,7 +8,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +21,18 @@ _PACKAGES = ("annotate", "dataset")
 
 
 class Resources(NamedTuple):
-    """What the teachers get: how many actors, and for each its GPUs and CPU threads (0: ask)."""
+    """What the teachers get.
+
+    Attributes:
+        teachers: how many actors.
+        gpus, threads: GPUs and CPU threads of each.
+        fixed: whether the user gave their number; else it follows the cluster's size.
+    """
 
     teachers: int
     gpus: float
     threads: int
+    fixed: bool = False
 
 
 @contextmanager
@@ -89,6 +96,25 @@ def _loopback_only() -> Iterator[None]:
             os.environ[name] = before
 
 
+@contextmanager
+def _no_dashboard() -> Iterator[None]:
+    """Keep Ray from starting the dashboard's process, which `include_dashboard=False` does not.
+
+    It would serve nothing then, but ask the clouds' metadata services, by DNS and HTTP, which of
+    them this machine is in: for statistics, even where these are off.
+    """
+    services = importlib.import_module("ray._private.services")
+    start = getattr(services, "start_api_server", None)
+    if start is None:  # not in this release of Ray
+        yield
+        return
+    vars(services)["start_api_server"] = lambda *_, **__: ("", None)  # no address, no process
+    try:
+        yield
+    finally:
+        vars(services)["start_api_server"] = start
+
+
 def _connect(address: str | None, folder: Path, num_cpus: int | None) -> None:
     import ray
 
@@ -98,7 +124,8 @@ def _connect(address: str | None, folder: Path, num_cpus: int | None) -> None:
         modules = [str(_copy_package(folder))]
         ray.init(address=address, runtime_env={"py_modules": modules}, **quiet)
     else:
-        ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **quiet)
+        with _no_dashboard():
+            ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **quiet)
 
 
 def _check_answers(address: str) -> None:
@@ -136,19 +163,33 @@ def plan_resources(config: AnnotateConfig) -> Resources:
     Raises:
         ConfigError: `device: cuda` on a cluster without GPUs.
     """
+    nodes = alive_nodes()
+    gpus = config.gpus_per_teacher
+    if config.device == "cpu" or not places(nodes, gpus):
+        if config.device == "cuda":
+            most = max((node["Resources"].get("GPU", 0.0) for node in nodes), default=0.0)
+            raise ConfigError(
+                f"device cuda needs {gpus:g} GPUs a teacher on one node, the cluster's nodes have "
+                f"{most:g} at most. Remedy: device auto or cpu, or start Ray on nodes with GPUs"
+            )
+        gpus = 0.0
+    hosts = [node for node in nodes if places([node], gpus)]
+    teachers = config.teachers or places(nodes, gpus)
+    cpus = max(int(node["Resources"].get("CPU", 1)) for node in hosts)
+    shared = max(cpus // -(-teachers // len(hosts)), 1)
+    return Resources(teachers, gpus, config.threads or shared, fixed=config.teachers > 0)
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """The cluster's living nodes, as Ray describes them."""
     import ray
 
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    if config.device == "cuda" and gpus < config.gpus_per_teacher:
-        raise ConfigError(
-            f"device cuda needs {config.gpus_per_teacher} GPUs a teacher, the cluster has {gpus}. "
-            "Remedy: device auto or cpu, or start Ray on nodes with GPUs"
-        )
-    if config.device != "cpu" and gpus >= config.gpus_per_teacher:
-        teachers = config.teachers or int(gpus // config.gpus_per_teacher)
-        return Resources(teachers, config.gpus_per_teacher, config.threads)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    teachers = config.teachers or len(nodes)
-    cpus = max(int(node["Resources"].get("CPU", 1)) for node in nodes)
-    shared = max(cpus // -(-teachers // len(nodes)), 1)
-    return Resources(teachers, 0.0, config.threads or shared)
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def places(nodes: Iterable[dict[str, Any]], gpus: float) -> int:
+    """How many teachers of `gpus` GPUs the nodes carry: of teachers without any, one a node."""
+    if gpus == 0:
+        return sum(1 for _ in nodes)
+    # 1 // 0.1 is 9: a float just below 10 is 10.
+    return sum(int(node["Resources"].get("GPU", 0.0) / gpus + 1e-6) for node in nodes)

@@ -34,6 +34,10 @@ class LockedError(OutputError):
     """Another job is writing to the same output folder."""
 
 
+class StorageError(TokenLabelError):
+    """Storage did not give an image that is there: another try may get it (exit status 1)."""
+
+
 class JobError(TokenLabelError):
     """The job ran but did not reach its goal (exit status 1)."""
 

@@ -3,6 +3,7 @@
 Runs in decode workers, so it needs Pillow and NumPy only.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -15,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from tokenlabel.annotate.errors import StorageError
+
 #: Endings of image files, in lower case: torchvision's, so that ImageFolder's images all have rows
 #: (listed here because importing torchvision costs a driver or worker 200 MB).
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -24,6 +27,19 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF")
 #: Larger files become error rows instead of exhausting a worker's memory.
 MAX_FILE_BYTES = 512 << 20
 _MAX_ERROR_CHARS = 200
+#: Why a file that is there cannot be opened, today as tomorrow: permission, and links that lead
+#: nowhere or to what is no file. Everything else is the storage's fault.
+_OWN_FAULTS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+)
 
 
 class DecodedBatch(NamedTuple):
@@ -55,8 +71,12 @@ def decode_batch(
     The pictures are those that `torchvision.datasets.ImageFolder` gives: RGB by Pillow's own
     conversion, EXIF orientation not applied. A bad picture never raises; its row says why.
 
+    A row without a map is for ever, so it must not stand for a disk that fails, or a folder that
+    is unmounted, while the job runs.
+
     Raises:
         FileNotFoundError: `root` itself is not there, as on a node without the file system.
+        StorageError: a picture cannot be read for a reason that is not its own.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(
@@ -121,7 +141,23 @@ def _read(path: str) -> bytes:
                 raise ImageError(f"the file has {status.st_size} bytes (limit {MAX_FILE_BYTES})")
             return file.read()
     except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror or type(error).__name__}") from error
+        reason = error.strerror or type(error).__name__
+        if error.errno in _OWN_FAULTS and _is_listed(path):
+            raise ImageError(f"cannot be read: {reason}") from error
+        raise StorageError(
+            f"the image {path} cannot be read: {reason}. That is the storage's fault, so it gets "
+            "no row without a map. Remedy: mend the disk or the mount and run the same command "
+            "again; if the image is lost, put an empty file in its place"
+        ) from error
+
+
+def _is_listed(path: str) -> bool:
+    """Whether the folder still has the file, which it had when the manifest was made."""
+    try:
+        os.lstat(path)
+    except OSError:
+        return False
+    return True
 
 
 def _squash(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenlabel.annotate.cluster import plan_resources, ray_session
 from tokenlabel.annotate.config import SAMPLE, AnnotateConfig
-from tokenlabel.annotate.errors import ConfigError, FingerprintError, output_error
+from tokenlabel.annotate.errors import ConfigError, FingerprintError, JobError, output_error
 from tokenlabel.annotate.images import EXTENSIONS
 from tokenlabel.annotate.lock import folder_lock
 from tokenlabel.annotate.manifest import NAME as MANIFEST
@@ -62,7 +62,7 @@ def annotate(
     begin = time.monotonic()
     root = split_folder(config)
     folder = config.folder.absolute()
-    with folder_lock(folder) as run, _no_temporary(folder), _told_errors():
+    with folder_lock(folder) as run, _told_errors(), _no_temporary(folder):
         if _looks_finished(config.folder):
             # Nothing to run: the teacher is only asked who it is, here in this process.
             identity = _identify_here(config, root)
@@ -110,13 +110,18 @@ def split_folder(config: AnnotateConfig) -> Path:
 
 @contextmanager
 def _told_errors() -> Iterator[None]:
-    """Say what to do about a disk that is full or may not be written."""
+    """Say what to do about storage that is full, may not be written or fails."""
     try:
         yield
     except OSError as error:
         if told := output_error(error):
             raise told from error
-        raise
+        if error.errno is None or isinstance(error, ConnectionError):  # ours, or of the network
+            raise
+        raise JobError(
+            f"storage failed: {error}. Finished shards are kept. Remedy: mend the disk or the "
+            "mount, and run the same command again"
+        ) from error
 
 
 @contextmanager
@@ -133,7 +138,8 @@ def _no_temporary(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        clean()
+        with suppress(OSError):  # the next run's work; must not hide why this one failed
+            clean()
 
 
 def _looks_finished(folder: Path) -> bool:

@@ -37,31 +37,49 @@ def folder_lock(folder: Path) -> Iterator[str]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = _acquire(path)
     except OSError as error:
-        raise OutputError(
-            f"cannot write to the output folder {folder}: {error.strerror}. "
-            "Remedy: choose another one with `out`, or mend its permissions or free space"
-        ) from error
+        raise _unwritable(folder, error) from error
     try:
-        owner = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": psutil.Process().create_time(),
-            "run": run,
-        }
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(owner).encode(), 0)
-        os.fsync(handle)
+        try:
+            _sign(handle, run)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
         yield run
     finally:
-        with suppress(FileNotFoundError):
+        # Must not hide why the folder cannot be written any more; the kernel's lock goes anyway.
+        with suppress(OSError):
             if _same_file(handle, path):
                 path.unlink()
-        os.close(handle)
+        with suppress(OSError):
+            os.close(handle)
 
 
 def holder(folder: Path) -> str | None:
-    """Id of the run that holds the folder's lock, as its file says; None without one."""
+    """Id of the run that holds the folder's lock, as its file says; None without one.
+
+    Raises OSError when the file cannot be read.
+    """
     return _owner(folder / NAME).get("run")
+
+
+def _unwritable(folder: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot write to the output folder {folder}: {error.strerror}. "
+        "Remedy: choose another one with `out`, or mend its permissions or free space"
+    )
+
+
+def _sign(handle: int, run: str) -> None:
+    owner = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "run": run,
+    }
+    os.ftruncate(handle, 0)
+    text, place = json.dumps(owner).encode(), 0
+    while place < len(text):
+        place += os.pwrite(handle, text[place:], place)
+    os.fsync(handle)
 
 
 def _acquire(path: Path) -> int:
@@ -101,7 +119,7 @@ def _same_file(handle: int, path: Path) -> bool:
 def _owner(path: Path) -> dict[str, Any]:
     try:
         owner = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return {}
     return owner if isinstance(owner, dict) else {}
 
@@ -114,11 +132,20 @@ def _patient_owner(path: Path) -> dict[str, Any]:
     return {}
 
 
+def _started(pid: int) -> float:
+    """When a process began, in seconds since the system did: clocks of the wall are set at times.
+
+    Raises psutil.NoSuchProcess without such a process.
+    """
+    boot = psutil.boot_time()  # first, for psutil before 7 adds the last answer of this
+    return psutil.Process(pid).create_time() - boot
+
+
 def _is_dead(owner: dict[str, Any]) -> bool:
     if owner.get("host") != socket.gethostname():
         return False
     try:
-        started = psutil.Process(int(owner["pid"])).create_time()
+        started = _started(int(owner["pid"]))
     except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
         return True
     return abs(started - float(owner.get("started", started))) > 1  # the pid was used again

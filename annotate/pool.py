@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,10 +10,11 @@ from typing import Any
 
 import ray
 import ray.exceptions as rx
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tokenlabel.annotate.actor import SHARDS_AT_ONCE, remote_actor
-from tokenlabel.annotate.cluster import Resources
-from tokenlabel.annotate.errors import JobError, output_error
+from tokenlabel.annotate.cluster import Resources, alive_nodes, places
+from tokenlabel.annotate.errors import JobError, StorageError, output_error
 from tokenlabel.annotate.plan import Identity, Plan
 from tokenlabel.dataset.errors import TokenLabelError
 
@@ -21,6 +22,10 @@ _log = logging.getLogger(__name__)
 #: Times in a row that no actor gets ready before the job gives up.
 _STARTS = 3
 _POLL_SECONDS = 0.5
+#: How often the cluster's nodes are looked at.
+_LOOK_SECONDS = 1.0
+#: After this, other nodes know of one that has joined, and put there what belongs there.
+_SETTLE_SECONDS = 3.0
 _LAST_WORD_SECONDS = 5.0
 #: After this a job gives up on a cluster without nodes, and says that it waits for a teacher.
 _PATIENCE_SECONDS = 60
@@ -30,9 +35,11 @@ _PATIENCE_SECONDS = 60
 class _Actor:
     handle: Any
     starting: Any  # the call of ready(), None once it has come back
+    node: str | None = None  # where it was put; None where Ray chose
     shards: dict[Any, int] = field(default_factory=dict)
     progress: Any = None  # a pending call
-    last: Any = None  # the Progress it returned last
+    last: Any = None  # the Progress it returned last, by this process's clock
+    lag: float = float("inf")  # of the actor's monotonic clock behind this process's, at most
 
 
 @dataclass
@@ -64,11 +71,15 @@ class Pool:
         self._class = remote_actor(resources.gpus)
         self._arguments, self._resources = arguments, resources
         self._actors: list[_Actor] = []
-        self._teachers = resources.teachers
+        # How many actors to have, and how many places the cluster had when it was looked at last.
+        self._teachers = self._places = resources.teachers
+        # Of each living node, when it was first seen.
+        self._nodes = dict.fromkeys(map(_node_id, alive_nodes()), float("-inf"))
         self._bad_starts = 0
         self._identity: Identity | None = None
         self._gone: list[Any] = []  # last progress of actors that died
         self._alive = time.monotonic()  # when a node was last seen
+        self._looked = self._counted = float("-inf")  # when nodes and actors were last asked
         self._lost = 0
 
     def __enter__(self) -> "Pool":
@@ -132,16 +143,26 @@ class Pool:
                 else:
                     _log.warning("shard %d is tried again: %s", shard, _text(outcome))
                     (suspects if died else queue).append(shard)
-            self._count(tally)
-            report(tally)
+            if time.monotonic() - self._counted >= _POLL_SECONDS:
+                self._count(tally)
+                report(tally)
         self._count(tally, wait=_LAST_WORD_SECONDS)
         report(tally)
         return tally
 
     def _start(self, wanted: int) -> None:
         while len(self._actors) < min(self._teachers, wanted):
-            handle = self._class.remote(*self._arguments)
-            self._actors.append(_Actor(handle, handle.ready.remote()))
+            node = self._emptiest_node()
+            where = NodeAffinitySchedulingStrategy(node, soft=True) if node else "SPREAD"
+            handle = self._class.options(scheduling_strategy=where).remote(*self._arguments)
+            self._actors.append(_Actor(handle, handle.ready.remote(), node))
+
+    def _emptiest_node(self) -> str | None:
+        """The node with the fewest actors; None with GPUs, whose number tells Ray enough."""
+        if self._resources.gpus or not self._nodes:
+            return None
+        used = Counter(actor.node for actor in self._actors)
+        return min(self._nodes, key=lambda node: used[node])
 
     def _feed(self, plan: Plan, queue: deque[int], suspects: deque[int]) -> None:
         for actor in self._actors:
@@ -183,15 +204,38 @@ class Pool:
         return ended
 
     def _watch(self) -> None:
-        """Give up on a cluster that has no node left, where Ray itself would wait for ever."""
+        """Look at the nodes: follow their number, and give up when none is left.
+
+        Ray itself would wait for ever on a cluster without nodes.
+        """
         now = time.monotonic()
-        if any(node["Alive"] for node in ray.nodes()):
+        if now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        if nodes := alive_nodes():
             self._alive = now
+            self._nodes = {node: self._nodes.get(node, now) for node in map(_node_id, nodes)}
+            settled = [n for n in nodes if now - self._nodes[_node_id(n)] >= _SETTLE_SECONDS]
+            self._follow(places(settled, self._resources.gpus))
         elif now - self._alive > _PATIENCE_SECONDS:
             raise JobError(
                 "the cluster has no node left. Finished shards are kept. Remedy: bring it back and "
                 "run the same command again"
             )
+
+    def _follow(self, now: int) -> None:
+        """Have an actor more for each place that has been added, and none for places that went.
+
+        Counted from the change, so that a place where no teacher would start is not tried for ever.
+        """
+        if self._resources.fixed:
+            return
+        if now > self._places:
+            self._teachers += now - self._places
+            _log.info("the cluster has grown: %d teachers now", self._teachers)
+        else:
+            self._teachers = min(self._teachers, max(now, 1))
+        self._places = now
 
     def _welcome(self, actor: _Actor, identity: Identity) -> None:
         actor.starting, self._bad_starts = None, 0
@@ -201,6 +245,12 @@ class Pool:
             raise JobError(
                 f"two teachers have different weights: {identity.weights_digest} and "
                 f"{self._identity.weights_digest}. Remedy: give every node the same checkpoint"
+            )
+        elif identity.device != self._identity.device:
+            notes = " ".join((*self._identity.notes, *identity.notes))
+            raise JobError(
+                f"all teachers must compute on the same device, or scores differ in their last "
+                f"bits; one has {self._identity.device}, one {identity.device}. {notes}"
             )
 
     def _lose(
@@ -229,13 +279,14 @@ class Pool:
 
     def _refuse_fatal(self, cause: Exception) -> None:
         """Raise what no other try would mend."""
-        if isinstance(cause, TokenLabelError):
+        if isinstance(cause, TokenLabelError) and not isinstance(cause, StorageError):
             raise cause
         if fatal := output_error(cause):
             raise fatal from cause
 
     def _count(self, tally: Tally, wait: float = 0) -> None:
         """Bring the tally up to date; without `wait` (seconds), with what has arrived."""
+        self._counted = time.monotonic()
         if wait:  # what is under way may have been asked before the last batch
             for actor in self._actors:
                 actor.progress = None
@@ -246,7 +297,7 @@ class Pool:
         if pending:
             for call in ray.wait(list(pending), num_returns=len(pending), timeout=wait)[0]:
                 with suppress(rx.RayError):  # its shards' calls tell of the death
-                    pending[call].last = ray.get(call)
+                    _note(pending[call], ray.get(call))
                 pending[call].progress = None
         seen = [*self._gone, *(actor.last for actor in self._actors if actor.last)]
         seen = [last for last in seen if last.images]
@@ -258,6 +309,17 @@ class Pool:
         tally.rate = tally.images / wall if wall > 0 else None
         tally.teachers = sum(actor.starting is None for actor in self._actors)
         tally.lost_actors = self._lost
+
+
+def _note(actor: _Actor, progress: Any) -> None:
+    """Keep what an actor tells. Clocks of the wall differ and jump; monotonic ones only differ."""
+    actor.lag = min(actor.lag, time.monotonic() - progress.now)
+    since, until = (when + actor.lag for when in (progress.since, progress.until))
+    actor.last = progress._replace(since=since, until=until)
+
+
+def _node_id(node: dict[str, Any]) -> str:
+    return str(node["NodeID"])
 
 
 def _text(error: Exception) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 import ray.exceptions as rx
 
+from tokenlabel.annotate.errors import StorageError
 from tokenlabel.annotate.images import DecodedBatch, failed_batch, join_batches
 
 _log = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ class DecodeWindow:
             batch: DecodedBatch = ray.get(task)
             return batch
         except rx.RayTaskError as error:  # Python code raised: nothing another try would mend
-            raise error.cause if isinstance(error.cause, OSError) else error from None
+            own = isinstance(error.cause, OSError | StorageError)
+            raise (error.cause if own else error) from None
         except rx.RayError as error:
             _log.warning("decoding %d images again, one by one: %s", len(keys), type(error))
         parts = [(key, self._submit([key])) for key in keys]

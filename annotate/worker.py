@@ -2,21 +2,23 @@
 
 import dataclasses
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import ray
 import torch
 
+from tokenlabel.annotate.actor import Progress
 from tokenlabel.annotate.config import AnnotateConfig
-from tokenlabel.annotate.errors import JobError, LockedError, TeacherError
-from tokenlabel.annotate.images import DecodedBatch, decode_batch
+from tokenlabel.annotate.errors import JobError, LockedError, StorageError, TeacherError
+from tokenlabel.annotate.images import DecodedBatch, decode_batch, join_batches
 from tokenlabel.annotate.lock import holder
 from tokenlabel.annotate.manifest import NAME as MANIFEST
 from tokenlabel.annotate.manifest import open_manifest, scan, shard_rows
@@ -27,20 +29,6 @@ from tokenlabel.dataset.shard import ShardWriter, shard_name, write_shard
 
 #: Pictures on which the dense logits are compared with the pooled ones at start-up.
 _CHECKED = 8
-
-
-class Progress(NamedTuple):
-    """What an actor has done since it started: images, error rows, and seconds of its teacher.
-
-    `busy` is the time the teacher computed; `since` and `until` (time.time()) are when its first
-    batch began and its last one ended.
-    """
-
-    images: int
-    errors: int
-    busy: float
-    since: float
-    until: float
 
 
 def build_teacher(config: AnnotateConfig) -> Teacher:
@@ -82,9 +70,9 @@ def identify(teacher: Teacher, root: Path) -> Identity:
 
     Raises:
         TeacherError: they differ although they must not.
+        StorageError: none of the first images can be read.
     """
-    keys = [key.decode() for key in islice(scan(root), _CHECKED)]
-    batch = decode_batch(str(root), keys, teacher.input_size, teacher.interpolation)
+    batch = _first_images(teacher, root)
     return Identity(
         model=teacher.name,
         weights_digest=teacher.weights_digest,
@@ -97,6 +85,20 @@ def identify(teacher: Teacher, root: Path) -> Identity:
         dense_exact=teacher.exact,
         dense_error=float(teacher.check(batch.images)),
     )
+
+
+def _first_images(teacher: Teacher, root: Path) -> DecodedBatch:
+    parts: list[DecodedBatch] = []
+    failure: StorageError | None = None
+    for key in islice(scan(root), _CHECKED):
+        try:
+            size, interpolation = teacher.input_size, teacher.interpolation
+            parts.append(decode_batch(str(root), [key.decode()], size, interpolation))
+        except StorageError as error:  # fails its own shard alone
+            failure = error
+    if failure and not parts:
+        raise failure
+    return join_batches(parts)
 
 
 class Worker:
@@ -118,11 +120,18 @@ class Worker:
         """Build the teacher and describe it."""
         with _collected_warnings() as notes:
             self._teacher = build_teacher(self._config)
+        # A job that reserves no GPU says `device: cpu`.
+        if self._config.device == "auto" and self._teacher.device.type == "cpu":
+            notes.append(
+                f"Ray gave the teacher a GPU on {socket.gethostname()}, but torch finds none "
+                "there: it computes on the CPU, many times slower. Remedy: a driver and a torch "
+                "with CUDA on every node with GPUs, or `device: cpu`"
+            )
         return dataclasses.replace(identify(self._teacher, self._root), notes=tuple(notes))
 
     def progress(self) -> Progress:
         """What was done so far."""
-        return self._done
+        return self._done._replace(now=time.monotonic())
 
     def annotate(self, plan: Plan, shard: int) -> int:
         """Make one shard; returns its number of rows.
@@ -155,8 +164,13 @@ class Worker:
                     _append(writer, batch, output)
                     stats.add(batch, output)
             writer.attrs |= stats.attrs()
-            if holder(plan.folder) != plan.run:
-                raise LockedError(f"{plan.folder} was taken over by another job: shard discarded")
+            if (run := holder(plan.folder)) != plan.run:
+                what = "belongs to another job now" if run else "was deleted"
+                raise LockedError(
+                    f"a job must hold the lock of its folder: the one in {plan.folder} {what}. "
+                    "Finished shards are kept. Remedy: see that no other job writes there, and run "
+                    "the same command again"
+                )
         return len(keys)
 
     def _annotated(self, window: DecodeWindow) -> Iterator[tuple[DecodedBatch, TeacherOutput]]:
@@ -175,7 +189,7 @@ class Worker:
 
     def _finish(self, pending: "_Pending") -> tuple[DecodedBatch, TeacherOutput]:
         output = pending.result()
-        done, now = self._done, time.time()
+        done, now = self._done, time.monotonic()
         self._done = Progress(
             done.images + len(pending.batch.errors),
             done.errors + sum(map(bool, pending.batch.errors)),
@@ -212,7 +226,7 @@ class _Pending:
     """A batch on its way through the device and back."""
 
     def __init__(self, batch: DecodedBatch, teacher: Teacher, batch_size: int) -> None:
-        self.batch, self.since = batch, time.time()
+        self.batch, self.since = batch, time.monotonic()
         images, count = batch.images, len(batch.errors)
         if count < batch_size:
             # Always the same shape: kernels split small batches among threads in other ways, which

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.processes import IMAGES, OPTIONS
 from tests.faults.table import ROWS, Row, command
+from tests.jobs import arguments, digests, repeat_images, run
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -36,3 +38,18 @@ def observed(request: pytest.FixtureRequest, soak: bool) -> Callable[[str, int, 
         request.config.stash[ROWS].append(row)
 
     return add
+
+
+@pytest.fixture(scope="session")
+def many_images(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set that takes a job some seconds."""
+    return repeat_images(sample, tmp_path_factory.mktemp("many"), IMAGES)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(many_images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Digests of what a job on this machine alone makes of it when nothing comes between."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    done = run(*arguments(many_images, out, **OPTIONS))
+    assert done.returncode == 0, done.stderr
+    return digests(out / "train")

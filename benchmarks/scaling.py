@@ -1,0 +1,470 @@
+"""How the job scales: teachers side by side, and the driver's memory with the number of images.
+
+    python benchmarks/scaling.py teachers                         # 1, 2, 4 and 8: 4 minutes
+    python benchmarks/scaling.py memory --images 1000000 10000000   # 10 minutes, 3 GB in TMPDIR
+    python benchmarks/scaling.py reader                           # what opening a shard costs
+    python benchmarks/scaling.py decode --data ../shared/imagenet
+
+`teachers` runs the real job on tiny pictures with a teacher that sleeps, as a driver sees one that
+computes on a GPU, so that the cores of this machine are not the limit. All teachers start at the
+same moment, when each has its first batch; a rate is that of all images until the last shard is
+written, so the tail counts. Efficiency is the rate over that of one teacher times their number.
+
+`memory` runs each part of the driver, and what a reader opens, in a process of its own: first on
+some thousands of images, then on the wanted number. Bytes an image are the peak resident set of the
+second run (mapped pages of files included) beyond what the process had before it. Only `os.scandir`
+is simulated, which lists pictures that are not there: either in 1,000 class folders or in a single
+one. The shards are real files with 1 x 2 maps, the first one copied and given other keys.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import h5py
+import numpy as np
+import ray
+from PIL import Image
+
+from tokenlabel.annotate import AnnotateConfig, actor, annotate
+from tokenlabel.annotate.cluster import Resources, ray_session
+from tokenlabel.annotate.images import decode_batch
+from tokenlabel.annotate.manifest import NAME as MANIFEST
+from tokenlabel.annotate.manifest import Manifest, build_manifest, open_manifest, scan
+from tokenlabel.annotate.plan import Identity, Plan, make_plan, unfinished
+from tokenlabel.annotate.pool import Pool
+from tokenlabel.annotate.sample import sample_folder
+from tokenlabel.dataset import LabelStore
+from tokenlabel.dataset.index import NAME as INDEX
+from tokenlabel.dataset.index import build_index
+from tokenlabel.dataset.shard import ShardLayout, shard_name, write_shard
+
+# ---- teachers ----
+
+
+class SleepingActor(actor.TeacherActor):
+    """The job's actor, with a teacher that sleeps and that waits for the others at first."""
+
+    go: Path
+    seconds: float
+
+    def __init__(self, config: AnnotateConfig, root: Path, threads: int) -> None:
+        import timm
+
+        timm.models.register_model(sleeper(self.go, self.seconds))
+        super().__init__(config, root, threads)
+
+
+def sleeper(go: Path, seconds: float) -> Callable[..., Any]:
+    """What makes a real network for timm, whose features take `seconds` once `go` is there."""
+    import torch
+    from torch import nn
+
+    class Sleeper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_classes = self.num_features = 16
+            self.features = nn.Conv2d(3, 16, 16, 16)
+            self.classifier = nn.Linear(16, 16)
+
+        def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) == BATCH:  # the start-up check has fewer
+                if not go.exists():
+                    go.with_name(f"waiting-{os.getpid()}").touch()
+                while not go.exists():
+                    time.sleep(0.001)
+                time.sleep(seconds)
+            return self.features(x)
+
+        def forward_head(self, x: torch.Tensor) -> torch.Tensor:
+            return self.classifier(x.mean((2, 3)))
+
+    def sleeper(pretrained: bool = False, **_: Any) -> nn.Module:
+        return Sleeper()
+
+    return sleeper
+
+
+BATCH, BATCHES = 16, 4  # images a batch, batches a shard
+
+
+def tiny_images(folder: Path, count: int) -> None:
+    """Pictures of 32 px under `folder`/train: few, with many names."""
+    rng = np.random.default_rng(0)
+    for number in range(16):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{number}.png")
+    for number, source in enumerate(islice(cycle(range(16)), count)):
+        link = folder / "train" / f"{number % 10}" / f"{number:06d}.png"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(folder / f"{source}.png")
+
+
+def rate_of(teachers: int, folder: Path, options: argparse.Namespace) -> float:
+    """Images a second of so many teachers."""
+    import torch
+
+    count = teachers * options.shards * BATCH * BATCHES
+    tiny_images(folder, count)
+    weights = folder / "sleeper.pth"
+    torch.manual_seed(0)
+    torch.save(sleeper(folder, 0.0)().state_dict(), weights)
+    SleepingActor.go, SleepingActor.seconds = folder / "go", options.sleep
+    config = AnnotateConfig(
+        data=str(folder),
+        out=str(folder / "out"),
+        model="sleeper",
+        weights=str(weights),
+        input_size=32,
+        k=5,
+        batch_size=BATCH,
+        shard_size=BATCH * BATCHES,
+        teachers=teachers,
+        threads=1,
+    )
+
+    def start_together(*_: object) -> None:
+        if len(list(folder.glob("waiting-*"))) == teachers and not SleepingActor.go.exists():
+            SleepingActor.go.touch()
+
+    with mock.patch.object(actor, "TeacherActor", SleepingActor):
+        report = annotate(config, start_together)
+    assert report.ok and report.images == count and report.lost_actors == 0, report
+    ends = [path.stat().st_mtime for path in config.folder.glob("shard-*.h5")]
+    return count / (max(ends) - SleepingActor.go.stat().st_mtime)
+
+
+def measure_teachers(options: argparse.Namespace) -> None:
+    print("| teachers | images/s | efficiency | of what sleeping allows |", flush=True)
+    print("|---|---|---|---|", flush=True)
+    single, most = 0.0, BATCH / options.sleep
+    with ray_session(None, num_cpus=4):
+        for teachers in options.counts:
+            with tempfile.TemporaryDirectory(dir=options.folder) as name:
+                rate = rate_of(teachers, Path(name), options)
+            single = single or rate / teachers
+            each = rate / teachers
+            print(
+                f"| {teachers} | {rate:.1f} | {each / single:.3f} | {each / most:.3f} |", flush=True
+            )
+
+
+# ---- memory ----
+
+SHARD, CLASSES, WARM_UP = 4096, 1000, 8192
+KEPT = (MANIFEST, INDEX)
+
+
+class Entry:
+    """A picture that a listing names."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def is_dir(self) -> bool:
+        return False
+
+
+def name_of(number: int) -> str:
+    return f"n01440764_{number:010d}.JPEG"
+
+
+@contextmanager
+def listings(root: Path, images: int) -> Iterator[None]:
+    """Have the folders without folders under `root` list `images` pictures in all, unsorted."""
+    real = os.scandir
+    leaves = [path for path in root.iterdir() if path.is_dir()] or [root]
+    each = images // len(leaves)
+
+    @contextmanager
+    def scandir(path: str) -> Iterator[Iterator[Any]]:
+        if Path(path) in leaves:
+            # 7919 is prime, so each number comes once, in an order that is far from sorted.
+            yield (Entry(name_of(i * 7919 % each)) for i in range(each))
+        else:
+            with real(path) as entries:
+                yield entries
+
+    with mock.patch.object(os, "scandir", scandir):
+        yield
+
+
+def identity() -> Identity:
+    return Identity("sleeper", "0" * 64, {}, (1, 2), CLASSES, None, "cpu", "rule", True, 0.0)
+
+
+def plan_of(folder: Path) -> Plan:
+    config = AnnotateConfig(data=str(folder), out=str(folder), split="out", k=1)
+    manifest = open_manifest(folder / "out" / MANIFEST)
+    return make_plan(config, folder / "train", "run", manifest, identity())
+
+
+def make_shards(folder: Path) -> None:
+    """All shards of the manifest there: the first is written, the others are copies of it."""
+    plan, manifest = plan_of(folder), open_manifest(folder / "out" / MANIFEST)
+    layout = plan.layout
+    paths = [plan.folder / shard_name(number, plan.shards) for number in range(plan.shards)]
+    sizes = [min(SHARD, plan.rows - SHARD * number) for number in range(plan.shards)]
+    for size in sorted(set(sizes)):
+        attrs = {**plan.attrs, "shard": 0, "first_row": 0, "labelled": 0, "top1": 0, "top5": 0}
+        blank = np.zeros((size, *layout.map_shape), np.float16)
+        with write_shard(
+            folder / f"{size}.h5",
+            layout,
+            manifest.keys[:size],
+            manifest.labels[:size],
+            {**attrs, "mass": 0.0},
+        ) as writer:
+            writer.append(
+                blank,
+                blank.astype(np.uint16),
+                blank[..., 0],
+                np.ones((size, 2), np.int32),
+                np.zeros(size, np.uint64),
+                [""] * size,
+            )
+    for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        shutil.copy(folder / f"{size}.h5", path)
+        with h5py.File(path, "r+") as file:
+            keys = manifest.keys[SHARD * number : SHARD * number + size]
+            file["key"][:] = np.array([key.encode() for key in keys], file["key"].dtype)
+            file.attrs.modify("shard", number)
+            file.attrs.modify("first_row", SHARD * number)
+
+
+def scan_classes(folder: Path, images: int) -> None:
+    scan_folders(folder, images, CLASSES)
+
+
+def scan_single(folder: Path, images: int) -> None:
+    scan_folders(folder, images, 0)
+
+
+def scan_folders(folder: Path, images: int, classes: int) -> None:
+    """What `annotate` does with the manifest of a run before, and with a new one."""
+    root = folder / ("classes" if classes else "single")
+    root.mkdir()
+    for number in range(classes):
+        (root / f"class-{number:05d}").mkdir()
+    with listings(root, images):
+        manifest: Manifest = build_manifest(root, folder / "out" / MANIFEST, None, CLASSES)
+    assert len(manifest.keys) == images // max(classes, 1) * max(classes, 1)
+
+
+def check_manifest(folder: Path, images: int) -> None:
+    open_manifest(folder / "out" / MANIFEST, verify=True)
+
+
+def find_unfinished(folder: Path, images: int) -> None:
+    assert unfinished(plan_of(folder)) == []
+
+
+class IdleActor(actor.TeacherActor):
+    """Says at once that a shard is done: what is left is the driver's own work."""
+
+    def __init__(self, *_: object) -> None:
+        self._images = 0
+
+    @ray.method(concurrency_group="control")
+    def ready(self) -> Identity:
+        return identity()
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> actor.Progress:
+        return actor.Progress(self._images, 0, 1.0, 1.0, 2.0)
+
+    @ray.method(concurrency_group="shards")
+    def annotate(self, plan: Plan, shard: int) -> int:
+        self._images += SHARD
+        return SHARD
+
+
+def hand_out(folder: Path, images: int) -> None:
+    """Two idle actors: the Ray session and they are started by the first, small, run."""
+    plan = plan_of(folder)
+    if not POOLS:
+        STACK.enter_context(ray_session(None, num_cpus=2))
+        STACK.enter_context(mock.patch.object(actor, "TeacherActor", IdleActor))
+        config = AnnotateConfig(data=str(folder))
+        pool = Pool((config, folder, 1), Resources(2, 0.0, 1, fixed=True))
+        POOLS.append(STACK.enter_context(pool))
+        POOLS[0].identify(2)
+    tally = POOLS[0].run(plan, range(plan.shards), 3)
+    assert len(tally.written) == plan.shards
+
+
+POOLS: list[Pool] = []
+STACK = ExitStack()  # closed as the process ends
+
+
+def index_shards(folder: Path, images: int) -> None:
+    build_index(folder / "out")
+
+
+def open_store(folder: Path, images: int) -> None:
+    """Open, and read some maps at random."""
+    store, rng = LabelStore(folder / "out"), random.Random(0)
+    for row in rng.sample(range(len(store)), 64):
+        assert store[store.keys[row]].scores.shape == (1, 1, 2, 1)
+
+
+STEPS: dict[str, tuple[Callable[[Path, int], None], str]] = {
+    "scan-single": (scan_single, "manifest, all in one folder"),
+    "scan-classes": (scan_classes, "manifest, 1,000 class folders"),
+    "check": (check_manifest, "manifest, verified on resuming"),
+    "unfinished": (find_unfinished, "headers of finished shards"),
+    "pool": (hand_out, "shards handed to idle actors"),
+    "index": (index_shards, "index.h5 built"),
+    "store": (open_store, "LabelStore opened, 64 maps read"),
+}
+
+
+def resident(field: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) << 10
+    raise KeyError(field)
+
+
+def run_step(name: str, small: Path, folder: Path, images: int) -> None:
+    """In a process of its own: warm up, measure, and say what came out."""
+    step, _ = STEPS[name]
+    with STACK:
+        step(small, WARM_UP)
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        start = (time.perf_counter(), time.process_time())
+        step(folder, images)
+        seconds, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+        peak = resident("VmHWM") - before
+        print(json.dumps({"bytes": peak, "seconds": seconds, "cpu": cpu}), flush=True)
+
+
+def measure_memory(options: argparse.Namespace) -> None:
+    print("| images | part | seconds | of these CPU | images a CPU second | bytes an image |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for images in options.images:
+        with tempfile.TemporaryDirectory(dir=options.folder) as name:
+            small, folder = Path(name) / "small", Path(name) / "large"
+            for step, (_, title) in STEPS.items():
+                if step not in options.parts:
+                    continue
+                if step == "unfinished":  # the manifest of the class folders is there now
+                    for where in (small, folder):
+                        own("shards", where, where, images)
+                found = json.loads(own(step, small, folder, images).splitlines()[-1])
+                print(
+                    f"| {images:,} | {title} | {found['seconds']:.2f} | {found['cpu']:.2f} "
+                    f"| {images / found['cpu']:,.0f} | {found['bytes'] / images:.1f} |",
+                    flush=True,
+                )
+            kept = [path for path in (folder / "out").iterdir() if path.name in KEPT]
+            parts = (f"{path.name} {path.stat().st_size / images:.1f}" for path in kept)
+            print(f"\nBytes an image on disk: {', '.join(sorted(parts))}\n", flush=True)
+
+
+def own(step: str, small: Path, folder: Path, images: int) -> str:
+    for path in (small, folder):
+        path.mkdir(exist_ok=True)
+    command = [sys.executable, __file__, "step", step, str(small), str(folder), str(images)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+# ---- readers and decoders ----
+
+
+def measure_reader(options: argparse.Namespace) -> None:
+    """What a shard of 4,096 maps of 18 x 18, k = 10, costs a process when it is read first."""
+    shards, rng = 12, np.random.default_rng(0)
+    layout = ShardLayout(("identity",), (18, 18), 10, CLASSES)
+    scores = -np.sort(-rng.normal(0, 3, (64, *layout.map_shape)).astype(np.float16), -1)
+    classes = rng.integers(0, CLASSES, scores.shape).astype(np.uint16)
+    ones, zeros = np.ones((64, 2), np.int32), np.zeros(64, np.uint64)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        attrs = {"fingerprint": "f", "shards": shards, "extent": [0.0, 0.0, 1.0, 1.0]}
+        for shard in range(shards):
+            first = shard * SHARD
+            keys = [name_of(row) for row in range(first, first + SHARD)]
+            given = {**attrs, "shard": shard, "first_row": first}
+            path = Path(name) / shard_name(shard, shards)
+            with write_shard(path, layout, keys, np.zeros(SHARD, int), given) as writer:
+                for _ in range(SHARD // 64):
+                    writer.append(scores, classes, scores[..., 0], ones, zeros, [""] * 64)
+        store = LabelStore(name)
+        before = resident("VmRSS")
+        first_reads = [cpu_seconds(lambda row=n * SHARD + 5: store[row]) for n in range(shards)]
+        used = (resident("VmRSS") - before) / shards
+        later = [
+            cpu_seconds(lambda row=row: store[row])
+            for row in rng.integers(0, len(store), 2000).tolist()
+        ]
+    print(f"first read of a shard: {1e3 * statistics.median(first_reads):.1f} ms, {used:,.0f} B")
+    print(f"later reads: {1e6 * statistics.median(later):.0f} us")
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def measure_decoding(options: argparse.Namespace) -> None:
+    """Photographs that one core reads, decodes and squashes a second."""
+    root = (options.data or sample_folder(Path(tempfile.gettempdir()))) / "train"
+    keys = [key.decode() for key in islice(scan(root), 300)]
+    for side in (224, 576):
+        seconds = cpu_seconds(
+            lambda side=side: decode_batch(str(root), keys, (side, side), "bicubic")
+        )
+        print(f"{side} px: {len(keys) / seconds:.0f} images a CPU second")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, help="where to write (default: TMPDIR)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    teachers = commands.add_parser("teachers")
+    teachers.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8])
+    teachers.add_argument("--sleep", type=float, default=1.0, help="seconds a batch of 16")
+    teachers.add_argument("--shards", type=int, default=8, help="shards of 64 images a teacher")
+    memory = commands.add_parser("memory")
+    memory.add_argument("--images", type=int, nargs="+", default=[1_000_000])
+    memory.add_argument("--parts", choices=STEPS, nargs="+", default=list(STEPS))
+    commands.add_parser("reader", help="what opening a shard costs")
+    decode = commands.add_parser("decode", help="images a core decodes")
+    decode.add_argument("--data", type=Path, help="folder with train/ (default: the sample)")
+    step = commands.add_parser("step", help="one part, for `memory`")
+    step.add_argument("name", choices=[*STEPS, "shards"])
+    step.add_argument("small", type=Path)
+    step.add_argument("large", type=Path)
+    step.add_argument("images", type=int)
+    options = parser.parse_args()
+    if options.command == "teachers":
+        measure_teachers(options)
+    elif options.command == "memory":
+        measure_memory(options)
+    elif options.command == "reader":
+        measure_reader(options)
+    elif options.command == "decode":
+        measure_decoding(options)
+    elif options.name == "shards":
+        make_shards(options.large)
+    else:
+        run_step(options.name, options.small, options.large, options.images)
+
+
+if __name__ == "__main__":
+    main()
