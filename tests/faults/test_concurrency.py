@@ -1,0 +1,230 @@
+"""Several processes on one split: readers, jobs, repair, and builders of its index."""
+
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from tests.faults.readers import Readers, content, rebuilt
+from tests.jobs import arguments, digests, environment, repeat_images, run
+from tests.maps import Rows, attrs, write_split
+from tokenlabel.cli import main
+from tokenlabel.dataset.shard import ShardLayout, shard_name, write_shard
+from tokenlabel.dataset.store import LabelStore
+from tokenlabel.inspection.verify import verify
+
+IMAGES, SHARDS, READERS = 32, 8, 8
+OPTIONS = {"shard_size": 4, "batch_size": 4}
+LAYOUT = ShardLayout(("identity", "hflip"), (3, 5), 4, 1000)
+KEYS = [f"class/{number:03d}.jpg" for number in range(24)]
+
+Observed = Callable[[str, int, str, str], None]
+Rounds = Callable[[int, int], int]
+
+
+@pytest.fixture(scope="module")
+def data(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return repeat_images(sample, tmp_path_factory.mktemp("many"), IMAGES)
+
+
+def start(data: Path, out: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        arguments(data, out, **OPTIONS),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+
+
+def race(data: Path, out: Path) -> dict[str, str]:
+    """Start two jobs on one folder in the same instant; digests of what the winner wrote."""
+    jobs = [start(data, out) for _ in range(2)]
+    outputs = [job.communicate(timeout=500) for job in jobs]
+    loser, winner = sorted(range(2), key=lambda number: jobs[number].returncode == 0)
+    assert (jobs[winner].returncode, jobs[loser].returncode) == (0, 1), outputs
+    message = " ".join(outputs[loser][1].split())
+    assert f"another job is writing to {out / 'train'}: host {os.uname().nodename}, pid " in message
+    assert f"pid {jobs[winner].pid}. Remedy: wait for it" in message
+    assert verify(out / "train").ok
+    return digests(out / "train")
+
+
+@pytest.fixture(scope="module")
+def done(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A finished split, made by the winner of a race."""
+    out = tmp_path_factory.mktemp("done")
+    return out / "train", race(data, out)
+
+
+def test_of_two_jobs_started_at_once_one_works(
+    data: Path,
+    done: tuple[Path, dict[str, str]],
+    tmp_path: Path,
+    rounds: Rounds,
+    observed: Observed,
+) -> None:
+    count = rounds(1, 4)
+    for number in range(1, count):
+        assert race(data, tmp_path / str(number)) == done[1]
+    observed(
+        "two jobs started on one folder in the same instant",
+        count,
+        "one works, the other names it and refuses",
+        f"{count} winners, {count} refusals by host and pid, equal bytes",
+    )
+
+
+def total(seen: list[dict[str, Any]]) -> Counter[str]:
+    """How often the readers were refused, by kind; they must have seen nothing wrong."""
+    assert [wrong for reader in seen for wrong in reader["wrong"]] == []
+    return sum((Counter(reader["refusals"]) for reader in seen), Counter())
+
+
+def shown(refusals: Counter[str]) -> str:
+    return ", ".join(f"{times:,} “{kind}”" for kind, times in sorted(refusals.items()))
+
+
+def test_readers_while_a_job_extends_the_split(
+    data: Path,
+    done: tuple[Path, dict[str, str]],
+    tmp_path: Path,
+    rounds: Rounds,
+    observed: Observed,
+) -> None:
+    """Begun by an earlier job, extended by this one; then run again, with nothing left to do."""
+    count, whole, refusals = rounds(1, 3), 0, Counter[str]()
+    finished, want = done
+    for number in range(count):
+        folder = tmp_path / str(number) / "train"
+        readers = Readers(folder, data / "train", READERS, pause=0.5)
+        time.sleep(0.6)  # there is no folder yet
+        folder.mkdir(parents=True)
+        for name in ("manifest.h5", *(shard_name(n, SHARDS) for n in range(0, SHARDS, 2))):
+            shutil.copy(finished / name, folder / name)
+        job = start(data, folder.parent)
+        while not (folder / ".lock").exists():
+            assert job.poll() is None, job.communicate()
+            time.sleep(0.02)
+        late = run(*arguments(data, folder.parent, **OPTIONS))
+        assert late.returncode == 1 and f"pid {job.pid}. Remedy" in " ".join(late.stderr.split())
+        output = job.communicate(timeout=500)
+        assert job.returncode == 0, output
+        again = run(*arguments(data, folder.parent, **OPTIONS))
+        assert again.returncode == 0, again.stderr
+        seen = readers.stop()
+        assert digests(folder) == want
+        refusals += total(seen)
+        whole += sum(reader["whole"] for reader in seen)
+        assert {text for reader in seen for text in reader["contents"]} == {
+            content(LabelStore(folder))
+        }
+        assert all(reader["whole"] for reader in seen)
+    assert refusals["incomplete"] and refusals.keys() <= {"no folder", "no shards", "incomplete"}
+    observed(
+        f"{READERS} readers while a job extends the split, a second job, the job run again",
+        count,
+        "whole and right, or refused as incomplete",
+        f"{whole:,} times whole, all equal; refused {shown(refusals)}",
+    )
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_an_index_that_several_processes_build_at_once(
+    tmp_path: Path, processes: int, rounds: Rounds, observed: Observed
+) -> None:
+    count = rounds(5, 40)
+    write_split(tmp_path, KEYS, LAYOUT)
+    result = rebuilt(tmp_path, processes, count)
+    assert total(result["readers"]) == {}
+    assert (result["different"], result["left"]) == (0, [])
+    whole = [reader["whole"] for reader in result["readers"]]
+    assert whole == [3 * count] * processes
+    assert {text for reader in result["readers"] for text in reader["contents"]} == {
+        content(LabelStore(tmp_path))
+    }
+    observed(
+        f"index gone, {processes} processes open the split at once, half of them rebuild it thrice",
+        count,
+        "all succeed, same bytes",
+        f"{sum(whole):,} openings read all maps; {count - result['different']:,} indexes equal, "
+        f"{len(result['left'])} temporary files left",
+    )
+
+
+def restore(root: Path, number: int, rows: Rows) -> None:
+    """Write a shard again, as `annotate` does."""
+    shards = len(KEYS) // 4
+    keys = KEYS[4 * number : 4 * number + 4]
+    path = root / shard_name(number, shards)
+    with write_shard(path, LAYOUT, keys, [0, 1, 2, 3], attrs(number, shards, 4 * number)) as shard:
+        shard.append(*rows)
+
+
+def test_readers_while_a_split_is_damaged_repaired_and_mended(
+    tmp_path: Path, rounds: Rounds, observed: Observed
+) -> None:
+    count, rng = rounds(4, 20), random.Random(5)
+    written = write_split(tmp_path, KEYS, LAYOUT)
+    want = content(LabelStore(tmp_path))
+    whole = digests(tmp_path)
+    readers = Readers(tmp_path, None, READERS, pause=0.1)
+    for _ in range(count):
+        number = rng.randrange(len(written))
+        path = tmp_path / shard_name(number, len(written))
+        damaged = bytearray(path.read_bytes())
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        command = ["inspect-labels", str(tmp_path), "--repair", "--yes", "--workers", "0"]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 1 and path.name in result.output, result.output
+        assert not path.exists()
+        time.sleep(0.1 + rng.random() * 0.2)  # so that readers come by
+        restore(tmp_path, number, written[number])
+    seen = readers.stop()
+    refusals = total(seen)
+    assert {text for reader in seen for text in reader["contents"]} == {want}, "never a wrong value"
+    assert refusals["incomplete"] > 0
+    assert digests(tmp_path) == whole
+    observed(
+        f"{READERS} readers while a bit of a shard flips, --repair deletes it, it is made again",
+        count,
+        "right values, or an error with remedy",
+        f"{sum(reader['whole'] for reader in seen):,} times whole, all equal; refused "
+        + shown(refusals),
+    )
+
+
+def test_a_read_only_file_system(tmp_path: Path, observed: Observed) -> None:
+    root = tmp_path / "mount"
+    root.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(root)]
+    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("needs a file system of its own: root and mount")
+    try:
+        write_split(root, KEYS, LAYOUT)
+        subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)
+        readers = Readers(root, None, READERS, pause=0.1)
+        time.sleep(1)
+        seen = readers.stop()
+        assert total(seen) == {}
+        assert {text for reader in seen for text in reader["contents"]} == {
+            content(LabelStore(root))
+        }
+        assert not (root / "index.h5").exists()
+    finally:
+        subprocess.run(["umount", str(root)], check=True)
+    observed(
+        f"{READERS} readers of a split without index on a read-only file system",
+        1,
+        "index in memory",
+        f"{sum(reader['whole'] for reader in seen):,} times whole, all equal, no index written",
+    )
