@@ -231,7 +231,7 @@ class Pool:
         if self._resources.fixed:
             return
         if now > self._places:
-            self._teachers += now - self._places
+            self._teachers = min(self._teachers + now - self._places, now)
             _log.info("the cluster has grown: %d teachers now", self._teachers)
         else:
             self._teachers = min(self._teachers, max(now, 1))

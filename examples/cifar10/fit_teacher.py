@@ -76,7 +76,7 @@ def features(trunk: nn.Module, folder: Path, view: int, size: int, path: Path) -
         with open(path.with_suffix(".tmp"), "wb") as file:
             np.save(file, np.concatenate(rows))
         os.replace(path.with_suffix(".tmp"), path)
-    return torch.from_numpy(np.load(path))
+    return torch.from_numpy(np.load(path, allow_pickle=False))
 
 
 def fit(
