@@ -219,6 +219,10 @@ def _refuse_bombs(name: str, text: str) -> None:
         raise ConfigError(f"{name}: more than {MAX_BRACKETS} brackets. Remedy: write plain lists")
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
         raise ConfigError(f"{name}: YAML aliases (*name) are not used. Remedy: write values out")
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+        raise ConfigError(f"{name}: given twice: {', '.join(twice)}. Remedy: keep one of them")
 
 
 def _explain(fault: dict[str, Any], source: str | None, given: dict[str, Any]) -> str:

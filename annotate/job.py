@@ -27,6 +27,7 @@ from tokenlabel.annotate.report import Report, make_report
 from tokenlabel.annotate.sample import sample_folder
 from tokenlabel.dataset.errors import FormatError
 from tokenlabel.dataset.files import TEMPORARY
+from tokenlabel.dataset.index import NAME as INDEX
 from tokenlabel.dataset.index import build_index, find_shards, open_index
 from tokenlabel.dataset.shard import Shard
 
@@ -118,6 +119,11 @@ def _told_errors() -> Iterator[None]:
             raise told from error
         if error.errno is None or isinstance(error, ConnectionError):  # ours, or of the network
             raise
+        if isinstance(error, IsADirectoryError):
+            raise JobError(
+                f"{error.filename2 or error.filename} is a folder where a file must be. Finished "
+                "shards are kept. Remedy: remove it and run the same command again"
+            ) from error
         raise JobError(
             f"storage failed: {error}. Finished shards are kept. Remedy: mend the disk or the "
             "mount, and run the same command again"
@@ -145,7 +151,7 @@ def _no_temporary(folder: Path) -> Iterator[None]:
 def _looks_finished(folder: Path) -> bool:
     with suppress(FileNotFoundError, FormatError):
         open_index(folder)
-        return True
+        return (folder / INDEX).is_file()  # else it was built in memory
     return False
 
 

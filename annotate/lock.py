@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ def _sign(handle: int, run: str) -> None:
 
 def _acquire(path: Path) -> int:
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = _open(path)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -97,6 +98,28 @@ def _acquire(path: Path) -> int:
         if _same_file(handle, path):  # else its holder has just left and removed it
             return handle
         os.close(handle)
+
+
+def _open(path: Path) -> int:
+    """Open or create the lock's file: never what a link leads to, which would be overwritten."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        handle = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise _no_file(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise _no_file(path)
+    return handle
+
+
+def _no_file(path: Path) -> OutputError:
+    return OutputError(
+        f"the lock {path} must be a regular file; it is a link, a folder or a device. "
+        "Remedy: look who put it there, and remove it"
+    )
 
 
 def _acquire_by_text(path: Path) -> int:

@@ -95,7 +95,7 @@ def open_h5(path: Path) -> InputFile:
     except (OSError, ValueError) as error:
         # The system's own errors tell nothing of the file: it may be whole.
         raise system_error(error, path) or FormatError(
-            f"{path} is not a complete HDF5 file (damaged, cut short or something else): {error}. "
+            f"{path} is damaged, cut short or not of this format: {error}. "
             "Remedy: delete it; the next `annotate` makes it again"
         ) from error
 

@@ -48,6 +48,7 @@ def test_options_win_over_the_file() -> None:
         ("- k", "must be `key: value` lines, got a list"),
         ("k: [1", "not valid YAML: while parsing a flow sequence"),
         ("a: &x [1]\nb: *x", "YAML aliases (*name) are not used"),
+        ("k: 5\nseed: 1\nk: 7", "given twice: k. Remedy: keep one"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML: could not determine"),
     ],
 )

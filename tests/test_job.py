@@ -12,7 +12,13 @@ from PIL import Image
 
 from tests.jobs import config, digests
 from tokenlabel.annotate import annotate
-from tokenlabel.annotate.errors import ConfigError, FingerprintError, LockedError, TeacherError
+from tokenlabel.annotate.errors import (
+    ConfigError,
+    FingerprintError,
+    JobError,
+    LockedError,
+    TeacherError,
+)
 from tokenlabel.annotate.lock import folder_lock
 from tokenlabel.annotate.weights import load_weights
 from tokenlabel.dataset.errors import FormatError
@@ -160,7 +166,15 @@ def test_changed_class_names_do_not_blame_the_images(
 def test_a_damaged_shard_is_refused_by_name(sample: Path, copy: Path) -> None:
     path = copy / "train" / "shard-00001-of-00002.h5"
     path.write_bytes(path.read_bytes()[:9000])
-    with pytest.raises(FormatError, match=r"shard-00001-of-00002.h5 is not a complete HDF5 file"):
+    with pytest.raises(FormatError, match=r"shard-00001-of-00002.h5 is damaged, cut short"):
+        annotate(config(sample, copy))
+
+
+@pytest.mark.parametrize("name", ["index.h5", "report.json"])
+def test_a_folder_in_a_file_s_place_is_named(sample: Path, copy: Path, name: str) -> None:
+    (copy / "train" / name).unlink()
+    (copy / "train" / name).mkdir()
+    with pytest.raises(JobError, match=rf"{name} is a folder where a file must be.* remove it"):
         annotate(config(sample, copy))
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,24 @@ def test_the_second_job_is_told_host_and_pid(tmp_path: Path) -> None:
     finally:
         child.kill()
         child.communicate()
+
+
+def a_link(path: Path) -> None:
+    path.symlink_to(path.with_name("precious"))
+
+
+@pytest.mark.parametrize("make", [a_link, os.mkfifo, Path.mkdir])
+def test_a_lock_that_is_no_file_is_refused_and_left(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("what a link leads to")
+    make(tmp_path / NAME)
+    with pytest.raises(OutputError, match=r"must be a regular file.* Remedy: look who"):
+        with folder_lock(tmp_path):
+            pass
+    assert precious.read_text() == "what a link leads to"
+    assert os.path.lexists(tmp_path / NAME)
 
 
 def test_a_killed_holder_leaves_no_obstacle(tmp_path: Path) -> None:
