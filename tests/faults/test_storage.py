@@ -228,7 +228,7 @@ PASSING = {
     "EIO at rename": [f"rename */shard-*.h5 {errno.EIO} 1 1"],
     "EIO at fsync": [f"fsync */.shard-* {errno.EIO} 3 1"],
     "EIO at folder's fsync": [f"fsync */train {errno.EIO} 6 1"],
-    "EIO at write": [f"write */.shard-* {errno.EIO} 700 1"],
+    "EIO at write": [f"write */.shard-* {errno.EIO} 200 1"],
     "EIO at image": [f"read *.jpg {errno.EIO} {LATER} 1"],
     "ESTALE at image": [f"open *.jpg {errno.ESTALE} {LATER} 1"],
     "ESTALE at rename": [f"rename */shard-*.h5 {errno.ESTALE} 4 1"],
