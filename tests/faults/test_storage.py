@@ -414,7 +414,7 @@ def test_clocks_that_jump_a_day(
     tries, reports = rounds(1, 3), []
     for number in range(tries):
         out = tmp_path / str(number)
-        period = 1 + number
+        period = 1
         done = subprocess.run(
             arguments(data, out),
             capture_output=True,
