@@ -22,11 +22,6 @@ class Bytes:
     def __init__(self, data: bytes) -> None:
         self.data, self.place = data, 0
 
-    @property
-    def left(self) -> int:
-        """Bytes that follow."""
-        return len(self.data) - self.place
-
     def take(self, size: int) -> bytes:
         """The next bytes."""
         start = self.place
