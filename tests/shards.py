@@ -1,14 +1,12 @@
 """Made-up maps and shards for tests of the format; nothing here stands in for our code."""
 
-import json
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenlabel.dataset.directory import HEAD, MAGIC
+from tests.faults.attacks import parsed, with_directory
 from tokenlabel.dataset.score_map import MapLayout
 from tokenlabel.dataset.shard import shard_name, write_shard
 
@@ -92,9 +90,6 @@ def write_split(
 def edit_directory(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change what a file's directory says, with the right checksum; the rest stays as it is."""
     data = path.read_bytes()
-    _, size, _ = HEAD.unpack(data[: HEAD.size])
-    found = json.loads(data[HEAD.size : HEAD.size + size])
+    found = parsed(data)
     change(found)
-    text = json.dumps(found).encode()
-    new = HEAD.pack(MAGIC, len(text), zlib.crc32(text)) + text
-    path.write_bytes(new + data[len(new) :])
+    path.write_bytes(with_directory(data, found))

@@ -17,6 +17,8 @@ from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.jobs import environment
 from tokenlabel.dataset import LabelStore, MissingMapError, TokenLabelDataset
 from tokenlabel.dataset.errors import FormatError
@@ -43,9 +45,8 @@ def content(store: LabelStore) -> str:
         except MissingMapError as error:
             total.update(str(error).encode())
             continue
-        for part in entry[:3]:
-            total.update(part.tobytes())
-        total.update(repr(entry[3:]).encode())
+        for part in entry:
+            total.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
     return total.hexdigest()
 
 
@@ -146,7 +147,7 @@ def rebuild(root: Path, count: int, rounds: int) -> dict[str, Any]:
 
     Half of them build the index again and again while the others open it.
     """
-    index = root / "index.h5"
+    index = root / "index"
     build_index(root)
     want, files = index.read_bytes(), sorted(path.name for path in root.iterdir())
     gate, results = _FORK.Barrier(count + 1), _FORK.SimpleQueue()
