@@ -1,5 +1,6 @@
 """Made-up maps and shards for tests of the format; nothing here stands in for our code."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.faults.attacks import parsed, with_directory
-from tokenlabel.dataset.score_map import MapLayout
+from tokenlabel.dataset.score_map import MapLayout, ScoreMap
 from tokenlabel.dataset.shard import shard_name, write_shard
 
 
@@ -85,6 +86,14 @@ def write_split(
             writer.append(*rows)
         written.append(rows)
     return written
+
+
+def digest(entry: ScoreMap) -> str:
+    """Digest of everything that a map holds."""
+    total = hashlib.sha256()
+    for part in entry:
+        total.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+    return total.hexdigest()
 
 
 def edit_directory(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -17,9 +17,8 @@ from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tests.jobs import environment
+from tests.shards import digest
 from tokenlabel.dataset import LabelStore, MissingMapError, TokenLabelDataset
 from tokenlabel.dataset.errors import FormatError
 from tokenlabel.dataset.index import build_index
@@ -45,8 +44,7 @@ def content(store: LabelStore) -> str:
         except MissingMapError as error:
             total.update(str(error).encode())
             continue
-        for part in entry:
-            total.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+        total.update(digest(entry).encode())
     return total.hexdigest()
 
 
