@@ -51,7 +51,7 @@ def published_targets(labels: "TokenLabels", grid: "Grid", k: int) -> TokenTarge
 
 
 def _crop_boxes(labels: "TokenLabels") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The crops, [B, 4] normalised to the view's extent, and whether they are flipped in y and x."""
+    """The crops [B, 4], normalised to the view's extent, and which are flipped in y and x."""
     path = labels.paths()[:, 0]
     a, c, e, f = path[:, 0], path[:, 2], path[:, 4], path[:, 5]
     height, width = labels.word("canvas_h"), labels.word("canvas_w")

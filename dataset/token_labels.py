@@ -258,7 +258,7 @@ class TokenLabels(Tensor):
             return self[..., start : start + size].contiguous()
 
     def plane(self, name: str) -> Tensor:
-        """The stored bytes of a plane, uint8 [B, I, *shape]: all first bytes of items, and so on."""
+        """The stored bytes of a plane, uint8 [B, I, *shape], I the bytes of an item."""
         start = HEAD
         for plane, (dtype, shape) in self.record_layout.maps.planes().items():
             count = int(np.prod(shape))
