@@ -106,32 +106,34 @@ class TokenLabelLoss(nn.Module):
         ).scatter_(1, label.clamp(min=0), known * (1 - self.label_smoothing))
         if self.cls_target == "label":
             return by_label
-        crop, has_map = _crop(labels, num_classes)
+        crop = _crop(labels, num_classes)
+        has_crop = crop.sum(1, keepdim=True) > 0
         if self.cls_target == "crop":
-            return torch.where(has_map, crop, by_label)
-        return (by_label + crop.where(has_map, 0)) / (known + has_map).clamp(min=1)
+            return torch.where(has_crop, crop, by_label)
+        return (by_label + crop) / (known + has_crop).clamp(min=1)
 
 
-def _crop(labels: TokenLabels | TokenTargets, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Soft targets of the crops, [B, C], and whether there is one, [B, 1]."""
+def _crop(labels: TokenLabels | TokenTargets, num_classes: int) -> Tensor:
+    """Soft targets of the crops, [B, C]; 0 where there is none."""
     if isinstance(labels, TokenLabels):
-        return labels.crop(), labels.has_map.unsqueeze(1)
-    has_map = (labels.weight > 0).any(1, keepdim=True)
-    patch = labels._replace(  # the crop as an image of one patch
+        return labels.crop()
+    crop = labels._replace(  # as an image of one patch
         classes=labels.crop_classes.unsqueeze(1),
         probs=labels.crop_probs.unsqueeze(1),
         rest=labels.crop_rest.unsqueeze(1),
-        weight=has_map.float(),
+        weight=labels.weight.amax(1, keepdim=True),
     )
-    return patch.windows(num_classes).dense().squeeze(1), has_map
+    return crop.windows(num_classes).dense().squeeze(1)
 
 
 def _parts(labels: Labels, grid: Grid, num_classes: int) -> list[tuple[TokenWindows, Tensor]]:
     """What `cross_entropy` takes."""
     if isinstance(labels, MixedLabels):
         return labels.parts(grid)
-    plain = isinstance(labels, TokenLabels)
-    windows = labels.targets(grid) if plain else labels.windows(num_classes)
+    if isinstance(labels, TokenLabels):
+        windows = labels.targets(grid)
+    else:
+        windows = labels.windows(num_classes)
     return [(windows, windows.weight)]
 
 

@@ -109,7 +109,7 @@ class MixToken:
         loss = criterion(*student(images, box), labels)
 
     Args:
-        alpha: of the Beta(alpha, alpha) distribution of the fraction that stays (CutMix: 1, uniform).
+        alpha: of the Beta(alpha, alpha) distribution of the fraction that stays (CutMix: 1).
         prob: probability that a batch is mixed at all.
     """
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from tokenlabel.dataset import TokenLabels, TokenTargets, TokenWindows
 
 Grid = tuple[int, int]
+_LEAST = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,25 +64,28 @@ class MixedLabels:
         own = self.own_area((1, 1))
         return torch.cat([own, 1 - own], 1)
 
-    def own_area(self, grid: Grid) -> Tensor:
+    def own_area(self, grid: int | Grid) -> Tensor:
         """Fraction of each patch's area that shows the image itself, float32 [B, N].
 
         Exact, also where the edges of patches or box cut one another, or pixels.
         """
+        rows, columns = (grid, grid) if isinstance(grid, int) else grid
         x0, y0, x1, y1 = self.box.unsqueeze(-1).unbind(1)
-        pasted = _covered(y0, y1, grid[0]).unsqueeze(2) * _covered(x0, x1, grid[1]).unsqueeze(1)
+        pasted = _covered(y0, y1, rows).unsqueeze(2) * _covered(x0, x1, columns).unsqueeze(1)
         return self.blend.unsqueeze(1) * (1 - pasted.flatten(1))
 
-    def parts(self, grid: Grid | None = None) -> list[tuple[TokenWindows, Tensor]]:
+    def parts(self, grid: int | Grid | None = None) -> list[tuple[TokenWindows, Tensor]]:
         """The patches' targets, each with its coefficient [B, N]: what `cross_entropy` takes.
 
         Args:
-            grid: the student's patches, (h, w); None: the one in the records.
+            grid: as for `TokenLabels.targets`.
         """
         windows = self.labels.targets(grid)
         if not self.patches:
             return [(windows, windows.weight)]
-        own, partner = self.own_area(grid or self.labels.grid), windows.take(self.partner)
+        grid = grid or self.labels.grid
+        assert grid is not None  # or there were no targets
+        own, partner = self.own_area(grid), windows.take(self.partner)
         return [(windows, own * windows.weight), (partner, (1 - own) * partner.weight)]
 
     def mix(self, rows: Tensor) -> Tensor:
@@ -90,39 +94,27 @@ class MixedLabels:
         return own * rows + other * rows[self.partner]
 
     def crop(self, pool: str = "logits") -> Tensor:
-        """Soft targets of the mixed crops, [B, C]; as `TokenLabels.crop`.
-
-        Sums to 1, or to the fraction of the pixels of the image that has a map.
-        """
-        return self.mix(self.labels.crop(pool))
+        """Soft targets of the mixed crops, [B, C]; as `TokenLabels.crop`."""
+        crop = self.mix(self.labels.crop(pool))
+        return crop / crop.sum(1, keepdim=True).clamp(min=_LEAST)
 
     def hard_label(self) -> Tensor:
-        """`TokenLabels.hard_label` of the image that most pixels show, [B]."""
+        """The class of the image that most pixels show, int64 [B]; -1 where unknown."""
         label = self.labels.hard_label()
         return torch.where(self.label_probs[:, 0] >= 0.5, label, label[self.partner])
 
-    def sparse(self, grid: Grid | None = None, k: int = 10) -> TokenTargets:
+    def sparse(self, grid: int | Grid | None = None, k: int = 10) -> TokenTargets:
         """The k most probable classes of each mixed patch and crop. Makes a tensor [B, N, C].
 
         Args:
-            grid: the student's patches, (h, w); None: the one in the records.
-            k: classes kept.
+            grid: as for `TokenLabels.targets`.
+            k: classes kept for each patch; the mass of the others goes to `rest`.
         """
         parts = self.parts(grid)
-        weight = sum(coefficient for _, coefficient in parts)
-        dense = sum(windows.dense() * area.unsqueeze(-1) for windows, area in parts)
-        probs, classes = (dense / weight.clamp(min=1e-12).unsqueeze(-1)).topk(k)
-        crop_probs, crop_classes = self.crop().topk(k)
-        return TokenTargets(
-            label=self.hard_label(),
-            classes=classes.int(),
-            probs=probs,
-            rest=1 - probs.sum(-1),
-            weight=weight,
-            crop_classes=crop_classes.int(),
-            crop_probs=crop_probs,
-            crop_rest=1 - crop_probs.sum(-1),
-        )
+        weight = torch.stack([coefficient for _, coefficient in parts]).sum(0)
+        mixed = [windows.dense() * coefficient.unsqueeze(-1) for windows, coefficient in parts]
+        dense = torch.stack(mixed).sum(0) / weight.clamp(min=_LEAST).unsqueeze(-1)
+        return TokenTargets.of(self.hard_label(), weight, dense, self.crop(), k)
 
     def _map(self, function: Any) -> "MixedLabels":
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
