@@ -7,6 +7,7 @@ from torchvision.transforms.v2 import functional as F
 
 from tokenlabel.dataset import MapLayout, TokenLabelMap, TokenLabels, TokenWindows
 from tokenlabel.dataset.label_map import shuffled
+from tokenlabel.dataset.token_labels import WORDS
 
 SIZE = (32, 32)
 
@@ -53,7 +54,7 @@ def with_word(labels: TokenLabels, row: int, **words: int) -> TokenLabels:
     """The records with words of one header replaced: `label`, or `state` (0: no map)."""
     changed = labels.clone()
     for name, value in words.items():
-        changed.word(name)[row] = value
+        changed.as_subclass(Tensor).view(torch.int32)[row, WORDS.index(name)] = value
     return changed
 
 
