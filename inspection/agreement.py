@@ -218,11 +218,13 @@ def score(truth: Tensor, target: Tensor, inside: Tensor, label: int) -> Score:
         label: class of the image, or -1.
     """
     truth, target = truth[inside], target[inside]
+    best = truth.argmax(1, keepdim=True)
     ratio = truth.clamp(min=_FLOOR).log() - target.clamp(min=_FLOOR).log()
     return Score(
         kl=float((truth * ratio).sum(1).mean()),
         tv=float((truth - target).abs().sum(1).mean() / 2),
-        top1=float((truth.argmax(1) == target.argmax(1)).float().mean()),
+        # Rounded to codes, a target can have several best classes.
+        top1=float((target.gather(1, best)[:, 0] == target.amax(1)).float().mean()),
         label_top1=float(target.mean(0).argmax() == label) if label >= 0 else math.nan,
     )
 
@@ -237,9 +239,9 @@ def _targets(
 ) -> Iterator[tuple[str, list[Score]]]:
     """Name of each kind of target, and its scores on the crops of an image."""
     count = len(boxes)
-    crops = store.labels([row] * count, boxes, [False] * count).targets(grid)
+    crops = store.labels([row] * count, boxes).targets(grid)
     mirrored = store.labels([row] * count, boxes, [True] * count).targets(grid)
-    one = store.labels([row], [UNIT_BOX], [False]).targets((1, 1)).dense()
+    one = store.labels([row], [UNIT_BOX]).targets(1).dense()
     targets = {
         "map": (live.direct, crops.dense()),
         "map, mirrored": (live.mirrored, flipped(mirrored.dense(), grid)),

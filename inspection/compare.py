@@ -203,5 +203,5 @@ class _Comparison:
 
 def _pooled(store: LabelStore, row: int, grid: tuple[int, int]) -> tuple[Floats, Floats]:
     """A map averaged over a coarser grid of the image, and how much of each patch it covers."""
-    targets = store.labels([row], [UNIT_BOX], [False]).targets(grid)
+    targets = store.labels([row], [UNIT_BOX]).targets(grid)
     return targets.dense()[0].numpy(), targets.weight[0].numpy()

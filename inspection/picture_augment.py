@@ -7,10 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
-from tokenlabel.dataset import LabelStore, TokenLabelMap, ToTokenLabels
+from tokenlabel.dataset import LabelStore, TokenLabelMap, TokenLabels
 from tokenlabel.inspection.patch_map import Floats, Ids
 
 #: The student's patches, for a ViT of 224 pixels and 16 pixels a patch.
@@ -54,21 +53,13 @@ def augmentations(
             v2.RandomRotation(25, interpolation=v2.InterpolationMode.BILINEAR, fill=128),
         ]
     )
-    row = store.row(key)
-    label_map = TokenLabelMap(
-        store.planes(row),
-        store.layout,
-        canvas_size=(picture.height, picture.width),
-        extent=store.extent(row),
-        label=int(store.labels[row]),
-    )
+    label_map = store.leaf(store.row(key), (picture.height, picture.width))
     found = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for _ in range(count):
             moved, moved_map = pipeline(picture, label_map)
-            labels = default_collate([ToTokenLabels()(moved_map)])
-            targets = labels.sparse(GRID, 1)
+            targets = TokenLabels.collate([moved_map]).sparse(GRID, 1)
             best, probs, weight = (
                 part.reshape(GRID, GRID).numpy()
                 for part in (targets.classes, targets.probs, targets.weight)
