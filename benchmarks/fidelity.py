@@ -73,7 +73,7 @@ def add_crops(stores: dict[str, LabelStore], images: Path, found: Scores) -> Non
     teachers = rebuild_teachers(first.attrs)
     files, grid, rng = PictureFiles(first, images), teachers.judge.grid, np.random.default_rng(0)
     for row, key in enumerate(first.keys):
-        image = files.read(key)
+        image, label = files.read(key), first[row].label
         bins = [scale for scale in SCALES for _ in range(CROPS if scale != SCALES[0] else 1)]
         boxes = [random_box(image.size, scale, rng) for scale in bins]
         live = look(teachers.judge, teachers.other, image, boxes)
@@ -88,7 +88,7 @@ def add_crops(stores: dict[str, LabelStore], images: Path, found: Scores) -> Non
         everywhere = torch.ones(live.direct.shape[1], dtype=torch.bool)
         for name, target in targets.items():
             for scale, truth, one in zip(bins, live.direct, target, strict=True):
-                result = score_of(truth, one, everywhere, int(first.labels[row]))
+                result = score_of(truth, one, everywhere, label)
                 found.setdefault((name, scale), []).append(result)
 
 

@@ -113,8 +113,8 @@ def measure_agreement(
         image = files.read(store.keys[row])
         boxes = [random_box(image.size, scale, rng) for scale in SCALES]
         live = look(teachers.judge, teachers.other, image, boxes)
-        label = int(store.labels[row]) if comparable else -1
         entry = store[row]
+        label = entry.label if comparable else -1
         stored = torch.from_numpy(entry.dense()).flatten(0, 1)
         truth = probabilities(teachers.annotator, image, [entry.extent])[0]
         whole = score(truth, stored, torch.ones(len(stored), dtype=torch.bool), label)

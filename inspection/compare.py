@@ -10,6 +10,7 @@ import numpy as np
 from tokenlabel.annotate.errors import ConfigError
 from tokenlabel.dataset.keys import KeyTable
 from tokenlabel.dataset.path import UNIT_BOX
+from tokenlabel.dataset.score_map import ScoreMap
 from tokenlabel.dataset.store import LabelStore
 from tokenlabel.inspection.divergence import divergence
 from tokenlabel.inspection.names import ClassNames
@@ -138,7 +139,8 @@ class _Comparison:
 
     def add(self, one: int, two: int) -> None:
         """Compare row `one` of the first with row `two` of the second store."""
-        left, right, same = self._pair(one, two)
+        a, b = self._stores[0][one], self._stores[1][two]
+        left, right, same = self._pair(a, b, (one, two))
         if len(same) == 0:  # extents that do not meet
             return
         kl, reverse, js = divergence(left, right)
@@ -150,27 +152,27 @@ class _Comparison:
         self._images += 1
         self._patches += len(kl)
         self._same += int(same.sum())
-        self._labels += bool(self._stores[0].labels[one] != self._stores[1].labels[two])
+        self._labels += a.label != b.label
         image = (mean, -one, two, float(same.mean()), float(kl.mean()))
         if len(self._worst) < _LISTED:
             heapq.heappush(self._worst, image)
         else:
             heapq.heappushpop(self._worst, image)
 
-    def _pair(self, one: int, two: int) -> tuple[Floats, Floats, np.ndarray]:
+    def _pair(
+        self, a: ScoreMap, b: ScoreMap, rows: tuple[int, int]
+    ) -> tuple[Floats, Floats, np.ndarray]:
         """Patches that both maps show, on one grid: their distributions, and if the best agree.
 
         Returns:
             Of the identity views, float32 [N, C] twice and bool [N].
         """
-        a, b = self._stores[0][one], self._stores[1][two]
         if a.layout.grid == b.layout.grid and a.extent == b.extent:
             left, right = (entry.dense().reshape(-1, a.layout.num_classes) for entry in (a, b))
             # By rank: rounded to a code, the best two can be equally probable.
             return left, right, (a.classes[0, 0] == b.classes[0, 0]).ravel()
         (left, inside), (right, inside_too) = (
-            _pooled(store, row, self._grid)
-            for store, row in zip(self._stores, (one, two), strict=True)
+            _pooled(store, row, self._grid) for store, row in zip(self._stores, rows, strict=True)
         )
         shown = (inside > 0.5) & (inside_too > 0.5)
         return left[shown], right[shown], (left.argmax(1) == right.argmax(1))[shown]

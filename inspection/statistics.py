@@ -120,7 +120,7 @@ class MapStatistics:
         self.top = np.zeros(num_classes, np.int64)
         self.labels = np.zeros(num_classes, np.int64)
         self.listed = np.zeros(num_classes, bool)
-        self._suspects: list[tuple[float, int, int]] = []
+        self._suspects: list[tuple[float, int, int, int]] = []
 
     def add(self, row: int, patches: PatchMap, label: int) -> None:
         """Count a map, and remember its row if it never contains its label."""
@@ -141,18 +141,19 @@ class MapStatistics:
         if (patches.classes == label).any():
             return
         self.misses += 1
-        suspect = (int(counts.max()) / len(best), -row, int(ids[counts.argmax()]))
+        suspect = (int(counts.max()) / len(best), -row, label, int(ids[counts.argmax()]))
         if len(self._suspects) < SUSPECTS:
             heapq.heappush(self._suspects, suspect)
         else:
             heapq.heappushpop(self._suspects, suspect)
 
-    def suspects(self) -> list[tuple[int, int, float]]:
-        """(row, class, fraction) of images without their label: what most patches show instead.
+    def suspects(self) -> list[tuple[int, int, int, float]]:
+        """(row, label, class, fraction) of images without their label: what most patches show.
 
         Those with the largest fraction come first.
         """
-        return [(-row, class_id, share) for share, row, class_id in sorted(self._suspects)[::-1]]
+        found = sorted(self._suspects)[::-1]
+        return [(-row, label, class_id, share) for share, row, label, class_id in found]
 
     def frequent(self, count: int) -> list[dict[str, Any]]:
         """The classes most often on top, with their share of the patches."""

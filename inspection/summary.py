@@ -96,13 +96,13 @@ def summarise(
         "images_without_their_label_list": [
             {
                 "key": store.keys[row],
-                "label": int(store.labels[row]),
-                "label_name": names[int(store.labels[row])],
+                "label": label,
+                "label_name": names[label],
                 "class": class_id,
                 "name": names[class_id],
                 "share": share,
             }
-            for row, class_id, share in found.suspects()
+            for row, label, class_id, share in found.suspects()
         ],
     }
 
