@@ -38,15 +38,16 @@ def patch_map(entry: ScoreMap) -> PatchMap:
     """Probabilities of a map's first view.
 
     Raises:
-        FormatError: the map holds NaN, or a class that the teacher does not have.
+        FormatError: the map holds NaN, a patch without any class, or a class that the teacher does
+            not have.
     """
     classes, probs, rest = entry.probabilities()
     ids = np.where(probs > 0, classes, classes[..., :1]).astype(np.int64)
-    if not np.isfinite(probs).all() or ids.max() >= entry.layout.num_classes:
+    if not (probs[..., 0] > 0).all() or ids.max() >= entry.layout.num_classes:
         raise FormatError(
-            "a map must have probabilities without NaN, of the teacher's "
-            f"{entry.layout.num_classes} classes; this one has others. Remedy: `inspect-labels "
-            "--verify` names the damaged shard; remove it, and the next `annotate` redoes it"
+            f"a map must have one of the {entry.layout.num_classes} classes in each patch, without "
+            "NaN; this one has others. Remedy: `inspect-labels --verify` names the damaged shard; "
+            "remove it, and the next `annotate` redoes it"
         )
     residual = entry.residual()
     # The others have rest * residual / free each, free being the residual's sum over them: their

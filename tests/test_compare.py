@@ -9,13 +9,14 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.maps import write_split
+from tests.maps import attrs, random_rows, write_split
 from tokenlabel.cli import main
 from tokenlabel.dataset.score_map import MapLayout
+from tokenlabel.dataset.shard import shard_name, write_shard
 from tokenlabel.inspection.compare import compare
 from tokenlabel.inspection.divergence import divergence
 
-LAYOUT = MapLayout(("identity",), (4, 6), 5, 50)
+LAYOUT = MapLayout(("identity",), (4, 6), 5, 50, residual=8)
 KEYS = [f"a/{n:02d}.jpg" for n in range(14)]
 
 
@@ -82,22 +83,17 @@ def test_other_k_grid_and_missing_images(tmp_path: Path) -> None:
 
 def test_a_coarser_grid_is_an_average(tmp_path: Path) -> None:
     """Maps with the same cell everywhere are the same on any grid."""
-    from tests.maps import attrs, random_rows
-    from tokenlabel.dataset.shard import shard_name, write_shard
-
     one = random_rows(LAYOUT._replace(grid=(1, 1)), 1)
     for name, grid in (("a", (4, 6)), ("b", (2, 5))):
         layout = LAYOUT._replace(grid=grid)
+        maps = {
+            plane: np.broadcast_to(one.maps[plane], (1, *shape)).astype(dtype)
+            for plane, (dtype, shape) in layout.planes().items()
+        }
         (tmp_path / name).mkdir()
-        with write_shard(
-            tmp_path / name / shard_name(0, 1), layout, ["x.jpg"], [0], attrs(0, 1, 0)
-        ) as writer:
-            writer.append(
-                np.broadcast_to(one.scores, (1, *layout.map_shape)),
-                np.broadcast_to(one.classes, (1, *layout.map_shape)),
-                np.broadcast_to(one.rest, (1, *layout.map_shape[:3])),
-                *one[3:],
-            )
+        path = tmp_path / name / shard_name(0, 1)
+        with write_shard(path, layout, ["x.jpg"], [0], attrs(0, 1, 0)) as writer:
+            writer.append(maps, *one[1:])
     facts = compare(tmp_path / "a", tmp_path / "b")
     assert facts["grid"] == [2, 5]
     assert facts["js"]["mean"] < 1e-6 and facts["top1_agreement"] == 1
