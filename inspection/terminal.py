@@ -133,9 +133,7 @@ def _bars(counts: list[int]) -> str:
 
 
 def _print_classes(facts: dict[str, Any], console: Console) -> None:
-    console.print(
-        "[bold]most frequent top-1 classes of patches[/bold] (fraction of images with this label)"
-    )
+    console.print("[bold]most frequent top-1 classes of patches[/bold] (of images' labels)")
     for entry in facts["frequent_classes"]:
         console.print(_class_line(entry))
     total = facts["num_classes"]
