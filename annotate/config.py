@@ -88,7 +88,9 @@ class AnnotateConfig(BaseModel):
         "auto", description="auto: GPUs where the cluster has any"
     )
     threads: Annotated[int, Field(ge=0)] = Field(
-        0, description="CPU threads an actor; 0: the machine's cores shared among its actors"
+        0,
+        description="CPU threads an actor; 0: the machine's cores shared among its actors (another "
+        "number can change the last unit of a score)",
     )
     window: Annotated[int, Field(ge=1, le=64)] = Field(
         3, description="batches decoded ahead of each actor"

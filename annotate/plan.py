@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from tokenlabel.dataset.shard import Shard, ShardLayout, parse_shard_name, shard
 
 #: Raised by one whenever the same settings would give other bytes.
 CONTENT_VERSION = 1
-_LIBRARIES = ("tokenlabel", "torch", "timm", "numpy", "pillow", "h5py")
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,9 @@ class Identity:
         dense_rule: how the dense logits are had, and `dense_exact` whether their mean must be
             the pooled logits; `dense_error` is the largest difference met on the first images.
         notes: warnings from building the teacher, to be shown to the user.
+        libraries: versions of the libraries on its node, and its `processor`. Other ones give
+            scores that differ in the last unit of some cells, so shards record them; they are not
+            in the fingerprint, so a job may resume on another machine.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Identity:
     dense_exact: bool
     dense_error: float
     notes: tuple[str, ...] = ()
+    libraries: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def make_plan(
         "label_space": manifest.label_space,
         "settings": _json(settings),
         "fingerprint": fingerprint,
-        "libraries": _json({name: version(name) for name in _LIBRARIES}),
+        "libraries": _json(teacher.libraries),
         "shards": shard_count(rows, config.shard_size),
         "split_rows": rows,
     }

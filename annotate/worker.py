@@ -1,12 +1,16 @@
 """Annotates whole shards on one device and writes them. Lives in a teacher actor."""
 
 import dataclasses
+import json
 import logging
+import platform
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from tokenlabel.dataset.shard import ShardWriter, shard_name, write_shard
 
 #: Pictures on which the dense logits are compared with the pooled ones at start-up.
 _CHECKED = 8
+_LIBRARIES = ("tokenlabel", "torch", "timm", "numpy", "pillow", "h5py")
 
 
 def build_teacher(config: AnnotateConfig) -> Teacher:
@@ -84,7 +89,26 @@ def identify(teacher: Teacher, root: Path) -> Identity:
         dense_rule=teacher.rule,
         dense_exact=teacher.exact,
         dense_error=float(teacher.check(batch.images)),
+        libraries=libraries(teacher.device),
     )
+
+
+def libraries(device: torch.device) -> dict[str, str]:
+    """Everything but the settings that decides the last bits of a score here: name to value."""
+    versions = {name: version(name) for name in _LIBRARIES}
+    return {**versions, "processor": _processor(device)}
+
+
+def _processor(device: torch.device) -> str:
+    """What computes: a GPU's name; a CPU's, its vector instructions and the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):  # only Linux has this file, and only x86 says more there
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M):
+            name = found[1]
+    vectors, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return f"{name}, {vectors}, {threads} thread{'s' * (threads != 1)}"
 
 
 def _first_images(teacher: Teacher, root: Path) -> DecodedBatch:
@@ -127,7 +151,9 @@ class Worker:
                 "there: it computes on the CPU, many times slower. Remedy: a driver and a torch "
                 "with CUDA on every node with GPUs, or `device: cpu`"
             )
-        return dataclasses.replace(identify(self._teacher, self._root), notes=tuple(notes))
+        identity = identify(self._teacher, self._root)
+        self._libraries = json.dumps(identity.libraries, sort_keys=True)
+        return dataclasses.replace(identity, notes=tuple(notes))
 
     def progress(self) -> Progress:
         """What was done so far."""
@@ -153,7 +179,9 @@ class Worker:
             self._teacher.interpolation,
             plan.window,
         )
-        attrs = {**plan.attrs, "shard": shard, "first_row": rows.start}
+        # The plan has the libraries of the first teacher that was ready, perhaps on another node.
+        own = {"libraries": self._libraries, "shard": shard, "first_row": rows.start}
+        attrs = {**plan.attrs, **own}
         path = plan.folder / shard_name(shard, plan.shards)
         with write_shard(path, plan.layout, keys, labels, attrs) as writer:
             stats = ShardStats(
@@ -229,7 +257,7 @@ class _Pending:
         self.batch, self.since = batch, time.monotonic()
         images, count = batch.images, len(batch.errors)
         if count < batch_size:
-            # Always the same shape: kernels split small batches among threads in other ways, which
+            # Always the same shape: another one splits the work among threads in other ways, which
             # changes the last bits, and a compiled teacher would need another graph.
             images = np.zeros((batch_size, *images.shape[1:]), np.uint8)
             images[:count] = batch.images
