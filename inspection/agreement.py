@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tokenlabel.annotate.passes import onto
 from tokenlabel.annotate.teacher import Teacher
 from tokenlabel.dataset.path import UNIT_BOX, Box
 from tokenlabel.dataset.store import LabelStore
@@ -126,8 +127,8 @@ def measure_agreement(
     return {
         "folder": str(root),
         "teacher": teachers.judge.name,
-        "input_size": list(teachers.judge.input_size),
-        "other_size": list(teachers.other.input_size) if teachers.other else None,
+        "input_size": list(teachers.judge.input_sizes[0]),
+        "other_size": list(teachers.other.input_sizes[0]) if teachers.other else None,
         "k": store.k,
         "images": len(rows),
         "seed": seed,
@@ -190,14 +191,17 @@ def probabilities(
     grid: tuple[int, int] | None = None,
 ) -> Tensor:
     """The teacher's softmax of crops, float32 [B, N, C], on its own grid or another."""
-    height, width = teacher.input_size
     resample = Image.Resampling[teacher.interpolation.upper()]
-    pixels = np.empty((len(boxes), height, width, 3), np.uint8)
-    for row, box in enumerate(boxes):
-        corners = np.rint(np.array(box) * [*image.size, *image.size]).astype(int).tolist()
-        crop = image.crop(corners).resize((width, height), resample)
-        pixels[row] = np.asarray(crop)[:, :: -1 if mirrored else 1]
-    logits = teacher.logits(pixels)
+    corners = np.rint(np.array(boxes) * (image.size * 2)).astype(int).tolist()
+    crops = [image.crop(box) for box in corners]
+    if mirrored:
+        crops = [crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for crop in crops]
+    logits = teacher.logits(
+        [
+            np.stack([np.asarray(crop.resize((width, height), resample)) for crop in crops])
+            for height, width in teacher.input_sizes
+        ]
+    )
     if grid is not None:
         logits = onto(logits, grid)
     return logits.softmax(-1).flatten(1, 2).cpu()

@@ -41,7 +41,7 @@ def rebuild_teachers(attrs: dict[str, Any], weights: str | None = None) -> Teach
     try:
         settings, made = json.loads(attrs["settings"]), json.loads(attrs["preprocessing"])
         name, digest = str(attrs["teacher"]), attrs["weights_digest"]
-        sizes = [(int(height), int(width)) for height, width in made["input_size"]]
+        sizes = [[int(height), int(width)] for height, width in made["input_size"]]
         precision = settings.get("precision", "float32")
         if precision == "float16" and not torch.cuda.is_available():
             precision = "float32"
@@ -75,7 +75,7 @@ def rebuild_teachers(attrs: dict[str, Any], weights: str | None = None) -> Teach
             "found. Remedy: name them with --weights\n  " + "\n  ".join(tried)
         )
     judge = Teacher(annotator.model, input_size=sizes[:1], **options)
-    other = sizes[1] if len(sizes) > 1 else tuple(round(side * 1.4 / 32) * 32 for side in sizes[0])
+    other = sizes[1] if len(sizes) > 1 else [round(side * 1.4 / 32) * 32 for side in sizes[0]]
     try:
         return Teachers(annotator, judge, Teacher(judge.model, input_size=[other], **options))
     except TeacherError:  # built for one size

@@ -1,7 +1,7 @@
 """Label sets of images that the tests paint themselves, with maps that say what is painted."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from PIL import Image
 from tests.maps import attrs
 from tokenlabel.annotate.images import file_digest
 from tokenlabel.dataset import LabelStore
+from tokenlabel.dataset.new_file import create, encode_texts
 from tokenlabel.dataset.score_map import MapLayout
 from tokenlabel.dataset.shard import shard_name, write_shard
+from tokenlabel.dataset.store import MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
 
 #: Class ids of the four quadrants, row by row, and their colours in the image.
 QUADRANTS = (7, 3, 40, 21)
@@ -75,3 +77,9 @@ def write_store(
         digests = np.array([file_digest(pictures[key]) for key in keys], "u8")
         writer.append(maps, np.array(sizes), digests, [""] * count)
     return LabelStore(root)
+
+
+def write_class_names(root: Path, names: Sequence[str]) -> None:
+    """Give a label set the names of its classes, where `annotate` puts them."""
+    with create(root / MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION, {}) as file:
+        file.add("class_names", encode_texts(names))

@@ -101,7 +101,7 @@ def test_one_incomplete_split_does_not_hide_the_others(labels: Path, tmp_path: P
 
 def test_labels_of_another_writer(tmp_path: Path) -> None:
     """The spec asks no writer for statistics; the summary says what it misses."""
-    write_split(tmp_path, ["a.jpg"], MapLayout(("identity",), (2, 2), 3, 50))
+    write_split(tmp_path, ["a.jpg"], MapLayout(("identity",), (2, 2), 3, 50, residual=4))
     assert "the header lacks labelled, mass, top1, top5" in invoke(
         "inspect-labels", tmp_path, code=1
     )

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.maps import attrs, random_rows, write_split
+from tests.pictured import write_class_names
 from tokenlabel.cli import main
 from tokenlabel.dataset.score_map import MapLayout
 from tokenlabel.dataset.shard import shard_name, write_shard
@@ -111,16 +112,18 @@ def test_splits_are_paired_by_name_and_json_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "layout", "more", "message"),
+    ("keys", "layout", "letter", "message"),
     [
-        (KEYS, LAYOUT._replace(num_classes=51), {}, "of the same classes"),
-        (["z.jpg"], LAYOUT, {}, "no image in common"),
-        (KEYS, LAYOUT, {"class_names": [f"c{n}" for n in range(50)]}, "name their classes alike"),
+        (KEYS, LAYOUT._replace(num_classes=51), "n", "of the same classes"),
+        (["z.jpg"], LAYOUT, "n", "no image in common"),
+        (KEYS, LAYOUT, "c", "name their classes alike"),
     ],
 )
 def test_sets_that_cannot_be_compared(
-    tmp_path: Path, keys: list[str], layout: MapLayout, more: dict, message: str
+    tmp_path: Path, keys: list[str], layout: MapLayout, letter: str, message: str
 ) -> None:
-    write_split(tmp_path / "a", KEYS, LAYOUT, class_names=[f"n{n}" for n in range(50)])
-    write_split(tmp_path / "b", keys, layout, **more)
+    write_split(tmp_path / "a", KEYS, LAYOUT)
+    write_split(tmp_path / "b", keys, layout)
+    for name, first in (("a", "n"), ("b", letter)):
+        write_class_names(tmp_path / name, [f"{first}{number}" for number in range(50)])
     assert message in invoke("compare-labels", tmp_path / "a", tmp_path / "b", code=2)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.jobs import config
 from tests.maps import write_split
-from tests.pictured import painted, write_store
+from tests.pictured import painted, write_class_names, write_store
 from tokenlabel.annotate import annotate
 from tokenlabel.cli import main
 from tokenlabel.dataset.errors import FormatError
@@ -101,7 +101,7 @@ def test_large_sets_are_sampled_evenly_unless_all_is_asked_for(
 
 
 def test_errors_are_counted_by_reason_and_named(tmp_path: Path) -> None:
-    layout = MapLayout(("identity",), (2, 2), 3, 50)
+    layout = MapLayout(("identity",), (2, 2), 3, 50, residual=4)
     keys = [f"{n:02d}.jpg" for n in range(20)]
     errors = {key: f"truncated after {n} bytes" for n, key in enumerate(keys[:12])}
     errors[keys[15]] = "not an image"
@@ -114,7 +114,7 @@ def test_errors_are_counted_by_reason_and_named(tmp_path: Path) -> None:
 
 
 def test_a_split_without_a_single_map_has_a_summary(tmp_path: Path) -> None:
-    layout = MapLayout(("identity",), (2, 2), 3, 50)
+    layout = MapLayout(("identity",), (2, 2), 3, 50, residual=4)
     write_split(tmp_path, ["a.jpg"], layout, errors={"a.jpg": "empty"}, **COUNTS)
     facts = summarise(tmp_path)
     assert facts["sampled"] == 0 and facts["entropy"] is None
@@ -134,7 +134,8 @@ def test_damaged_values_end_in_a_message(tmp_path: Path) -> None:
 
 
 def test_hostile_names_are_not_markup(tmp_path: Path) -> None:
-    made_up(tmp_path, 8, teacher="[red]x[/nothing]", class_names=[f"[b]{n}[/x]" for n in range(50)])
+    made_up(tmp_path, 8, teacher="[red]x[/nothing]")
+    write_class_names(tmp_path, [f"[b]{n}[/x]" for n in range(50)])
     text = invoke("inspect-labels", tmp_path)
     assert "[red]x[/nothing]" in text and "[b]" in text
 

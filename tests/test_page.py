@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.jobs import config
 from tests.maps import write_split
-from tests.pictured import GRID, painted, painted_map, write_store
+from tests.pictured import GRID, painted, painted_map, write_class_names, write_store
 from tokenlabel.annotate import annotate
 from tokenlabel.annotate.errors import ConfigError, OutputError
 from tokenlabel.dataset import FormatError, LabelStore, MissingMapError
@@ -485,9 +485,10 @@ def test_a_damaged_map_is_listed_not_shown(tmp_path: Path) -> None:
 
 def test_class_names_from_the_file_are_data_too(tmp_path: Path) -> None:
     names = [f"</script><b>{number}</b>" for number in range(50)]
-    store = write_store(
-        tmp_path / "labels", tmp_path / "images", {"a.png": painted()}, class_names=names
-    )
+    root = tmp_path / "labels"
+    write_store(root, tmp_path / "images", {"a.png": painted()})
+    write_class_names(root, names)
+    store = LabelStore(root)
     report = save_page([store], tmp_path / "a.html", tmp_path / "images")
     (split,) = embedded(report.path)["splits"]
     assert [7, names[7]] in split["classes"]
