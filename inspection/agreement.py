@@ -204,7 +204,8 @@ def probabilities(
     )
     if grid is not None:
         logits = onto(logits, grid)
-    return logits.softmax(-1).flatten(1, 2).cpu()
+    probs: Tensor = logits.softmax(-1).flatten(1, 2).cpu()
+    return probs
 
 
 def flipped(patches: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -70,7 +70,7 @@ def data(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stores(data: Path, ray_here: None) -> list[LabelStore]:
     """A split of 3 x 5 patches, and one of 4 x 6 over a part of each picture, other classes."""
     out = data.parent / "labels"
-    annotate(config(data, out, input_size=[96, 160], max_errors=1))
+    annotate(config(data, out, input_size=[[96, 160]], max_errors=1))
     pictures = {f"painted/{side}.png": painted((side, 90)) for side in (80, 200, 400)}
     val = write_store(out / "val", data / "val", pictures, extent=[0.2, 0.1, 0.9, 1.0])
     return [LabelStore(out / "train"), val]
