@@ -21,7 +21,8 @@ class ToTokenLabels(v2.Transform):
         shrink: as in `TokenLabelDataset`.
 
     Raises:
-        ValueError: a bad option; when called, for a map whose canvas is not the size of the sample's image.
+        ValueError: a bad option; when called, for a map whose canvas is not the size of the
+            sample's image.
     """
 
     _transformed_types = (TokenLabelMap,)
