@@ -14,7 +14,7 @@ ARGS        ?=
 BIN := $(VENV)/bin
 # Named after what was installed, so that a changed requirement or a new module installs again and
 # anything else (a fresh checkout's time stamps, say) does not.
-STAMP := $(VENV)/installed-$(shell { cat pyproject.toml $(CONSTRAINTS); echo '$(EXTRAS)'; ls *.py */*.py */page_assets/*; cat */*.c; } 2>/dev/null | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/installed-$(shell { cat pyproject.toml $(CONSTRAINTS); echo '$(EXTRAS)'; ls *.py */*.py */page_assets/*; } 2>/dev/null | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup annotate test soak check format clean

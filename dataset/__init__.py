@@ -1,4 +1,4 @@
-"""Read label maps and keep them in step with any augmentation. Needs no Ray, timm or click.
+"""Read label maps and keep them aligned with any augmentation. Needs no Ray, timm or click.
 
 Names load on first use, so that the annotation job's driver and decode workers, which need the
 file format and the errors only, do not pay for torch.
@@ -13,22 +13,28 @@ if TYPE_CHECKING:
     from tokenlabel.dataset.augment import AutoAugment, RandAugment, TrivialAugmentWide
     from tokenlabel.dataset.label_map import TokenLabelMap
     from tokenlabel.dataset.recipe import eval_transform, train_transform
-    from tokenlabel.dataset.store import LabelStore, MissingMapError, ScoreMap
-    from tokenlabel.dataset.targets import TokenTargets, ToTokenTargets
+    from tokenlabel.dataset.score_map import MapLayout, ScoreMap
+    from tokenlabel.dataset.store import LabelStore, MissingMapError
+    from tokenlabel.dataset.targets import ToTokenLabels
     from tokenlabel.dataset.token_label_dataset import TokenLabelDataset
+    from tokenlabel.dataset.token_labels import TokenLabels
+    from tokenlabel.dataset.windows import TokenTargets, TokenWindows
 
 __all__ = [
     "AutoAugment",
     "FormatError",
     "LabelStore",
+    "MapLayout",
     "MissingMapError",
     "RandAugment",
     "ScoreMap",
-    "ToTokenTargets",
+    "ToTokenLabels",
     "TokenLabelDataset",
     "TokenLabelError",
     "TokenLabelMap",
+    "TokenLabels",
     "TokenTargets",
+    "TokenWindows",
     "TrivialAugmentWide",
     "eval_transform",
     "train_transform",
@@ -37,13 +43,16 @@ __all__ = [
 _HOMES = {
     "AutoAugment": "augment",
     "LabelStore": "store",
+    "MapLayout": "score_map",
     "MissingMapError": "store",
     "RandAugment": "augment",
-    "ScoreMap": "store",
-    "ToTokenTargets": "targets",
+    "ScoreMap": "score_map",
+    "ToTokenLabels": "targets",
     "TokenLabelDataset": "token_label_dataset",
     "TokenLabelMap": "label_map",
-    "TokenTargets": "targets",
+    "TokenLabels": "token_labels",
+    "TokenTargets": "windows",
+    "TokenWindows": "windows",
     "TrivialAugmentWide": "augment",
     "eval_transform": "recipe",
     "train_transform": "recipe",

@@ -1,6 +1,6 @@
 """How each geometric functional of torchvision moves a `TokenLabelMap`: it composes the path.
 
-Each kernel states the geometry that torchvision's own kernels have, from points of the new picture
+Each kernel states the geometry that torchvision's own kernels have, from points of the new image
 back to points of the old one. Importing this module registers them.
 """
 
@@ -45,7 +45,7 @@ def _get_size(inpt: TokenLabelMap) -> list[int]:
 
 @_moves(F.to_dtype)
 def _to_dtype(inpt: TokenLabelMap, *_: Any, **__: Any) -> TokenLabelMap:
-    return inpt  # a picture's dtype says nothing about logits
+    return inpt  # a image's dtype says nothing about logits
 
 
 @_moves(F.erase)
@@ -56,23 +56,23 @@ def _erase(inpt: TokenLabelMap, *_: Any, **__: Any) -> TokenLabelMap:
 @_moves(F.horizontal_flip)
 def _horizontal_flip(inpt: TokenLabelMap) -> TokenLabelMap:
     flip: Matrix = (-1.0, 0.0, float(inpt.canvas_size[1]), 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
-    return inpt.moved(inpt.path.after(flip), inpt.canvas_size)
+    return inpt.with_path(inpt.path.after(flip), inpt.canvas_size)
 
 
 @_moves(F.vertical_flip)
 def _vertical_flip(inpt: TokenLabelMap) -> TokenLabelMap:
     flip: Matrix = (1.0, 0.0, 0.0, 0.0, -1.0, float(inpt.canvas_size[0]), 0.0, 0.0, 1.0)
-    return inpt.moved(inpt.path.after(flip), inpt.canvas_size)
+    return inpt.with_path(inpt.path.after(flip), inpt.canvas_size)
 
 
 @_moves(F.crop)
 def _crop(inpt: TokenLabelMap, top: int, left: int, height: int, width: int) -> TokenLabelMap:
     path = _source_of_crop(inpt, top, left, height, width)
-    return inpt.moved(path.after(translation(left, top)), (height, width))
+    return inpt.with_path(path.after(translation(left, top)), (height, width))
 
 
 def _source_of_crop(inpt: TokenLabelMap, top: int, left: int, height: int, width: int) -> PixelPath:
-    """The path from the picture that is cropped, where all around it is fill."""
+    """The path from the image that is cropped, where all around it is fill."""
     h, w = inpt.canvas_size
     inside = top >= 0 and left >= 0 and top + height <= h and left + width <= w
     return inpt.path if inside else inpt.path.guarded((h, w))
@@ -120,13 +120,13 @@ def _resize(
     h, w = inpt.canvas_size
     if isinstance(size, Sequence) and len(size) == 2 and max_size is None:
         height, width = size
-    else:  # the longer edge rounded by torchvision itself, on a picture of no pixels but one point
+    else:  # the longer edge rounded by torchvision itself, on a image of no pixels but one point
         sides = [size] if isinstance(size, int) else size
         point = tv_tensors.KeyPoints(torch.zeros(1, 2), canvas_size=(h, w))
         height, width = F.resize(point, sides, max_size=max_size).canvas_size
     if (height, width) == (h, w):
         return inpt
-    return inpt.moved(inpt.path.after(scaling(w / width, h / height)), (height, width))
+    return inpt.with_path(inpt.path.after(scaling(w / width, h / height)), (height, width))
 
 
 @_moves(F.resized_crop)
@@ -145,7 +145,7 @@ def _resized_crop(
     path, (new_height, new_width) = _source_of_crop(inpt, top, left, height, width), size
     x, y = width / new_width, height / new_height
     path = path.after((x, 0.0, float(left), 0.0, y, float(top), 0.0, 0.0, 1.0))
-    return inpt.moved(path, (new_height, new_width))
+    return inpt.with_path(path, (new_height, new_width))
 
 
 @_moves(F.pad)
@@ -169,7 +169,8 @@ def _pad(
             "padding_mode must be 'constant', 'edge', 'reflect' or 'symmetric', "
             f"got {padding_mode!r}"
         )
-    return inpt.moved(path.after(translation(-left, -top)), (top + h + bottom, left + w + right))
+    path = path.after(translation(-left, -top))
+    return inpt.with_path(path, (top + h + bottom, left + w + right))
 
 
 @_moves(F.affine)
@@ -192,7 +193,7 @@ def _affine(
         _turned(pivot, angle, scale, (shears[0], shears[1])),
         translation(-translate[0], -translate[1]),
     )
-    return inpt.moved(inpt.path.guarded((h, w)).after(matrix), (h, w))
+    return inpt.with_path(inpt.path.guarded((h, w)).after(matrix), (h, w))
 
 
 @_moves(F.rotate)
@@ -207,13 +208,13 @@ def _rotate(
     h, w = inpt.canvas_size
     turned = _quarter_turns(inpt.path, (h, w), angle, expand) if center is None else None
     if turned is not None:
-        return inpt.moved(*turned)
+        return inpt.with_path(*turned)
     pivot_x, pivot_y = (w / 2, h / 2) if center is None else center
     # F.rotate turns counter-clockwise, F.affine clockwise.
     matrix = _turned((pivot_x, pivot_y), -(angle % 360), 1.0, (0.0, 0.0))
     height, width = _expanded((h, w), matrix) if expand else (h, w)
     matrix = product(matrix, translation((w - width) / 2, (h - height) / 2))
-    return inpt.moved(inpt.path.guarded((h, w)).after(matrix), (height, width))
+    return inpt.with_path(inpt.path.guarded((h, w)).after(matrix), (height, width))
 
 
 @_moves(F.perspective)
@@ -231,7 +232,7 @@ def _perspective(
         coefficients = _perspective_coefficients(startpoints, endpoints)
     a, b, c, d, e, f, g, h = coefficients
     path = inpt.path.guarded(inpt.canvas_size).after((a, b, c, d, e, f, g, h, 1.0))
-    return inpt.moved(path, inpt.canvas_size)
+    return inpt.with_path(path, inpt.canvas_size)
 
 
 @_moves(F.elastic)
@@ -242,7 +243,7 @@ def _elastic(inpt: TokenLabelMap, displacement: torch.Tensor, **_: Any) -> Token
             f"Argument displacement shape should be {expected}, but given {displacement.shape}"
         )
     path = inpt.path.guarded(inpt.canvas_size).warped(Elastic(displacement))
-    return inpt.moved(path, inpt.canvas_size)
+    return inpt.with_path(path, inpt.canvas_size)
 
 
 def _pair(size: int | Sequence[int]) -> Size:
@@ -253,7 +254,7 @@ def _pair(size: int | Sequence[int]) -> Size:
 
 
 def _expanded(size: Size, matrix: Matrix) -> Size:
-    """Canvas that torchvision's `rotate` gives a picture it turns by `matrix` with expand=True."""
+    """Canvas that torchvision's `rotate` gives a image it turns by `matrix` with expand=True."""
     h, w = size
     # About the centre, as torchvision does it, and in its float32 and with its tolerance: a corner
     # that falls on a pixel's border is rounded alike.
@@ -310,7 +311,7 @@ def _quarter_turns(
 def _perspective_coefficients(
     startpoints: Sequence[Sequence[int]], endpoints: Sequence[Sequence[int]]
 ) -> list[float]:
-    """The eight coefficients that send `endpoints` (new picture) to `startpoints` (old one)."""
+    """The eight coefficients that send `endpoints` (new image) to `startpoints` (old one)."""
     rows, values = [], []
     for (x, y), (u, v) in zip(endpoints, startpoints, strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]

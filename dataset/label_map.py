@@ -1,109 +1,79 @@
 # mypy: allow-subclassing-any
-"""`TokenLabelMap`: a teacher's score map that follows its picture through any v2 transform."""
+"""`TokenLabelMap`: the leaf that follows an image through any v2 transform."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from importlib import import_module
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C import DisableTorchFunctionSubclass
 from torch.utils._pytree import tree_leaves
 from torchvision import tv_tensors
 
-from tokenlabel.dataset import native
 from tokenlabel.dataset.path import UNIT_BOX, Box, PixelPath
+from tokenlabel.dataset.score_map import MapLayout
 
 ArrayLike = Tensor | np.ndarray
 Size = tuple[int, int]
-#: Scores, classes and rest of all views, as they are stored.
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
-_Tensor = TypeVar("_Tensor", bound=Tensor)
-_UNUSABLE = (
-    "scores and rest must be logits without NaN or +inf, and finite in at least one place of each "
-    "cell. Remedy: leave out images that could not be annotated"
-)
-_METADATA = ("classes", "rest", "label", "extent", "canvas_size", "source_size", "path")
+_NOTHING = torch.empty(0)
 
 
 class TokenLabelMap(tv_tensors.Mask):
-    """A score map of one picture, and the path from the current picture back to it.
+    """A score map of one image, and the path from the current image back to it.
 
-    The tensor itself is the scores, and no transform ever changes or resamples it: geometric
-    transforms only compose `path`, and `ToTokenTargets` reads the map through it at the end. It is
-    a Mask so that transforms which cannot move it (stock RandAugment, MixUp, FiveCrop) raise.
-    Photometric transforms and erasing leave it alone: an erased patch keeps its label, as in token
-    labeling, where the student is to infer it from its surroundings.
-
-    Slicing, stacking and arithmetic give plain tensors without the metadata; stacking raises.
+    The tensor itself is empty. The map's stored planes travel untouched beside it, and geometric
+    transforms only compose `path`; `TokenLabels` reads the map through it after the batch is on
+    its device. It is a Mask so that transforms that cannot move it (stock RandAugment, MixUp)
+    raise. Photometric transforms and erasing leave it alone: an erased patch keeps its label, as
+    in token labeling, where the student is to infer it from its surroundings.
 
     Args:
-        scores: logits, float [V, H, W, K]; the second of two views is of the mirrored picture.
-        classes: their class ids, integer [V, H, W, K].
-        rest: log-sum-exp of all other logits, float [V, H, W]; -inf where there are none.
-        canvas_size: (h, w) of the picture in pixels.
-        extent: box (x0, y0, x1, y1) of the picture, normalised, x along the width, that the map
+        planes: the planes of the map in the order of `layout.planes()`, end to end, each as stored:
+            bytes shuffled where items have more than one.
+        layout: their shapes and dtypes.
+        canvas_size: (h, w) of the image in pixels.
+        extent: box (x0, y0, x1, y1) of the image, normalised, x along the width, that the map
             covers. A mirrored view covers the mirror image of the same box.
         label: ground-truth class of the image, or -1.
 
-    Raises:
-        ValueError: shapes that do not fit, a NaN or +inf, a cell without any finite logit, or an
-            empty extent or canvas.
-
     Attributes:
-        classes: int32 [V, H, W, K].
-        rest: float32 [V, H, W].
-        label: as given.
-        extent: as given.
-        canvas_size: (h, w) in pixels of the picture as it is now.
-        source_size: (h, w) in pixels of the picture before any transform.
-        path: from points of the current picture, in pixels, to the normalised source picture.
+        planes, extent, label: as given.
+        map_layout: the layout (`layout` is torch's word for how a tensor lies in memory).
+        canvas_size: (h, w) in pixels of the image as it is now.
+        source_size: (h, w) in pixels of the image before any transform.
+        path: from points of the current image, in pixels, to the normalised source image.
     """
 
+    planes: bytes
+    map_layout: MapLayout
     label: int
     extent: Box
     canvas_size: Size
     source_size: Size
     path: PixelPath
-    #: What a store gave; the scores share the tensor's memory. Absent after `wrap`.
-    _stored: Arrays
 
     def __new__(
         cls,
-        scores: ArrayLike,
+        planes: bytes,
+        layout: MapLayout,
         *,
-        classes: ArrayLike,
-        rest: ArrayLike,
-        canvas_size: Sequence[int],
-        extent: Sequence[float] = UNIT_BOX,
+        canvas_size: Size,
+        extent: Box = UNIT_BOX,
         label: int = -1,
     ) -> Self:
         """A map as described on the class."""
-        data, ids, others = _tensor(scores), _tensor(classes), _tensor(rest)
-        data = data.float() if data.dtype == torch.bfloat16 else data  # NumPy does not know it
-        _check(data, ids, others)
-        height, width = (int(side) for side in canvas_size)
-        x0, y0, x1, y1 = (float(value) for value in extent)
-        if height < 1 or width < 1:
-            raise ValueError(f"canvas_size must be (h, w) in pixels, got {tuple(canvas_size)}")
-        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
-            raise ValueError(
-                "extent must be a box (x0, y0, x1, y1) of the normalised picture, "
-                f"0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1; got {tuple(extent)}"
-            )
-        size = (height, width)
-        return _attach(
-            data.as_subclass(cls),
-            classes=ids.to(torch.int32),
-            rest=others.to(torch.float32),
-            label=int(label),
-            extent=(x0, y0, x1, y1),
-            canvas_size=size,
-            source_size=size,
-            path=PixelPath.of(size),
+        leaf: Self = Tensor._make_subclass(cls, _NOTHING)
+        leaf.__dict__.update(
+            planes=planes,
+            map_layout=layout,
+            label=label,
+            extent=extent,
+            canvas_size=canvas_size,
+            source_size=canvas_size,
+            path=PixelPath.of(canvas_size),
         )
+        return leaf
 
     @classmethod
     def from_scores(
@@ -115,130 +85,69 @@ class TokenLabelMap(tv_tensors.Mask):
         canvas_size: Sequence[int],
         extent: Sequence[float] = UNIT_BOX,
         label: int = -1,
+        num_classes: int | None = None,
         mirrored: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
     ) -> Self:
-        """Map of one view of a picture, or of two.
+        """Map of logits of your own, for one view of an image or two.
 
         Args:
-            scores: logits, float [H, W, K].
+            scores: logits, float [H, W, K], in any order; -inf where there is no class.
             classes: their class ids, integer [H, W, K].
             rest: log-sum-exp of all other logits, float [H, W]; -inf where there are none.
-            canvas_size: (h, w) of the picture in pixels.
-            extent: box (x0, y0, x1, y1) of the picture, normalised, that the map covers.
+            canvas_size: (h, w) of the image in pixels.
+            extent: box (x0, y0, x1, y1) of the image, normalised, that the map covers.
             label: ground-truth class of the image, or -1.
-            mirrored: (scores, classes, rest) of the mirrored picture, in its own coordinates; they
-                are used wherever a transform has mirrored the picture.
+            num_classes: C; None: as many as the largest id says, and those of the rest one more.
+            mirrored: (scores, classes, rest) of the mirrored image, in its own coordinates; they
+                are used wherever a transform has mirrored the image.
 
         Raises:
-            ValueError: as the class.
+            ValueError: shapes that do not fit, a NaN or +inf, a cell without any finite logit, a
+                class id out of range, or an empty extent or canvas.
         """
         views = [(scores, classes, rest), *([] if mirrored is None else [mirrored])]
-        parts = [[_tensor(array) for array in part] for part in zip(*views, strict=True)]
-        for part in parts:
-            if part[0].shape != part[-1].shape:
-                raise ValueError(
-                    f"both views must have the same shape, got {tuple(part[0].shape)} "
-                    f"and {tuple(part[-1].shape)}"
-                )
-        data, ids, others = (torch.stack(p) if len(p) > 1 else p[0][None] for p in parts)
-        return cls(
-            data, classes=ids, rest=others, canvas_size=canvas_size, extent=extent, label=label
-        )
-
-    @classmethod
-    def stored(
-        cls,
-        scores: np.ndarray,
-        classes: np.ndarray,
-        rest: np.ndarray,
-        *,
-        canvas_size: Size,
-        extent: Box,
-        label: int,
-    ) -> Self:
-        """Map of what a `LabelStore` gave, whose shapes, dtypes and extent need no check.
-
-        Raises:
-            ValueError: a NaN or +inf, or a cell without any finite logit.
-        """
-        own = np.ascontiguousarray(scores, np.float16)
-        own = own if own.flags.writeable else own.copy()
-        ids = np.ascontiguousarray(classes, np.uint16 if classes.itemsize == 2 else np.int32)
-        others = np.ascontiguousarray(rest, np.float16)
-        if not _usable(own, others):
-            raise ValueError(_UNUSABLE)
-        data = _sharing(own, cls)
-        data.__dict__.update(
-            _stored=(own, ids, others),
-            label=label,
-            extent=extent,
-            canvas_size=canvas_size,
-            source_size=canvas_size,
-            path=PixelPath.of(canvas_size),
-        )
-        return data
-
-    # Of a map from a store, made when somebody asks: in a data set, nobody does.
-    @cached_property
-    def classes(self) -> Tensor:
-        """Class ids, int32 [V, H, W, K]."""
-        return torch.from_numpy(self._stored[1].astype(np.int32))
-
-    @cached_property
-    def rest(self) -> Tensor:
-        """Log-sum-exp of all other logits, float32 [V, H, W]."""
-        return torch.from_numpy(self._stored[2].astype(np.float32))
+        parts = [[_array(array) for array in view] for view in views]
+        height, width = (int(side) for side in canvas_size)
+        x0, y0, x1, y1 = (float(value) for value in extent)
+        if height < 1 or width < 1:
+            raise ValueError(f"canvas_size must be (h, w) in pixels, got {tuple(canvas_size)}")
+        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+            raise ValueError(
+                "extent must be a box (x0, y0, x1, y1) of the normalised image, "
+                f"0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1; got {tuple(extent)}"
+            )
+        layout, planes = _encoded(parts, num_classes)
+        box = (x0, y0, x1, y1)
+        return cls(planes, layout, canvas_size=(height, width), extent=box, label=int(label))
 
     @property
-    def view(self) -> int:
-        """Which view matches the current picture: 1, the mirrored one, if there and needed."""
-        stored = self.__dict__.get("_stored")
-        views = len(self.rest) if stored is None else len(stored[2])
-        return int(views > 1 and self.path.is_mirrored)
+    def is_mirrored(self) -> bool:
+        """Whether the second of two views is the one that matches the current image."""
+        return len(self.map_layout.views) > 1 and self.path.is_mirrored
 
-    def arrays(self) -> Arrays:
-        """Contiguous scores, classes and rest of all views: the tensors' memory where possible.
-
-        Returns:
-            float16 or float32 [V, H, W, K], integer of 16 or 32 bits [V, H, W, K], and float16 or
-            float32 [V, H, W].
-        """
-        stored: Arrays | None = self.__dict__.get("_stored")
-        if stored is not None:
-            return stored
-        with DisableTorchFunctionSubclass():  # its detour costs more than all else here
-            scores, ids, rest = (_array(part) for part in (self, self.classes, self.rest))
-        return scores if scores.dtype == np.float16 else scores.astype(np.float32), ids, rest
-
-    def moved(self, path: PixelPath, canvas_size: Size) -> Self:
-        """The same map on a new picture of `canvas_size` (h, w), reached by `path`."""
-        stored = self.__dict__.get("_stored")
-        if stored is not None:
-            moved = _sharing(stored[0], type(self))
-        else:
-            with DisableTorchFunctionSubclass():  # the detour through Mask's costs more
-                moved = self.as_subclass(type(self))
-        moved.__dict__.update(self.__dict__, path=path, canvas_size=canvas_size)
-        return moved
+    def with_path(self, path: PixelPath, canvas_size: Size) -> Self:
+        """The same map on a new image of `canvas_size` (h, w), reached by `path`."""
+        leaf: Self = Tensor._make_subclass(type(self), _NOTHING)
+        leaf.__dict__.update(self.__dict__)
+        leaf.__dict__.update(path=path, canvas_size=canvas_size)
+        return leaf
 
     @classmethod
     def wrap(cls, tensor: Tensor, like: tv_tensors.TVTensor, **kwargs: Any) -> Self:
         """`tensor` as a map with the metadata of `like`, or with what `kwargs` replaces.
 
         Raises:
-            TypeError: `tensor` has another shape, so it is not that map.
+            TypeError: `tensor` is not empty, so it is no map.
         """
-        metadata = {**_metadata(like), **kwargs}
-        classes, rest = metadata["classes"], metadata["rest"]
-        if tensor.shape != classes.shape:
+        if tensor.numel():
             raise TypeError(
-                f"a TokenLabelMap keeps its shape, {list(classes.shape)}, through every transform, "
-                f"got {list(tensor.shape)}. Remedy: leave the map out of the transform that "
-                "indexes or resamples it"
+                f"a TokenLabelMap is an empty tensor with a path, got shape {list(tensor.shape)}. "
+                "Remedy: leave the map out of the transform that indexes or resamples it"
             )
-        if tensor.device != classes.device:
-            metadata |= {"classes": classes.to(tensor.device), "rest": rest.to(tensor.device)}
-        return _attach(tensor.as_subclass(cls), **metadata)
+        leaf: Self = tensor.as_subclass(cls)
+        leaf.__dict__.update(like.__dict__)
+        leaf.__dict__.update(kwargs)
+        return leaf
 
     @classmethod
     def _wrap_output(
@@ -246,93 +155,93 @@ class TokenLabelMap(tv_tensors.Mask):
     ) -> Any:
         if isinstance(output, (tuple, list)):
             return type(output)(cls._wrap_output(part, args, kwargs) for part in output)
-        like = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, cls))
-        if isinstance(output, Tensor) and output.shape == like.classes.shape:
-            return cls.wrap(output, like)
+        if isinstance(output, Tensor):
+            return cls.wrap(output, next(x for x in tree_leaves((args, kwargs)) if type(x) is cls))
         return output
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Without what is stored, whose scores would no longer share the tensor's memory.
-        plain = self.as_subclass(Tensor).as_subclass(type(self))
-        return super(TokenLabelMap, _attach(plain, **_metadata(self))).__reduce_ex__(protocol)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        # default_collate stacks; a stack of scores without its classes would train silently.
+        # default_collate stacks; a stack of empty tensors would train silently.
         if func is torch.stack:
             raise TypeError(
-                "TokenLabelMaps cannot be stacked into a batch: their classes and paths would be "
-                "lost. Remedy: end the transform with ToTokenTargets, whose output collates"
+                "TokenLabelMaps cannot be stacked into a batch: their planes and paths would be "
+                "lost. Remedy: end the transform with ToTokenLabels, whose output collates"
             )
         return super().__torch_function__(func, types, args, kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        views, height, width, k = self.shape
+        (height, width), views = self.map_layout.grid, len(self.map_layout.views)
         return (
-            f"TokenLabelMap({height}x{width} cells, {k} scores a cell, {views} view(s), "
-            f"canvas_size={self.canvas_size}, source_size={self.source_size}, "
+            f"TokenLabelMap({height}x{width} cells, {self.map_layout.k} classes a cell, {views} "
+            f"view(s), canvas_size={self.canvas_size}, source_size={self.source_size}, "
             f"extent={self.extent}, label={self.label})"
         )
 
 
-def _sharing(array: np.ndarray, kind: type[_Tensor]) -> _Tensor:
-    """A tensor of this kind on the array's memory."""
-    tensor: Any = torch.from_numpy(array)
-    # As torch does with lazy parameters. A second view, as as_subclass makes one, costs more than
-    # the first.
-    tensor.__class__ = kind
-    return tensor  # type: ignore[no-any-return]
+def _array(array: ArrayLike) -> np.ndarray:
+    if isinstance(array, Tensor):
+        array = array.detach().cpu()
+        array = array.float() if array.dtype == torch.bfloat16 else array  # NumPy does not know it
+        return array.numpy()
+    return np.asarray(array)
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    # What `force` does costs even where there is nothing to do.
-    plain = tensor.is_cpu and not tensor.requires_grad
-    return np.ascontiguousarray(tensor.numpy() if plain else tensor.numpy(force=True))
-
-
-def _metadata(like: Any) -> dict[str, Any]:
-    return {name: getattr(like, name) for name in _METADATA}
-
-
-def _attach(tensor: _Tensor, **metadata: Any) -> _Tensor:
-    for name, value in metadata.items():
-        setattr(tensor, name, value)
-    return tensor
-
-
-def _tensor(array: ArrayLike) -> Tensor:
-    if isinstance(array, np.ndarray):
-        # torch warns about read-only arrays and refuses foreign byte orders.
-        native = array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable)
-        return torch.from_numpy(native)
-    return torch.as_tensor(array).detach()
-
-
-def _check(scores: Tensor, classes: Tensor, rest: Tensor) -> None:
-    shape = tuple(scores.shape)
-    good = len(shape) == 4 and 1 <= shape[0] <= 2 and min(shape) > 0
-    if not good or classes.shape != scores.shape or rest.shape != scores.shape[:3]:
+def _encoded(
+    views: Sequence[Sequence[np.ndarray]], num_classes: int | None
+) -> tuple[MapLayout, bytes]:
+    """Layout with float16 codes and the planes of (scores, classes, rest) of each view."""
+    shapes = [[list(array.shape) for array in view] for view in views]
+    cells = shapes[0][0]
+    if any(shape != [cells, cells, cells[:2]] for shape in shapes) or len(cells) != 3 or 0 in cells:
         raise ValueError(
-            "a map is scores and classes [H, W, K] and rest [H, W], for one view or two; got "
-            f"{list(shape)}, {list(classes.shape)} and {list(rest.shape)} with the views in front"
+            "a map is scores and classes [H, W, K] and rest [H, W], of equal shape in all views; "
+            f"got {shapes}"
         )
-    if not scores.is_floating_point() or not rest.is_floating_point():
+    scores, classes, rest = (np.stack(part) for part in zip(*views, strict=True))
+    if scores.dtype.kind != "f" or rest.dtype.kind != "f":
         raise ValueError(f"scores and rest must be floats, got {scores.dtype} and {rest.dtype}")
-    if classes.is_floating_point() or classes.dtype == torch.bool:
+    if classes.dtype.kind not in "iu":
         raise ValueError(f"classes must be integers, got {classes.dtype}")
-    if not _usable(scores.numpy(force=True), rest.float().numpy(force=True)):
-        raise ValueError(_UNUSABLE)
-
-
-def _usable(scores: np.ndarray, rest: np.ndarray) -> bool:
-    """Whether each cell has a finite logit, and none NaN or +inf."""
-    if native.compiled is not None and scores.dtype in (np.float16, np.float32):
-        scores, rest = np.ascontiguousarray(scores), np.ascontiguousarray(rest)
-        return bool(native.compiled.usable(scores, rest, scores.shape[-1]))
+    wide = np.concatenate([scores, rest[..., None]], -1).astype(np.float64)
     # The maximum hands on NaN and +inf, and is -inf where there is nothing else.
-    return bool(np.isfinite(np.maximum(scores.max(-1), rest)).all())
+    if not np.isfinite(wide.max(-1)).all():
+        raise ValueError(
+            "scores and rest must be logits without NaN or +inf, and finite in at least one place "
+            "of each cell. Remedy: leave out images that could not be annotated"
+        )
+    level = np.logaddexp.reduce(wide, -1)
+    open_ended = bool(np.isfinite(rest).any())
+    total = int(classes.max()) + 1 + open_ended if num_classes is None else num_classes
+    if classes.min() < 0 or classes.max() >= total:
+        wrong = classes.min() if classes.min() < 0 else classes.max()
+        raise ValueError(f"class ids must be in [0, {total - 1}], got {wrong}")
+    layout = MapLayout(
+        ("identity", "hflip")[: len(views)],
+        (scores.shape[1], scores.shape[2]),
+        scores.shape[3],
+        total,
+        residual=0,
+        step=0.0,
+    )
+    # In float16 a whole cell can round below 0, where it would count as more than all.
+    codes = np.maximum(level[..., None] - scores.astype(np.float64), 0)
+    arrays = {
+        "codes": codes.transpose(0, 3, 1, 2),
+        "classes": classes.transpose(0, 3, 1, 2),
+        "level": level,
+    }
+    with np.errstate(over="ignore"):  # beyond float16 is no class
+        planes = [arrays[name].astype(dtype) for name, (dtype, _) in layout.planes().items()]
+    return layout, b"".join(map(shuffled, planes))
+
+
+def shuffled(plane: np.ndarray) -> bytes:
+    """The bytes of a plane after HDF5's shuffle filter: all first bytes, then all second ones."""
+    width = plane.dtype.itemsize
+    flat = np.ascontiguousarray(plane).reshape(-1).view(np.uint8).reshape(-1, width)
+    return flat.T.tobytes()
 
 
 # Last, for it needs the class: no map may exist without its kernels, or torchvision would flip it

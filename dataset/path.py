@@ -1,9 +1,10 @@
-"""The path of a label map: where each point of the current picture lies in the source picture.
+"""The path of a label map: where each point of the current image lies in the source image.
 
 Points are (x, y) with x along the width. A pixel i covers [i, i + 1], so its centre is i + 0.5.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -58,18 +59,18 @@ def intersection(p: Box, q: Box) -> Box:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Padding that repeats the picture: points outside it, folded back inside.
+    """Padding that repeats the image: points outside it, folded back inside.
 
     Attributes:
         mode: "edge", "reflect" or "symmetric", as torchvision pads.
-        size: (h, w) of the picture in pixels.
+        size: (h, w) of the image in pixels.
     """
 
     mode: str
     size: tuple[int, int]
 
     def __call__(self, x: Points, y: Points) -> tuple[Points, Points]:
-        """Points of the unpadded picture that the padded picture shows at (x, y)."""
+        """Points of the unpadded image that the padded image shows at (x, y)."""
         return self._fold(x, self.size[1]), self._fold(y, self.size[0])
 
     def _fold(self, x: Points, size: int) -> Points:
@@ -88,14 +89,14 @@ class Elastic:
     """Displacement of every pixel.
 
     Attributes:
-        displacement: float [1, h, w, 2], (x, y) steps in units of half the picture's size, as
+        displacement: float [1, h, w, 2], (x, y) steps in units of half the image's size, as
             torchvision's `elastic` takes them.
     """
 
     displacement: Tensor
 
     def __call__(self, x: Points, y: Points) -> tuple[Points, Points]:
-        """Points that the displaced picture shows at (x, y)."""
+        """Points that the displaced image shows at (x, y)."""
         _, h, w, _ = self.displacement.shape
         x, y = np.broadcast_arrays(x, y)
         at = np.nan_to_num(np.stack([x * (2 / w) - 1, y * (2 / h) - 1], -1))
@@ -110,10 +111,10 @@ class Elastic:
 
 
 class PixelPath(NamedTuple):
-    """Composed geometry, from points of the current picture back to the source picture.
+    """Composed geometry, from points of the current image back to the source image.
 
-    A point goes through `matrix`, must then lie in `box` to show any of the picture (else it shows
-    fill), and goes on through `warp` and `inner`. The innermost path ends in the source picture,
+    A point goes through `matrix`, must then lie in `box` to show any of the image (else it shows
+    fill), and goes on through `warp` and `inner`. The innermost path ends in the source image,
     normalised: (0, 0) is its top left corner, (1, 1) its bottom right one. Immutable and shared.
     Composing costs microseconds, and crops, flips, resizes, padding and quarter turns in any number
     stay one matrix and one box.
@@ -126,15 +127,15 @@ class PixelPath(NamedTuple):
 
     @classmethod
     def of(cls, size: tuple[int, int]) -> Self:
-        """The path of an untouched picture of `size` (h, w) pixels."""
+        """The path of an untouched image of `size` (h, w) pixels."""
         return cls(scaling(1 / size[1], 1 / size[0]), UNIT_BOX)
 
     def after(self, matrix: Matrix) -> "PixelPath":
-        """The path of a new picture whose point p shows this one's point `matrix` p."""
+        """The path of a new image whose point p shows this one's point `matrix` p."""
         return PixelPath(product(self.matrix, matrix), self.box, self.warp, self.inner)
 
     def guarded(self, size: tuple[int, int]) -> "PixelPath":
-        """The same path where points outside this picture of `size` (h, w) show fill."""
+        """The same path where points outside this image of `size` (h, w) show fill."""
         h, w = size
         box: Box = (0.0, 0.0, float(w), float(h))
         if self.is_rectilinear:
@@ -142,8 +143,15 @@ class PixelPath(NamedTuple):
         return PixelPath(IDENTITY, box, None, self)
 
     def warped(self, warp: Fold | Elastic) -> "PixelPath":
-        """The path of a new picture whose point p shows this one's point `warp`(p)."""
+        """The path of a new image whose point p shows this one's point `warp`(p)."""
         return PixelPath(IDENTITY, ANYWHERE, warp, self)
+
+    def segments(self) -> Iterator["PixelPath"]:
+        """This path and those inside it, outermost first."""
+        part: PixelPath | None = self
+        while part is not None:
+            yield part
+            part = part.inner
 
     @property
     def is_rectilinear(self) -> bool:
@@ -158,13 +166,13 @@ class PixelPath(NamedTuple):
 
     @property
     def is_mirrored(self) -> bool:
-        """True if the current picture has the opposite handedness of the source."""
+        """True if the current image has the opposite handedness of the source."""
         a, b, c, d, e, f, g, h, i = self.matrix
         negative = a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g) < 0
         return negative ^ (self.inner is not None and self.inner.is_mirrored)
 
     def __call__(self, x: Points, y: Points) -> tuple[Points, Points, npt.NDArray[np.bool_]]:
-        """Source points, normalised, of points (x, y) in pixels, and which show the picture."""
+        """Source points, normalised, of points (x, y) in pixels, and which show the image."""
         a, b, c, d, e, f, g, h, i = self.matrix
         if g == h == 0:
             x, y = a * x + b * y + c, d * x + e * y + f

@@ -142,19 +142,17 @@ def nats(codes: np.ndarray, layout: MapLayout) -> Floats32:
 def decode(codes: np.ndarray, layout: MapLayout) -> tuple[Floats32, Floats32]:
     """Probabilities [..., K, H, W] from codes of that shape, and the leftover mass [..., H, W].
 
-    Rounded codes can add up to more than 1, or leave less than `LEAST_REST`: they are scaled.
+    Rounded codes can add up to more than 1, or leave less than `LEAST_REST`: they are scaled. Where
+    every class is stored, nobody is left to take a rest, and they are scaled to 1.
     """
     probs = np.exp(-nats(codes, layout))
     total = probs.sum(-3, dtype=np.float32)
-    room = least_rest(layout)
-    scale = np.minimum(1, (1 - room) / np.maximum(total, np.float32(1e-30))).astype(np.float32)
-    rest = np.maximum(1 - total, np.float32(room))
+    complete = np.count_nonzero(probs, -3) == layout.num_classes
+    room = np.where(complete, 0, np.float32(LEAST_REST if layout.step else 0))
+    scale = (1 - room) / np.maximum(total, np.float32(1e-30))
+    scale = np.where(complete, scale, np.minimum(scale, 1)).astype(np.float32)
+    rest = np.where(complete, 0, np.maximum(1 - total, room)).astype(np.float32)
     return probs * scale[..., None, :, :], rest
-
-
-def least_rest(layout: MapLayout) -> float:
-    """What a cell's leftover mass is at least."""
-    return LEAST_REST if layout.step and layout.k < layout.num_classes else 0.0
 
 
 def residual(classes: np.ndarray, codes: np.ndarray, num_classes: int) -> Floats32:

@@ -1,7 +1,6 @@
 """Packaging: one import name, light imports, a complete wheel, a CLI that finds .venv."""
 
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -63,14 +62,12 @@ def test_wheel_and_sdist_hold_what_they_must(tmp_path: Path) -> None:
         "tokenlabel/annotate/job.py",
         "tokenlabel/inspection/page_assets/page.html",
     } <= names
-    if shutil.which("cc"):
-        assert any(name.startswith("tokenlabel/dataset/_merge.") for name in names)
+    assert wheel.name.endswith("-py3-none-any.whl"), "nothing to compile"
     assert not [name for name in names if "test" in name or name.startswith(("dataset", "cli"))]
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     assert {"configs/sample.yaml", "cli.py", "docs/format.md", "tests/test_shard.py"} <= packed
-    assert "dataset/_merge.c" in packed
     # The wheel alone, in an empty folder, reads its own configurations.
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
