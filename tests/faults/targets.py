@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.faults.attacks import ATTACKS, attack
-from tests.shards import attrs, random_rows, write_split
+from tests.maps import attrs, random_rows, write_split
 from tokenlabel.annotate.manifest import build_manifest, open_manifest
 from tokenlabel.dataset.errors import FormatError
 from tokenlabel.dataset.index import NAME, _load, build_index, find_shards

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from tests.faults.readers import Readers, content, rebuilt
 from tests.jobs import arguments, digests, environment, repeat_images, run
-from tests.shards import Rows, attrs, write_split
+from tests.maps import Rows, attrs, write_split
 from tokenlabel.cli import main
 from tokenlabel.dataset.score_map import MapLayout
 from tokenlabel.dataset.shard import shard_name, write_shard

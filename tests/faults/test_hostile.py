@@ -24,7 +24,7 @@ from click.testing import CliRunner
 from PIL import Image, PngImagePlugin
 
 from tests.faults.attacks import ATTACKS, attack, parsed, with_directory
-from tests.shards import attrs, random_rows, write_split
+from tests.maps import attrs, random_rows, write_split
 from tokenlabel.annotate.config import load_config
 from tokenlabel.annotate.errors import ConfigError
 from tokenlabel.annotate.images import decode_batch
@@ -252,7 +252,7 @@ def test_hostile_pictures_become_rows(tmp_path: Path, observed: Observed) -> Non
         batches: list[Any] = []
         with within(30):
             grown = grown_by(
-                lambda: batches.append(decode_batch(str(tmp_path), names, (8, 8), "bilinear"))
+                lambda: batches.append(decode_batch(str(tmp_path), names, ((8, 8),), "bilinear"))
             )
     (batch,) = batches
     for name, error in zip(names, batch.errors, strict=True):
@@ -274,7 +274,7 @@ def test_only_the_first_frame_is_decoded(tmp_path: Path) -> None:
 
     def seconds(name: str) -> float:
         start = time.thread_time()
-        assert decode_batch(str(tmp_path), [name], (8, 8), "bilinear").errors == [""]
+        assert decode_batch(str(tmp_path), [name], ((8, 8),), "bilinear").errors == [""]
         return time.thread_time() - start
 
     few, many = (min(seconds(f"{n}.gif") for _ in range(9)) for n in (2, 1000))
