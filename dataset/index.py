@@ -10,7 +10,7 @@ import os
 import tempfile
 from bisect import bisect_right
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -253,18 +253,20 @@ def write_index(path: Path, shards: list[Path]) -> None:
             for name, (dtype, _) in COLUMNS.items()
         }
         rows, sizes, digests = [0], [], []
-        first: dict[str, Any] = {}
+        first: Shard | None = None
         for number, shard_path in enumerate(shards):
             with open_shard(shard_path) as shard:
-                first = first or shard.attrs
-                _check_neighbours(shard, number, rows[-1], shards[0], first)
+                first = first or shard
+                _check_neighbours(shard, number, rows[-1], first)
                 keys.append(shard.read("key").tolist())
                 for name, column in _columns(shard).items():
                     spools[name].append(column.tobytes())
                 rows.append(rows[-1] + shard.rows)
                 digests.append(shard.attrs["sha256"].encode())
             sizes.append(_shard_size(shard_path))
-        with create(path, FORMAT, VERSION, {"fingerprint": first["fingerprint"]}) as file:
+        assert first is not None
+        attrs = {"fingerprint": first.attrs["fingerprint"]}
+        with create(path, FORMAT, VERSION, attrs) as file:
             keys.write(file)
             for name, (_, width) in COLUMNS.items():
                 spools[name].write(file, name, width)
@@ -273,18 +275,19 @@ def write_index(path: Path, shards: list[Path]) -> None:
             file.add("shard_sha256", np.array(digests, "S64"))
 
 
-def _check_neighbours(
-    shard: Shard, number: int, row: int, first_path: Path, first: dict[str, Any]
-) -> None:
+def _check_neighbours(shard: Shard, number: int, row: int, first: Shard) -> None:
     """Raise FormatError unless this shard begins where the one before it ended."""
     attrs, path = shard.attrs, shard.path
-    if attrs["fingerprint"] != first["fingerprint"]:
-        raise FormatError(
-            "shards of different runs in one folder: "
-            f"{first_path.name} has fingerprint {first['fingerprint']}, "
-            f"{path.name} has {attrs['fingerprint']}. "
-            "Remedy: delete those of the run that is not wanted and annotate again"
-        )
+    for what, one, other in (
+        ("fingerprint", first.attrs["fingerprint"], attrs["fingerprint"]),
+        ("layout", first.layout, shard.layout),
+    ):
+        if one != other:
+            raise FormatError(
+                f"shards of different runs in one folder: {first.path.name} has {what} {one}, "
+                f"{path.name} has {other}. Remedy: delete those of the run that is not wanted and "
+                "annotate again"
+            )
     if (attrs["shard"], attrs["first_row"]) != (number, row):
         raise FormatError(
             f"{path} says it is shard {attrs['shard']} from row {attrs['first_row']}; its name and "

@@ -32,7 +32,7 @@ class NewFile:
         self._path, self._block = path, block
         self._file = h5py.File(path, "w", userblock_size=block, **_OPEN)
         self._columns: dict[str, Column] = {}
-        self._planes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        self._planes: list[tuple[str, str, tuple[int, ...]]] = []
         self._sizes: list[int] = []
         self._crc = 0
 
@@ -63,8 +63,8 @@ class NewFile:
 
     def create_maps(self, rows: int, planes: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
         """Make the datasets with a chunk an image, of these dtypes and shapes a row."""
-        self._planes = planes
         for name, (dtype, shape) in planes.items():
+            self._planes.append((name, dtype.str, shape))
             dataset = self._file.create_dataset(
                 name,
                 (rows, *shape),
@@ -79,12 +79,14 @@ class NewFile:
         # It fills gaps that it remembers. Opened anew it knows of none, and maps lie in order.
         self._file.close()
         self._file = h5py.File(self._path, "r+", **_OPEN)
+        # Looking one up by name costs more than writing a chunk.
+        self._chunks = [self._file[name].id for name in planes]
 
     def append_map(self, chunks: Sequence[bytes]) -> None:
         """Write the next row: a chunk for each plane, in order."""
         row = len(self._sizes) // len(self._planes)
-        for (name, (_, shape)), chunk in zip(self._planes.items(), chunks, strict=True):
-            self._file[name].id.write_direct_chunk((row,) + (0,) * len(shape), chunk)
+        for dataset, chunk in zip(self._chunks, chunks, strict=True):
+            dataset.write_direct_chunk((row,) + (0,) * (dataset.rank - 1), chunk)
             self._sizes.append(len(chunk))
             self._crc = zlib.crc32(chunk, self._crc)
 
@@ -98,20 +100,21 @@ class NewFile:
         """Store the attributes for those who read by HDF5, and close the file for HDF5."""
         for name, value in self.attrs.items():
             # Of fixed length: HDF5 keeps those of variable length in a heap without checksums.
-            texts = isinstance(value, str) or (isinstance(value, list) and _all_texts(value))
-            self._file.attrs[name] = _fixed(value) if texts else value
+            if isinstance(value, str):
+                value = encode_texts([value])[0]
+            elif isinstance(value, list) and value and isinstance(value[0], str):
+                value = encode_texts(value)
+            self._file.attrs[name] = value
         self._file.flush()
-        if self._planes:
-            name = next(iter(self._planes))
-            self._first = self._file[name].id.get_chunk_info(0).byte_offset
+        first = self._chunks[0].get_chunk_info(0).byte_offset if self._planes else 0
         self._file.close()
-        self._write_directory()
+        self._write_directory(first)
 
     def close(self) -> None:
         """Close the file, finished or not."""
         self._file.close()
 
-    def _write_directory(self) -> None:
+    def _write_directory(self, first: int) -> None:
         block = self._block
         with open(self._path, "r+b") as file:
             columns = {
@@ -128,9 +131,8 @@ class NewFile:
             found: dict[str, Any] = {"attrs": self.attrs, "columns": columns}
             if self._planes:
                 size = sum(self._sizes)
-                planes = [[name, dtype.str, shape] for name, (dtype, shape) in self._planes.items()]
-                offset = _found(file, block, self._first, size, self._crc)
-                found["maps"] = {"offset": offset, "size": size, "planes": planes}
+                offset = _found(file, block, first, size, self._crc)
+                found["maps"] = {"offset": offset, "size": size, "planes": self._planes}
             size = file.seek(0, os.SEEK_END)
             found |= {"size": size, "block": block, "crc": _crc(file, block, size - block)}
             text = _json(found)
@@ -164,14 +166,6 @@ def _json(value: dict[str, Any]) -> bytes:
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), default=lambda number: number.item()
     ).encode()
-
-
-def _all_texts(values: list[Any]) -> bool:
-    return bool(values) and all(isinstance(value, str) for value in values)
-
-
-def _fixed(value: str | list[str]) -> np.ndarray:
-    return encode_texts([value])[0] if isinstance(value, str) else encode_texts(value)
 
 
 def encode_texts(texts: Sequence[str]) -> np.ndarray:

@@ -157,6 +157,16 @@ def test_shards_of_two_runs_are_refused(split: tuple[Path, list[Rows]], tmp_path
         LabelStore(root)
 
 
+def test_shards_of_two_layouts_are_refused(split: tuple[Path, list[Rows]], tmp_path: Path) -> None:
+    """Whatever their fingerprints say."""
+    root, _ = split
+    write_split(tmp_path / "other", KEYS, LAYOUT._replace(k=3), shard_size=3)
+    name = "shard-00002-of-00003.h5"
+    shutil.copy(tmp_path / "other" / name, root / name)
+    with pytest.raises(FormatError, match=r"has layout .*k=4.* has .*k=3.*Remedy: delete"):
+        LabelStore(root)
+
+
 def test_swapped_shards_are_refused(split: tuple[Path, list[Rows]]) -> None:
     root, _ = split
     a, b = root / "shard-00000-of-00003.h5", root / "shard-00001-of-00003.h5"
@@ -271,7 +281,7 @@ def test_damaged_maps_are_named(split: tuple[Path, list[Rows]]) -> None:
     store = LabelStore(root)
     path = root / "shard-00001-of-00003.h5"
     with Shard(path) as shard:
-        start, stop = (shard.read("bounds")[[10, 15]] + shard._maps.offset).tolist()
+        start, stop = (shard.read("bounds")[[10, 15]] + shard.maps.offset).tolist()
     content, refused = path.read_bytes(), 0
     want = digest(store[5])
     for offset in range(start, stop, 7):
