@@ -107,7 +107,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
             "known class",
         )
     if report.mass is not None:
-        yield "stored mass", f"{report.mass:.3f} of the probability, mean over patches"
+        yield "top-k mass", f"{report.mass:.3f} of the probability, mean over patches"
     if report.bytes_per_image is not None:
         yield "size", f"{report.bytes_per_image:,.0f} bytes an image"
     speed = f"{report.seconds:.1f} s"
