@@ -337,9 +337,19 @@ class Shard:
 
     def map(self, row: int) -> ScoreMap:
         """What is stored of a row."""
+        plain, start = memoryview(self.planes(row)), 0
+        empty = (len(self.layout.views), 0)
+        found: dict[str, Any] = {
+            "residual_classes": np.empty(empty, self.layout.class_dtype),
+            "residual_codes": np.empty(empty, np.uint8),
+            "level": None,
+        }
+        for (name, (dtype, shape)), size in zip(self._planes.items(), self._sizes, strict=True):
+            found[name] = unshuffle(plain[start : start + size], dtype, shape)
+            start += size
         width, height = self.read("size", row, row + 1)[0].tolist()
-        label = self.read("label", row, row + 1).item()
-        return unpack(self.layout, self.planes(row), label, (width, height), self.extent(row))
+        label, extent = self.read("label", row, row + 1).item(), self.extent(row)
+        return ScoreMap(self.layout, label=label, size=(width, height), extent=extent, **found)
 
     def extent(self, row: int) -> _Extent:
         """Box (x0, y0, x1, y1), normalised to the image, that the row's map covers."""
@@ -365,29 +375,3 @@ class Shard:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def unpack(
-    layout: MapLayout, planes: bytes, label: int, size: tuple[int, int], extent: _Extent
-) -> ScoreMap:
-    """The map in the bytes that `Shard.planes` gives."""
-    view, start = memoryview(planes), 0
-    found: dict[str, np.ndarray] = {
-        "residual_classes": np.empty((len(layout.views), 0), layout.class_dtype),
-        "residual_codes": np.empty((len(layout.views), 0), np.uint8),
-    }
-    for name, (dtype, shape) in layout.planes().items():
-        stop = start + dtype.itemsize * math.prod(shape)
-        found[name] = unshuffle(view[start:stop], dtype, shape)
-        start = stop
-    return ScoreMap(
-        layout,
-        found["codes"],
-        found["classes"],
-        found["residual_classes"],
-        found["residual_codes"],
-        found.get("level"),
-        label,
-        size,
-        extent,
-    )

@@ -5,7 +5,7 @@ import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,10 @@ from tokenlabel.dataset.errors import FormatError, TokenLabelError
 from tokenlabel.dataset.index import Index, find_shards, open_index, open_shard
 from tokenlabel.dataset.keys import KeyTable
 from tokenlabel.dataset.score_map import MapLayout, ScoreMap
-from tokenlabel.dataset.shard import Shard, unpack
+from tokenlabel.dataset.shard import Shard
+
+if TYPE_CHECKING:
+    from tokenlabel.dataset.label_map import TokenLabelMap
 
 #: The file that holds the images of a split in order, and the names of the classes.
 MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION = "manifest", "tokenlabel-manifest", 2
@@ -138,9 +141,7 @@ class LabelStore:
                 "Remedy: repair or leave out the image"
             )
         shard, local = self._local.shard(row)
-        width, height = index.sizes[row].tolist()
-        label, extent = index.labels.item(row), shard.extent(local)
-        return unpack(self.layout, shard.planes(local), label, (width, height), extent)
+        return shard.map(local)
 
     def planes(self, row: int) -> bytes:
         """The planes of a row's map, inflated and otherwise as stored, one behind the other.
@@ -155,6 +156,30 @@ class LabelStore:
         """Box (x0, y0, x1, y1), normalised to the image, that the row's map covers."""
         shard, local = self._local.shard(self.row(row))
         return shard.extent(local)
+
+    def leaf(self, row: int, canvas_size: tuple[int, int] | None = None) -> "TokenLabelMap":
+        """A row's map as the leaf that follows its image through v2 transforms.
+
+        Without planes where the image has no map.
+
+        Args:
+            row: of the map.
+            canvas_size: (h, w) of the image in pixels; None: as it was annotated.
+        """
+        from tokenlabel.dataset.label_map import TokenLabelMap  # the store itself needs no torch
+
+        index = self._local.index()
+        shard, local = self._local.shard(row)
+        if canvas_size is None:
+            width, height = index.sizes[row].tolist()
+            canvas_size = (max(height, 1), max(width, 1))  # it is not known where decoding failed
+        return TokenLabelMap(
+            b"" if index.failed[row] else shard.planes(local),
+            self.layout,
+            canvas_size=canvas_size,
+            extent=shard.extent(local),
+            label=index.labels.item(row),
+        )
 
     def row(self, key: str | int, near: int = -1) -> int:
         """Row of a key, found soonest if it is `near`; a row is checked and returned as it is."""
