@@ -90,7 +90,7 @@ def main(verbose: bool) -> None:
 
 
 class _Value(click.ParamType[Any]):
-    """A value as it would stand in the YAML file; a list as values with commas between them."""
+    """A value as it would stand in the YAML file; a list may leave out its outer brackets."""
 
     def __init__(self, name: str, always_list: bool) -> None:
         self.name = name
@@ -98,11 +98,13 @@ class _Value(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse the text; the configuration checks type and range."""
+        text = str(value)
+        whole = text.startswith("[")
         try:
-            parts = [yaml.safe_load(part) for part in str(value).split(",")]
+            parts = yaml.safe_load(text if whole else f"[{text}]")
         except yaml.YAMLError:
             self.fail(f"{value!r} is not a value", param, ctx)
-        return parts if len(parts) > 1 or self._always_list else parts[0]
+        return parts if whole or len(parts) != 1 or self._always_list else parts[0]
 
 
 def _option(name: str, field: "FieldInfo") -> Callable[[Any], Any]:

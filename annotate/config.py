@@ -9,7 +9,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tokenlabel.annotate.errors import ConfigError
-from tokenlabel.dataset.shard import SCORE_DTYPES, VIEWS
+from tokenlabel.dataset.score_map import MapLayout
+from tokenlabel.dataset.shard import VIEWS
 
 #: `data: sample` and `weights: sample` name what the extra `sample` installs.
 SAMPLE = "sample"
@@ -18,7 +19,14 @@ MAX_BRACKETS = 64
 _MOST_SHOWN = 200  # characters of a wrong value
 
 Count = Annotated[int, Field(ge=1, le=1 << 24)]
-Size = Annotated[int, Field(ge=1, le=8192)]
+Side = Annotated[int, Field(ge=1, le=8192)]
+#: What `compact` and `precise` stand for, where an option is not given itself.
+_PRESETS: dict[str, dict[str, float]] = {
+    "compact": {"floor": 0.01},
+    "precise": {"step": 0.0, "floor": 0.0},
+}
+#: The last code of 8 bits times a step must be as improbable as what is not stored at all.
+_LEAST_STEP = 1 / 16
 
 
 class AnnotateConfig(BaseModel):
@@ -52,21 +60,37 @@ class AnnotateConfig(BaseModel):
         description="text file, a class name a line in order of the ids; ground truth of an image "
         "is the class its folder is named after (default: WordNet ids for ImageNet teachers)",
     )
-    input_size: Size | list[Size] | None = Field(
+    input_size: Side | list[Side | list[Side]] | None = Field(
         None,
-        description="side of the teacher's input in pixels, or [height, width]; the whole picture "
-        "is squashed to it (default: the model's own)",
+        description="side of the teacher's input in pixels, to which the whole image is squashed; "
+        "a list of sides for several passes, whose logits are averaged on the grid of the first; "
+        "a pair in the list is [height, width] (default: the model's own)",
     )
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
-        None, description="how pictures are resized (default: the model's own)"
+        None, description="how images are resized (default: the model's own)"
     )
-    k: Count = Field(10, description="scores to keep a patch")
+    k: Count = Field(16, description="classes to store a patch, at most all")
+    step: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.25,
+        description="nats a code: -log of a probability is rounded to it; 0: stored as float16",
+        strict=False,
+    )
+    floor: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.003,
+        description="classes less probable than this in a patch are not stored there",
+        strict=False,
+    )
+    residual: Annotated[int, Field(ge=0, le=1 << 16)] = Field(
+        64, description="classes an image by which the mass that is not stored is spread; 0: evenly"
+    )
+    level: bool = Field(
+        True, description="store the log-sum-exp of the logits, which gives raw logits back"
+    )
+    compact: bool = Field(False, description="a third fewer bytes: floor 0.01")
+    precise: bool = Field(False, description="nothing rounded or dropped: step 0, floor 0")
     views: list[Literal["identity", "hflip"]] = Field(
         ["identity"],
-        description="add hflip to annotate the mirrored picture too (for transformers as teachers)",
-    )
-    score_dtype: Literal["float16", "uint8"] = Field(
-        "float16", description="uint8 is a quarter smaller and costs 2.5e-5 nats"
+        description="add hflip to annotate the mirrored image too (for transformers as teachers)",
     )
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="the teacher's autocast precision"
@@ -88,7 +112,9 @@ class AnnotateConfig(BaseModel):
         "auto", description="auto: GPUs where the cluster has any"
     )
     threads: Annotated[int, Field(ge=0)] = Field(
-        0, description="CPU threads an actor; 0: the machine's cores shared among its actors"
+        0,
+        description="CPU threads an actor; 0: the machine's cores shared among its actors (another "
+        "number can change the last unit of a score)",
     )
     window: Annotated[int, Field(ge=1, le=64)] = Field(
         3, description="batches decoded ahead of each actor"
@@ -98,7 +124,8 @@ class AnnotateConfig(BaseModel):
     )
     max_errors: Annotated[float, Field(ge=0)] = Field(
         0.01,
-        description="images without a map that are still a success: a share below 1, else a number",
+        description="images without a map that are still a success: a fraction below 1, or a "
+        "number",
         strict=False,
     )
     ray_address: str | None = Field(
@@ -124,10 +151,28 @@ class AnnotateConfig(BaseModel):
 
     @field_validator("input_size")
     @classmethod
-    def _two_sides(cls, value: Any) -> Any:
-        if isinstance(value, list) and len(value) != 2:
-            raise ValueError("must be one number or [height, width]")
+    def _sides_or_pairs(cls, value: Any) -> Any:
+        pairs = (
+            [side for side in value if isinstance(side, list)] if isinstance(value, list) else []
+        )
+        if value == [] or any(len(pair) != 2 for pair in pairs):
+            raise ValueError("must be a side, or a list of sides and pairs [height, width]")
         return value
+
+    @field_validator("step")
+    @classmethod
+    def _step_reaches_far_enough(cls, value: float) -> float:
+        if 0 < value < _LEAST_STEP:
+            raise ValueError(f"must be 0 or from {_LEAST_STEP} to 1")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _presets(cls, values: Any) -> Any:
+        chosen = [name for name in _PRESETS if values.get(name) is True]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} exclude each other. Remedy: choose one")
+        return {**_PRESETS[chosen[0]], **values} if chosen else values
 
     @field_validator("views")
     @classmethod
@@ -137,20 +182,21 @@ class AnnotateConfig(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _batch_fits_shard(self) -> Self:
-        assert self.score_dtype in SCORE_DTYPES
+    def _precision_of_the_device(self) -> Self:
         if self.device == "cpu" and self.precision == "float16":
             raise ValueError("precision float16 needs a GPU; on a CPU use bfloat16 or float32")
         return self
 
-    @property
-    def height_width(self) -> tuple[int, int] | None:
-        """The teacher's input size, if given."""
-        if self.input_size is None:
-            return None
-        if isinstance(self.input_size, int):
-            return (self.input_size, self.input_size)
-        return (self.input_size[0], self.input_size[1])
+    def layout(self, grid: tuple[int, int], num_classes: int) -> MapLayout:
+        """Shapes and dtypes of what is stored of a teacher's maps.
+
+        Args:
+            grid: (H, W) of the maps in cells.
+            num_classes: of the teacher; no more of them can be stored.
+        """
+        k, residual = min(self.k, num_classes), min(self.residual, num_classes)
+        views = tuple(self.views)
+        return MapLayout(views, grid, k, num_classes, residual, self.step, self.level)
 
     @property
     def folder(self) -> Path:

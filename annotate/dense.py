@@ -68,12 +68,12 @@ class DenseForm:
 def dense_form(model: nn.Module, name: str, input_size: tuple[int, int]) -> DenseForm:
     """Find the faithful per-patch form of a timm classifier.
 
-    Runs the model once on an empty picture, so that the grid is the one it really has.
+    Runs the model once on an empty image, so that the grid is the one it really has.
 
     Args:
         model: A timm classifier in eval mode.
         name: What to call it in an error.
-        input_size: (h, w) of the pictures it will see, in pixels.
+        input_size: (h, w) of the images it will see, in pixels.
 
     Raises:
         TeacherError: No classifier, another input size wanted, or no faithful per-patch form.
@@ -89,7 +89,7 @@ def dense_form(model: nn.Module, name: str, input_size: tuple[int, int]) -> Dens
             features = net.forward_features(torch.zeros(1, 3, *input_size, device=device))
     except Exception as error:  # timm raises anything from AssertionError to RuntimeError here
         raise TeacherError(
-            f"A teacher must accept its input size; {name} does not take RGB pictures of "
+            f"A teacher must accept its input size; {name} does not take RGB images of "
             f"{input_size[0]}x{input_size[1]} pixels ({type(error).__name__}: {error}). "
             "Remedy: set input_size to one it takes, or leave it out."
         ) from error
@@ -97,7 +97,7 @@ def dense_form(model: nn.Module, name: str, input_size: tuple[int, int]) -> Dens
     if grid[0] * grid[1] < 2:
         raise TeacherError(
             f"A teacher must see more than one patch; {name} gives a {grid[0]}x{grid[1]} map for "
-            f"pictures of {input_size[0]}x{input_size[1]} pixels. Remedy: a larger input_size."
+            f"images of {input_size[0]}x{input_size[1]} pixels. Remedy: a larger input_size."
         )
     stages = getattr(net, "feature_info", None)
     stride = stages[-1].get("reduction") if isinstance(stages, list) and stages else None
@@ -179,7 +179,7 @@ def _head_rule(
             name, f"its head takes no single location ({type(error).__name__}: {error})"
         ) from error
     if dense.shape != (len(located), net.num_classes) or pooled.shape != average.shape:
-        raise _refusal(name, "its head does not pool to one row of logits a picture")
+        raise _refusal(name, "its head does not pool to one row of logits an image")
     scale = float(dense.std(0).max())
     if scale == 0:
         raise TeacherError(

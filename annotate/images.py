@@ -1,4 +1,4 @@
-"""Decode pictures as torchvision's ImageFolder shows them to the student, then squash them.
+"""Decode images as torchvision's ImageFolder shows them to the student, then squash them.
 
 Runs in decode workers, so it needs Pillow and NumPy only.
 """
@@ -21,7 +21,7 @@ from tokenlabel.annotate.errors import StorageError
 #: Endings of image files, in lower case: torchvision's, so that ImageFolder's images all have rows
 #: (listed here because importing torchvision costs a driver or worker 200 MB).
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-#: What a picture may be inside, whatever its name says. The list keeps out formats that start
+#: What an image may be inside, whatever its name says. The list keeps out formats that start
 #: other programs (EPS) or that no image folder holds.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF")
 #: Larger files become error rows instead of exhausting a worker's memory.
@@ -46,66 +46,62 @@ class DecodedBatch(NamedTuple):
     """A batch ready for the teacher.
 
     Attributes:
-        images: uint8 [B, H, W, 3] RGB, whole pictures squashed to the teacher's input; black
-            where the picture could not be read.
-        sizes: int32 [B, 2], (width, height) of the picture in its file, 0 where unknown.
+        images: uint8 [B, h, w, 3] RGB of each pass, whole images squashed to the teacher's input;
+            black where the image could not be read.
+        sizes: int32 [B, 2], (width, height) of the image in its file, 0 where unknown.
         digests: uint64 [B], the first 8 bytes of the BLAKE2b-64 of the file, little-endian.
-        errors: B texts, empty where the picture was read.
+        errors: B texts, empty where the image was read.
     """
 
-    images: np.ndarray
+    images: tuple[np.ndarray, ...]
     sizes: np.ndarray
     digests: np.ndarray
     errors: list[str]
 
 
 class ImageError(Exception):
-    """Why one picture has no map."""
+    """Why one image has no map."""
 
 
 def decode_batch(
-    root: str, keys: Sequence[str], size: tuple[int, int], interpolation: str
+    root: str, keys: Sequence[str], sizes: Sequence[tuple[int, int]], interpolation: str
 ) -> DecodedBatch:
-    """Read the pictures `root`/key and squash each to `size` = (height, width).
+    """Read the images `root`/key and squash each to all `sizes`, (height, width) each.
 
-    The pictures are those that `torchvision.datasets.ImageFolder` gives: RGB by Pillow's own
-    conversion, EXIF orientation not applied. A bad picture never raises; its row says why.
+    The images are those that `torchvision.datasets.ImageFolder` gives: RGB by Pillow's own
+    conversion, EXIF orientation not applied. A bad image never raises; its row says why.
 
     A row without a map is for ever, so it must not stand for a disk that fails, or a folder that
     is unmounted, while the job runs.
 
     Raises:
         FileNotFoundError: `root` itself is not there, as on a node without the file system.
-        StorageError: a picture cannot be read for a reason that is not its own.
+        StorageError: an image cannot be read for a reason that is not its own.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(
             f"the image folder {root} is not there on this node. "
             "Remedy: mount it on every node under the same path"
         )
-    count, (height, width) = len(keys), size
-    batch = DecodedBatch(
-        np.zeros((count, height, width, 3), np.uint8),
-        np.zeros((count, 2), np.int32),
-        np.zeros(count, np.uint64),
-        [""] * count,
-    )
+    batch = failed_batch(keys, sizes, "")
     resample = Image.Resampling[interpolation.upper()]
     for row, key in enumerate(keys):
         try:
             data = _read(os.path.join(root, key))
             batch.digests[row] = file_digest(data)
-            batch.sizes[row], batch.images[row] = _squash(data, (width, height), resample)
+            batch.sizes[row], squashed = _squash(data, sizes, resample)
+            for images, image in zip(batch.images, squashed, strict=True):
+                images[row] = image
         except ImageError as error:
             batch.errors[row] = str(error)
     return batch
 
 
-def failed_batch(keys: Sequence[str], size: tuple[int, int], error: str) -> DecodedBatch:
-    """A batch of pictures that could not even be tried, all with the same `error`."""
+def failed_batch(keys: Sequence[str], sizes: Sequence[tuple[int, int]], error: str) -> DecodedBatch:
+    """A batch of images that could not even be tried, all with the same `error`."""
     count = len(keys)
     return DecodedBatch(
-        np.zeros((count, *size, 3), np.uint8),
+        tuple(np.zeros((count, *size, 3), np.uint8) for size in sizes),
         np.zeros((count, 2), np.int32),
         np.zeros(count, np.uint64),
         [error] * count,
@@ -115,7 +111,7 @@ def failed_batch(keys: Sequence[str], size: tuple[int, int], error: str) -> Deco
 def join_batches(parts: Sequence[DecodedBatch]) -> DecodedBatch:
     """Several batches as one."""
     return DecodedBatch(
-        np.concatenate([part.images for part in parts]),
+        tuple(np.concatenate(images) for images in zip(*(p.images for p in parts), strict=True)),
         np.concatenate([part.sizes for part in parts]),
         np.concatenate([part.digests for part in parts]),
         [error for part in parts for error in part.errors],
@@ -161,15 +157,15 @@ def _is_listed(path: str) -> bool:
 
 
 def _squash(
-    data: bytes, size: tuple[int, int], resample: Image.Resampling
-) -> tuple[tuple[int, int], np.ndarray]:
-    """(width, height) of a picture, and the whole of it at `size` = (width, height)."""
+    data: bytes, sizes: Sequence[tuple[int, int]], resample: Image.Resampling
+) -> tuple[tuple[int, int], list[np.ndarray]]:
+    """(width, height) of an image, and the whole of it at each of `sizes`, (height, width)."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large pictures and odd EXIF are no news here
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                rgb = picture.convert("RGB")
-            return rgb.size, np.asarray(rgb.resize(size, resample))
+            warnings.simplefilter("ignore")  # large images and odd EXIF are no news here
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                rgb = image.convert("RGB")
+            return rgb.size, [np.asarray(rgb.resize((w, h), resample)) for h, w in sizes]
     except UnidentifiedImageError as error:  # its text holds a memory address
         raise ImageError("not an image, or its header is damaged") from error
     except Image.DecompressionBombError as error:

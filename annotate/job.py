@@ -223,4 +223,14 @@ def _finish(
         plan, identity, tally, plan.shards - todo, time.monotonic() - begin, config.max_errors
     )
     report.save()
+    if len(report.libraries) > 1:
+        names = {name for one in report.libraries for name in one}
+        kinds = {name: sorted({str(one.get(name)) for one in report.libraries}) for name in names}
+        differ = [f"{name}: {'; '.join(k)}" for name, k in sorted(kinds.items()) if len(k) > 1]
+        _log.warning(
+            "the shards were made on %d kinds of machines, so here and there a score differs in "
+            "its last unit from what one of them alone would have given (%s)",
+            len(report.libraries),
+            ", ".join(differ),
+        )
     return report

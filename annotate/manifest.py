@@ -19,22 +19,15 @@ import numpy as np
 
 from tokenlabel.annotate.errors import ConfigError
 from tokenlabel.annotate.images import EXTENSIONS
-from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.files import (
-    check_identity,
-    create_h5,
-    open_h5,
-    replacing,
-    set_text,
-    system_error,
-)
-from tokenlabel.dataset.keys import KeySpool, KeyTable, MappedFile, Spool
+from tokenlabel.dataset.directory import StoredFile
+from tokenlabel.dataset.files import replacing
+from tokenlabel.dataset.keys import KeySpool, KeyTable, Spool
+from tokenlabel.dataset.new_file import create, encode_texts
+from tokenlabel.dataset.store import MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
 
-FORMAT = "tokenlabel-manifest"
-VERSION = 1
-NAME = "manifest.h5"
+#: Its file's name, which the store knows too: it reads the names of the classes.
+NAME = MANIFEST
 _BLOCK = 8192
-_READ = 1 << 20
 _RUN = 1 << 15
 _WNID = re.compile(r"n\d{8}")
 
@@ -49,12 +42,14 @@ class Manifest(NamedTuple):
         labels: int32 [n], ground truth or -1.
         digest: hex sha256 of keys and labels.
         label_space: "teacher" when labels are class ids of the teacher, else "folders".
+        class_names: names of the teacher's classes; None where they are not known.
     """
 
     keys: KeyTable
     labels: np.ndarray
     digest: str
     label_space: str
+    class_names: list[str] | None
 
 
 class Classes(NamedTuple):
@@ -96,13 +91,15 @@ def build_manifest(
         for spool in (keys, labels):
             for part in spool.blocks():
                 digest.update(np.ascontiguousarray(part).data)
-        with replacing(path) as temporary, create_h5(temporary) as file:
-            set_text(file.attrs, "format", FORMAT)
-            file.attrs["version"] = VERSION
-            set_text(file.attrs, "sha256", digest.hexdigest())
-            set_text(file.attrs, "label_space", classes.space)
+        attrs = {"sha256": digest.hexdigest(), "label_space": classes.space}
+        with (
+            replacing(path) as temporary,
+            create(temporary, MANIFEST_FORMAT, MANIFEST_VERSION, attrs) as file,
+        ):
             keys.write(file)
             labels.write(file, "label")
+            if names:
+                file.add("class_names", encode_texts(names), gzip=True)
     return open_manifest(path)
 
 
@@ -111,38 +108,30 @@ def open_manifest(path: Path, verify: bool = False) -> Manifest:
 
     Args:
         path: the file.
-        verify: read it all and compare its digest, for it has no other checksum.
+        verify: read it all and compare its digest.
 
     Raises:
         FileNotFoundError: it is not there.
-        FormatError: it is damaged or of a newer version.
+        FormatError: it is damaged or of another version.
     """
-    with open_h5(path) as file:
-        check_identity(file, FORMAT, VERSION, "Remedy: delete it; `annotate` makes it again")
-        try:
-            attrs = file.attrs
-            mapped, rows = MappedFile(path, file), int(attrs["rows"])
-            if verify and _content_digest(mapped, rows, int(attrs["key_size"])) != attrs["sha256"]:
-                raise FormatError(f"{path} is damaged: its content is not what was written")
-            return Manifest(
-                KeyTable.mapped(mapped, rows, int(attrs["key_size"])),
-                mapped.array("label", "<i4", (rows,)),
-                attrs["sha256"],
-                attrs["label_space"],
-            )
-        except (KeyError, OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-            raise system_error(error, path) or FormatError(f"{path} is damaged: {error}") from error
-
-
-def _content_digest(mapped: MappedFile, rows: int, key_size: int) -> str:
-    digest = hashlib.sha256()
-    columns = (("key_bytes", "|u1", key_size), ("key_offsets", "<u8", rows + 1))
-    for name, dtype, count in (*columns, ("label", "<i4", rows)):
-        size = count * np.dtype(dtype).itemsize
-        start = mapped.offset(name, dtype, (count,)) if size else 0
-        for place in range(start, start + size, _READ):  # not by the map, whose pages would stay
-            digest.update(mapped.read(place, min(_READ, start + size - place)))
-    return digest.hexdigest()
+    # Not closed: keys and labels are read from it, and it closes with the last of them.
+    file = StoredFile(
+        path, MANIFEST_FORMAT, MANIFEST_VERSION, "delete it; `annotate` makes it again"
+    )
+    keys = KeyTable.stored(file)
+    labels = file.mapped("label", "<i4", (len(keys),))
+    sha256, space = file.attrs.get("sha256"), file.attrs.get("label_space")
+    if not isinstance(sha256, str) or not isinstance(space, str):
+        raise file.damaged("it has no sha256 or no label_space")
+    if verify:
+        digest = hashlib.sha256()
+        for name in ("key_bytes", "key_offsets", "label"):
+            for block in file.blocks(name):
+                digest.update(block)
+        if digest.hexdigest() != sha256:
+            raise file.damaged("its content is not what was written")
+    names = file.texts("class_names") if "class_names" in file.columns else None
+    return Manifest(keys, labels, sha256, space, names)
 
 
 def find_classes(root: Path, names: Sequence[str] | None, num_classes: int | None) -> Classes:

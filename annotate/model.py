@@ -27,7 +27,7 @@ def build_model(
         name: timm's name, with or without a tag, or `hf-hub:` or `local-dir:` and a place.
         weights: "pretrained", or what `load_weights` takes.
         num_classes: Classes of the weights, if not the model's default.
-        input_size: (h, w) of the pictures in pixels, for models that are built for one size.
+        input_size: (h, w) of the images in pixels, for models that are built for one size.
 
     Raises:
         TeacherError: No such model, it cannot be built like that, or its weights cannot be had.

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ from tokenlabel.annotate.config import AnnotateConfig
 from tokenlabel.annotate.errors import FingerprintError
 from tokenlabel.annotate.manifest import Manifest, shard_count
 from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.shard import Shard, ShardLayout, parse_shard_name, shard_name
+from tokenlabel.dataset.score_map import MapLayout
+from tokenlabel.dataset.shard import Shard, parse_shard_name, shard_name
 
 #: Raised by one whenever the same settings would give other bytes.
 CONTENT_VERSION = 1
-_LIBRARIES = ("tokenlabel", "torch", "timm", "numpy", "pillow", "h5py")
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,9 @@ class Identity:
         dense_rule: how the dense logits are had, and `dense_exact` whether their mean must be
             the pooled logits; `dense_error` is the largest difference met on the first images.
         notes: warnings from building the teacher, to be shown to the user.
+        libraries: versions of the libraries on its node, and its `processor`. Other ones give
+            scores that differ in the last unit of some cells, so shards record them; they are not
+            in the fingerprint, so a job may resume on another machine.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Identity:
     dense_exact: bool
     dense_error: float
     notes: tuple[str, ...] = ()
+    libraries: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Plan:
         folder: folder of its shards, which holds the manifest.
         run: id that the folder's lock must show.
         rows, shards, shard_size, batch_size, window: sizes, in images and batches.
-        layout: shapes and dtypes of the shards.
+        layout: shapes and dtypes of the maps.
+        floor: classes less probable than this are dropped.
         fingerprint: of the settings.
         attrs: root attributes that all shards share.
         label_space: "teacher" or "folders".
@@ -71,7 +75,8 @@ class Plan:
     shard_size: int
     batch_size: int
     window: int
-    layout: ShardLayout
+    layout: MapLayout
+    floor: float
     fingerprint: str
     attrs: dict[str, Any]
     label_space: str
@@ -81,6 +86,7 @@ def make_plan(
     config: AnnotateConfig, root: Path, run: str, manifest: Manifest, teacher: Identity
 ) -> Plan:
     """Combine options, images and teacher."""
+    layout = config.layout(teacher.grid, teacher.num_classes)
     settings = {
         "content_version": CONTENT_VERSION,
         "manifest": manifest.digest,
@@ -92,9 +98,12 @@ def make_plan(
         "dense_rule": teacher.dense_rule,
         "device": teacher.device,
         "preprocessing": teacher.preprocessing,
-        "k": config.k,
+        "k": layout.k,
+        "step": layout.step,
+        "floor": config.floor,
+        "residual": layout.residual,
+        "level": layout.level,
         "views": config.views,
-        "score_dtype": config.score_dtype,
         "precision": config.precision,
         "channels_last": config.channels_last,
         "compile": config.compile,
@@ -102,25 +111,21 @@ def make_plan(
         "shard_size": config.shard_size,
     }
     rows = len(manifest.keys)
-    layout = ShardLayout(
-        tuple(config.views), teacher.grid, config.k, teacher.num_classes, config.score_dtype
-    )
     fingerprint = _digest(settings)
     attrs = {
         "teacher": teacher.model,
         "weights_digest": teacher.weights_digest,
         "dense_rule": teacher.dense_rule,
         "preprocessing": _json(teacher.preprocessing),
+        "floor": config.floor,
         "extent": [0.0, 0.0, 1.0, 1.0],
         "label_space": manifest.label_space,
         "settings": _json(settings),
         "fingerprint": fingerprint,
-        "libraries": _json({name: version(name) for name in _LIBRARIES}),
+        "libraries": _json(teacher.libraries),
         "shards": shard_count(rows, config.shard_size),
         "split_rows": rows,
     }
-    if teacher.class_names:
-        attrs["class_names"] = teacher.class_names
     return Plan(
         root=root,
         folder=config.folder.absolute(),
@@ -131,6 +136,7 @@ def make_plan(
         batch_size=config.batch_size,
         window=config.window,
         layout=layout,
+        floor=config.floor,
         fingerprint=fingerprint,
         attrs=attrs,
         label_space=manifest.label_space,

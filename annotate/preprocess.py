@@ -1,4 +1,4 @@
-"""What pictures a teacher wants, and how a batch of them becomes its input."""
+"""What images a teacher wants, and how a batch of them becomes its input."""
 
 import functools
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ Images = npt.NDArray[np.uint8] | Tensor
 
 
 class Preprocessing(NamedTuple):
-    """How pictures are made ready for a teacher.
+    """How images are prepared for a teacher.
 
     Attributes:
-        input_size: (h, w) in pixels, to which the whole picture is squashed.
+        input_sizes: (h, w) in pixels of each pass, to which the whole image is squashed.
         interpolation: Pillow's name of the resampling filter, in lower case.
-        mean: Mean of the three colour channels, as a share of white.
+        mean: Mean of the three colour channels, as a fraction of white.
         std: Their standard deviation, likewise.
     """
 
-    input_size: tuple[int, int]
+    input_sizes: tuple[tuple[int, int], ...]
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -36,31 +36,40 @@ class Preprocessing(NamedTuple):
         """Return all that decides a teacher's input, as JSON-able values."""
         return {
             "resize": "squash",
-            "input_size": list(self.input_size),
+            "input_size": [list(size) for size in self.input_sizes],
             "interpolation": self.interpolation,
             "mean": list(self.mean),
             "std": list(self.std),
         }
 
-    def normalise(self, images: Images, device: torch.device) -> Tensor:
-        """Send squashed pictures to a device and normalise them there.
+    def normalise(self, images: Sequence[Images], device: torch.device) -> list[Tensor]:
+        """Send squashed images to a device and normalise them there.
 
         Args:
-            images: uint8 [B, h, w, 3] RGB; read-only arrays are fine.
+            images: uint8 [B, h, w, 3] RGB of each pass; read-only arrays are fine.
             device: Where to.
 
         Returns:
-            float32 [B, 3, h, w].
+            float32 [B, 3, h, w] of each pass.
 
         Raises:
-            ValueError: `images` has another dtype or shape.
+            ValueError: `images` are not one for each pass, or have another dtype or shape.
         """
+        if len(images) != len(self.input_sizes):
+            raise ValueError(
+                f"images must be one array for each pass, {len(self.input_sizes)} here; "
+                f"got {len(images)}"
+            )
+        sizes = zip(images, self.input_sizes, strict=True)
+        return [self._normalise(batch, size, device) for batch, size in sizes]
+
+    def _normalise(self, images: Images, size: tuple[int, int], device: torch.device) -> Tensor:
         kind = getattr(images, "dtype", type(images).__name__)
         if not isinstance(images, np.ndarray | Tensor) or kind not in (np.uint8, torch.uint8):
             raise ValueError(f"images must be a uint8 array or tensor; got {kind}")
         shape = tuple(images.shape)
-        if len(shape) != 4 or shape[1:] != (*self.input_size, 3) or not shape[0]:
-            h, w = self.input_size
+        if len(shape) != 4 or shape[1:] != (*size, 3) or not shape[0]:
+            h, w = size
             raise ValueError(f"images must be [B, h, w, 3] = [1 or more, {h}, {w}, 3]; got {shape}")
         if isinstance(images, np.ndarray):
             # A copy: torch warns of read-only arrays, and only pinned memory is sent in passing.
@@ -74,21 +83,21 @@ class Preprocessing(NamedTuple):
 
 def resolve_preprocessing(
     model: nn.Module,
-    input_size: tuple[int, int] | None = None,
+    input_sizes: Sequence[tuple[int, int]] | None = None,
     interpolation: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Preprocessing:
-    """Return how pictures are made ready: as asked, and else as the model is tested by timm.
+    """Return how images are prepared: as asked, and else as the model is tested by timm.
 
     Raises:
-        TeacherError: A value that no picture can be prepared with.
+        TeacherError: A value that no image can be prepared with.
     """
     resolve: Any = timm_config.resolve_model_data_config
     default = resolve(model, use_test_size=True)
     # A model built for one size knows it best: its settings name the size of the weights.
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    height, width = input_size or built_for or default["input_size"][-2:]
+    height, width = built_for or default["input_size"][-2:]
     interpolation = interpolation or default["interpolation"]
     if interpolation not in INTERPOLATIONS:
         raise TeacherError(
@@ -96,7 +105,7 @@ def resolve_preprocessing(
             "Remedy: name one of these."
         )
     return Preprocessing(
-        (int(height), int(width)),
+        tuple(input_sizes) if input_sizes else ((int(height), int(width)),),
         interpolation,
         _channels("mean", default["mean"] if mean is None else mean),
         _channels("std", default["std"] if std is None else std),

@@ -38,6 +38,7 @@ class Report:
         busy: share of that time the teachers computed.
         lost_actors: teacher actors that died and were replaced.
         max_errors_exceeded: whether the errors are too many for the job to be a success.
+        libraries: the different `libraries` of the shards: versions and processors that made them.
     """
 
     folder: str
@@ -67,6 +68,7 @@ class Report:
     mass: float | None = None
     bytes_per_image: float | None = None
     max_errors_exceeded: bool = False
+    libraries: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -133,3 +135,6 @@ def _add(report: Report, totals: dict[str, Any], path: Path) -> None:
             bad = [pair for pair in zip(shard.texts("key"), shard.texts("error"), strict=True)]
             report.error_list += [pair for pair in bad if pair[1]]
             del report.error_list[LISTED_ERRORS:]
+        libraries = json.loads(shard.attrs["libraries"])
+        if libraries not in report.libraries:
+            report.libraries.append(libraries)

@@ -21,7 +21,7 @@ class DecodeWindow:
         decode: the remote `decode_batch`.
         root: image folder.
         batches: the keys of each batch.
-        size: (height, width) of the teacher's input.
+        sizes: (height, width) of the teacher's input in each pass.
         interpolation: how to resize.
         depth: batches under way or waiting; the object store holds at most these.
     """
@@ -31,11 +31,11 @@ class DecodeWindow:
         decode: Any,
         root: str,
         batches: Sequence[list[str]],
-        size: tuple[int, int],
+        sizes: Sequence[tuple[int, int]],
         interpolation: str,
         depth: int,
     ) -> None:
-        self._decode, self._root, self._size = decode, root, size
+        self._decode, self._root, self._sizes = decode, root, sizes
         self._interpolation = interpolation
         self._waiting = deque(batches)
         self._under_way: deque[tuple[list[str], Any]] = deque()
@@ -43,7 +43,7 @@ class DecodeWindow:
             self._submit_next()
 
     def _submit(self, keys: list[str]) -> Any:
-        return self._decode.remote(self._root, keys, self._size, self._interpolation)
+        return self._decode.remote(self._root, keys, self._sizes, self._interpolation)
 
     def _submit_next(self) -> None:
         if self._waiting:
@@ -62,7 +62,7 @@ class DecodeWindow:
         try:
             batch: DecodedBatch = ray.get(task)
             return batch
-        except rx.RayTaskError as error:  # Python code raised: nothing another try would mend
+        except rx.RayTaskError as error:  # Python code raised: no other try would help
             own = isinstance(error.cause, OSError | StorageError)
             raise (error.cause if own else error) from None
         except rx.RayError as error:
@@ -76,4 +76,4 @@ class DecodeWindow:
             return batch
         except (rx.WorkerCrashedError, rx.OutOfMemoryError) as error:
             _log.warning("%s: the decoder died on it: %s", key, error)
-            return failed_batch([key], self._size, "the decoder crashed or ran out of memory")
+            return failed_batch([key], self._sizes, "the decoder crashed or ran out of memory")

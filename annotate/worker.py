@@ -1,12 +1,16 @@
 """Annotates whole shards on one device and writes them. Lives in a teacher actor."""
 
 import dataclasses
+import json
 import logging
+import platform
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,10 +29,12 @@ from tokenlabel.annotate.manifest import open_manifest, scan, shard_rows
 from tokenlabel.annotate.plan import Identity, Plan
 from tokenlabel.annotate.teacher import Teacher, TeacherOutput
 from tokenlabel.annotate.window import DecodeWindow
-from tokenlabel.dataset.shard import ShardWriter, shard_name, write_shard
+from tokenlabel.dataset.score_map import MapLayout, decode, nats
+from tokenlabel.dataset.shard import shard_name, write_shard
 
-#: Pictures on which the dense logits are compared with the pooled ones at start-up.
+#: Images on which the dense logits are compared with the pooled ones at start-up.
 _CHECKED = 8
+_LIBRARIES = ("tokenlabel", "torch", "timm", "numpy", "pillow", "h5py")
 
 
 def build_teacher(config: AnnotateConfig) -> Teacher:
@@ -37,9 +43,7 @@ def build_teacher(config: AnnotateConfig) -> Teacher:
         config.model,
         weights=config.weights,
         num_classes=config.num_classes,
-        input_size=config.height_width,
-        k=config.k,
-        views=config.views,
+        input_size=config.input_size,
         precision=config.precision,
         channels_last=config.channels_last,
         compile=config.compile,
@@ -84,7 +88,26 @@ def identify(teacher: Teacher, root: Path) -> Identity:
         dense_rule=teacher.rule,
         dense_exact=teacher.exact,
         dense_error=float(teacher.check(batch.images)),
+        libraries=libraries(teacher.device),
     )
+
+
+def libraries(device: torch.device) -> dict[str, str]:
+    """Everything but the settings that decides the last bits of a score here: name to value."""
+    versions = {name: version(name) for name in _LIBRARIES}
+    return {**versions, "processor": _processor(device)}
+
+
+def _processor(device: torch.device) -> str:
+    """What computes: a GPU's name; a CPU's, its vector instructions and the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):  # only Linux has this file, and only x86 says more there
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M):
+            name = found[1]
+    vectors, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return f"{name}, {vectors}, {threads} thread{'s' * (threads != 1)}"
 
 
 def _first_images(teacher: Teacher, root: Path) -> DecodedBatch:
@@ -92,8 +115,8 @@ def _first_images(teacher: Teacher, root: Path) -> DecodedBatch:
     failure: StorageError | None = None
     for key in islice(scan(root), _CHECKED):
         try:
-            size, interpolation = teacher.input_size, teacher.interpolation
-            parts.append(decode_batch(str(root), [key.decode()], size, interpolation))
+            sizes, interpolation = teacher.input_sizes, teacher.interpolation
+            parts.append(decode_batch(str(root), [key.decode()], sizes, interpolation))
         except StorageError as error:  # fails its own shard alone
             failure = error
     if failure and not parts:
@@ -127,7 +150,9 @@ class Worker:
                 "there: it computes on the CPU, many times slower. Remedy: a driver and a torch "
                 "with CUDA on every node with GPUs, or `device: cpu`"
             )
-        return dataclasses.replace(identify(self._teacher, self._root), notes=tuple(notes))
+        identity = identify(self._teacher, self._root)
+        self._libraries = json.dumps(identity.libraries, sort_keys=True)
+        return dataclasses.replace(identity, notes=tuple(notes))
 
     def progress(self) -> Progress:
         """What was done so far."""
@@ -149,19 +174,22 @@ class Worker:
             self._decode,
             str(plan.root),
             [keys[start : start + size] for start in range(0, len(keys), size)],
-            self._teacher.input_size,
+            self._teacher.input_sizes,
             self._teacher.interpolation,
             plan.window,
         )
-        attrs = {**plan.attrs, "shard": shard, "first_row": rows.start}
+        # The plan has the libraries of the first teacher that was ready, perhaps on another node.
+        own = {"libraries": self._libraries, "shard": shard, "first_row": rows.start}
+        attrs = {**plan.attrs, **own}
         path = plan.folder / shard_name(shard, plan.shards)
         with write_shard(path, plan.layout, keys, labels, attrs) as writer:
             stats = ShardStats(
-                labels if plan.label_space == "teacher" else np.full_like(labels, -1)
+                labels if plan.label_space == "teacher" else np.full_like(labels, -1), plan.layout
             )
             with self._device:
-                for batch, output in self._annotated(window):
-                    _append(writer, batch, output)
+                for batch, output in self._annotated(window, plan):
+                    planes = {name: plane.numpy() for name, plane in output.planes.items()}
+                    writer.append(planes, batch.sizes, batch.digests, batch.errors)
                     stats.add(batch, output)
             writer.attrs |= stats.attrs()
             if (run := holder(plan.folder)) != plan.run:
@@ -173,11 +201,13 @@ class Worker:
                 )
         return len(keys)
 
-    def _annotated(self, window: DecodeWindow) -> Iterator[tuple[DecodedBatch, TeacherOutput]]:
+    def _annotated(
+        self, window: DecodeWindow, plan: Plan
+    ) -> Iterator[tuple[DecodedBatch, TeacherOutput]]:
         """Batches with their results; on a GPU the next batch runs while one is written."""
         pending: _Pending | None = None
         for batch in window:
-            started = _Pending(batch, self._teacher, self._config.batch_size)
+            started = _Pending(batch, self._teacher, plan)
             if pending:
                 yield self._finish(pending)
             pending = started
@@ -225,17 +255,20 @@ def _collected_warnings() -> Iterator[list[str]]:
 class _Pending:
     """A batch on its way through the device and back."""
 
-    def __init__(self, batch: DecodedBatch, teacher: Teacher, batch_size: int) -> None:
+    def __init__(self, batch: DecodedBatch, teacher: Teacher, plan: Plan) -> None:
         self.batch, self.since = batch, time.monotonic()
         images, count = batch.images, len(batch.errors)
-        if count < batch_size:
-            # Always the same shape: kernels split small batches among threads in other ways, which
+        if count < plan.batch_size:
+            # Always the same shape: another one splits the work among threads in other ways, which
             # changes the last bits, and a compiled teacher would need another graph.
-            images = np.zeros((batch_size, *images.shape[1:]), np.uint8)
-            images[:count] = batch.images
-        output = (part[:count] for part in teacher.annotate(images))
+            missing = ((0, plan.batch_size - count), (0, 0), (0, 0), (0, 0))
+            images = tuple(np.pad(part, missing) for part in images)
+        planes, top5 = teacher.annotate(images, plan.layout, plan.floor)
         # Copied in stream order, before the next batch is queued; non_blocking pins the memory.
-        self._output = TeacherOutput(*(part.to("cpu", non_blocking=True) for part in output))
+        self._output = TeacherOutput(
+            {name: plane[:count].to("cpu", non_blocking=True) for name, plane in planes.items()},
+            top5[:count].to("cpu", non_blocking=True),
+        )
         self._event = None
         if teacher.device.type == "cuda":
             self._event = torch.cuda.Event()
@@ -247,22 +280,11 @@ class _Pending:
         return self._output
 
 
-def _append(writer: ShardWriter, batch: DecodedBatch, output: TeacherOutput) -> None:
-    writer.append(
-        output.scores.numpy(),
-        output.classes.numpy(),
-        output.rest.numpy(),
-        batch.sizes,
-        batch.digests,
-        batch.errors,
-    )
-
-
 class ShardStats:
     """Counts of a shard that its header keeps, so that a report need not read the maps."""
 
-    def __init__(self, labels: np.ndarray) -> None:
-        self._labels, self._row = labels, 0
+    def __init__(self, labels: np.ndarray, layout: MapLayout) -> None:
+        self._labels, self._layout, self._row = labels, layout, 0
         self._labelled = self._top1 = self._top5 = 0
         self._mass = 0.0
 
@@ -272,17 +294,18 @@ class ShardStats:
         labels = self._labels[self._row : self._row + len(good)]
         self._row += len(good)
         hits = output.top5.numpy() == labels[:, None]
-        mass = output.mass.numpy()[good]
-        if not np.isfinite(mass).all():
+        codes = output.planes["codes"].numpy()[good]
+        if not np.isfinite(nats(codes[:, :, 0], self._layout)).all():
             raise JobError(
-                "logits must be finite; the teacher gave others for a picture of this shard. "
+                "logits must be finite; the teacher gave others for an image of this shard. "
                 "Remedy: precision bfloat16 or float32"
             )
+        _, rest = decode(codes, self._layout)
         known = good & (labels >= 0)
         self._labelled += int(known.sum())
         self._top1 += int(hits[known, 0].sum())
         self._top5 += int(hits[known].any(1).sum())
-        self._mass += float(mass.sum(dtype=np.float64))
+        self._mass += float((1 - rest).mean((1, 2, 3)).sum(dtype=np.float64))
 
     def attrs(self) -> dict[str, Any]:
         """As root attributes of the shard."""

@@ -1,42 +1,38 @@
-"""`index.h5`: where every key of a split is, derived from the shards and rebuilt at any time.
+"""`index`: where every key of a split is, derived from the shards and rebuilt at any time.
 
-The index holds the key table, labels, sizes and error flags of all rows, where their maps are in
-the shards, and the size and digest of each shard, by which a stale index is recognised. The shards
-are the truth.
+The index holds the key table, labels, sizes and error flags of all rows, and the size and digest of
+each shard, by which a stale index is recognised. The shards are the truth.
 """
 
+import contextlib
 import logging
 import os
-import struct
 import tempfile
+import zlib
 from bisect import bisect_right
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from tokenlabel.dataset.directory import StoredFile
 from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.files import check_identity, open_h5, replacing
-from tokenlabel.dataset.hdf5_file import InputFile
-from tokenlabel.dataset.index_writer import (
-    CHUNK,
-    COLUMNS,
-    FORMAT,
-    OPTIONAL,
-    VERSION,
-    checksums,
-    open_shard,
-    shard_size,
-    write_index,
-)
-from tokenlabel.dataset.keys import KeyTable, MappedFile
-from tokenlabel.dataset.shard import MAPS, parse_shard_name, shard_name
+from tokenlabel.dataset.files import replacing
+from tokenlabel.dataset.keys import KeySpool, KeyTable, Spool
+from tokenlabel.dataset.shard import Shard, parse_shard_name, shard_name
 
-NAME = "index.h5"
+NAME = "index"
+FORMAT = "tokenlabel-index"
+VERSION = 3
+#: Columns of the rows beside the keys: dtype and width.
+COLUMNS: dict[str, tuple[str, int]] = {
+    "label": ("<i4", 1),
+    "size": ("<i4", 2),
+    "failed": ("|u1", 1),
+}
 #: How often an index is built that does not fit the shards: they may change at that moment.
 _TRIES = 2
 
-_CHUNK = struct.Struct(f"<{len(MAPS)}Q{len(MAPS)}I")
 _log = logging.getLogger(__name__)
 
 
@@ -46,69 +42,47 @@ class Index(NamedTuple):
     Attributes:
         keys: the sorted keys.
         labels: int32 [n], ground truth or -1.
-        sizes: int32 [n, 2], (width, height) of the pictures.
+        sizes: int32 [n, 2], (width, height) of the images.
         failed: bool [n], True where the image has no map.
-        score_ranges: float32 [n, 2], low and high of uint8 scores; None for float16 scores.
-        extents: float32 [n, 4], boxes of the pictures; None where the shards have one for all.
         shard_rows: uint64 [shards + 1], the first row of each shard, and the number of rows.
         shard_sha256: the content digest of each shard.
-        shard_checks: uint32 [shards, 7], CRC-32 of each shard's part of the keys and columns.
-        file: the file, and `offsets`, where in it the columns begin.
+        shard_checks: uint32 [shards], CRC-32 of each shard's part of the keys and columns.
+        file: the file.
     """
 
     keys: KeyTable
     labels: np.ndarray
     sizes: np.ndarray
     failed: np.ndarray
-    score_ranges: np.ndarray | None
-    extents: np.ndarray | None
     shard_rows: np.ndarray
     shard_sha256: list[str]
     shard_checks: np.ndarray
-    file: MappedFile
-    offsets: dict[str, int]
+    file: StoredFile
 
     def shard(self, row: int) -> int:
         """The shard that holds a row."""
         return bisect_right(self.shard_rows.data, row) - 1
 
-    def chunks(self, row: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Where the chunks of scores, classes and rest are in the shard's file: offsets, sizes.
+    def fits(self, shard: Shard, number: int) -> bool:
+        """Whether a shard is the one that was indexed, and its part of the columns undamaged."""
+        first, last = self.shard_rows[number : number + 2].tolist()
+        if shard.attrs["sha256"] != self.shard_sha256[number] or shard.rows != last - first:
+            return False
+        # Read, not mapped, whose pages would stay in memory.
+        ends = self.file.read("key_offsets", first, last + 1)
+        if not (ends[1:] >= ends[:-1]).all():
+            return False
+        keys = self.file.read("key_bytes", int(ends[0]), int(ends[-1])).tobytes()
+        columns = [self.file.read(name, first, last).tobytes() for name in COLUMNS]
+        return _check(keys, np.diff(ends), columns) == int(self.shard_checks[number])
 
-        Size 0 stands for a map that is not one chunk of gzip.
-        """
-        start = self.offsets["chunk"] + row * CHUNK.itemsize
-        found = _CHUNK.unpack(self.file.read(start, CHUNK.itemsize))
-        return found[: len(MAPS)], found[len(MAPS) :]
 
-    def places(self, first: int, last: int) -> np.ndarray:
-        """The same of rows `first` to `last` - 1, CHUNK [n]."""
-        start = self.offsets["chunk"] + first * CHUNK.itemsize
-        return np.frombuffer(self.file.read(start, (last - first) * CHUNK.itemsize), CHUNK)
-
-    def undamaged(self, shard: int) -> bool:
-        """Whether a shard's part of the columns is what was written."""
-        first, last = self.shard_rows[shard : shard + 2].tolist()
-
-        def column(name: str, start: int, stop: int, size: int) -> bytes:
-            return self.file.read(self.offsets[name] + start * size, (stop - start) * size)
-
-        ends = np.frombuffer(column("key_offsets", first, last + 1, 8), "<u8")
-        lengths = np.diff(ends)
-        sizes = {
-            name: np.dtype(dtype).itemsize * width
-            for name, (dtype, width) in COLUMNS.items()
-            if name in self.offsets
-        }
-        found = checksums(
-            column("key_bytes", int(ends[0]), int(ends[-1]), 1)
-            if (ends[1:] >= ends[0]).all()
-            else b"",
-            lengths,
-            {name: column(name, first, last, size) for name, size in sizes.items()},
-        )
-        want = self.shard_checks[shard].tolist()
-        return all(crc in (None, stored) for crc, stored in zip(found, want, strict=True))
+def _check(keys: bytes, lengths: np.ndarray, columns: list[bytes]) -> int:
+    """CRC-32 of a shard's keys, their lengths, and its columns."""
+    crc = 0
+    for part in (keys, lengths.astype("<u8").tobytes(), *columns):
+        crc = zlib.crc32(part, crc)
+    return crc
 
 
 def find_shards(root: Path) -> list[Path]:
@@ -190,7 +164,7 @@ def _built_in_memory(root: Path, shards: list[Path], reason: OSError) -> Index:
 
 
 def build_index(root: Path, shards: list[Path] | None = None) -> Path:
-    """Write `index.h5` from the shards; return its path.
+    """Write `index` from the shards; return its path.
 
     Raises FormatError for shards that do not belong together or have gone meanwhile.
     """
@@ -201,18 +175,33 @@ def build_index(root: Path, shards: list[Path] | None = None) -> Path:
 
 
 def _load(path: Path, shards: list[Path]) -> Index:
-    with open_h5(path) as file:
-        check_identity(file, FORMAT, VERSION, "Remedy: delete it; it is rebuilt")
-        try:
-            if file.attrs["version"] != VERSION:
-                raise FormatError(f"{path} is of an older version")
-            rows, count = (file.attrs[name] for name in ("rows", "shards"))
-            sizes = file["shard_size"].read().tolist()
-            if count != len(shards) or sizes != [shard_size(shard) for shard in shards]:
-                raise FormatError(f"{path} is older than the shards")
-            index = _map(path, file, int(rows), len(shards))
-        except (KeyError, OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-            raise FormatError(f"{path} is damaged: {error}") from error
+    # Not closed: keys and columns are read from it, and it closes with the last of them.
+    file = StoredFile(path, FORMAT, VERSION, "delete it; it is rebuilt")
+    if "shard_size" not in file.columns:
+        raise file.damaged("it has no shard_size")
+    sizes = file.read("shard_size").tolist()
+    if sizes != [_shard_size(shard) for shard in shards]:
+        raise FormatError(f"{path} is older than the shards")
+    keys, count = KeyTable.stored(file), len(shards)
+    columns = {
+        name: file.mapped(name, dtype, (len(keys),) if width == 1 else (len(keys), width))
+        for name, (dtype, width) in COLUMNS.items()
+    }
+    shard_rows = file.mapped("shard_rows", "<u8", (count + 1,)).astype("=u8")
+    ends = shard_rows.tolist()
+    if (ends[0], ends[-1]) != (0, len(keys)) or ends != sorted(set(ends)):
+        raise file.damaged(f"the shards' rows do not ascend from 0 to {len(keys)}")
+    file.column("shard_sha256", "|S64", (count,))
+    index = Index(
+        keys=keys,
+        labels=columns["label"],
+        sizes=columns["size"],
+        failed=columns["failed"].view(bool),
+        shard_rows=shard_rows,
+        shard_sha256=[digest.decode("latin1") for digest in file.read("shard_sha256").tolist()],
+        shard_checks=file.mapped("shard_check", "<u4", (count,)),
+        file=file,
+    )
     # Another run's shards may have the same sizes; one header tells. The others are compared
     # when they are opened.
     with open_shard(shards[0]) as shard:
@@ -221,33 +210,90 @@ def _load(path: Path, shards: list[Path]) -> Index:
     return index
 
 
-def _map(path: Path, file: InputFile, rows: int, shards: int) -> Index:
-    mapped = MappedFile(path, file)
+def open_shard(path: Path) -> Shard:
+    """Open a shard that was there a moment ago.
 
-    present = [name for name in COLUMNS if name in file or name not in OPTIONAL]
-    shapes = {n: (rows,) if COLUMNS[n][1] == 1 else (rows, COLUMNS[n][1]) for n in present}
-    key_size = int(file.attrs["key_size"])
+    Raises FormatError as `Shard`, and where it has gone, as by `inspect-labels --repair`.
+    """
+    try:
+        return Shard(path)
+    except FileNotFoundError as error:
+        raise _deleted(path) from error
 
-    def column(name: str) -> np.ndarray:
-        return mapped.array(name, COLUMNS[name][0], shapes[name])
 
-    offsets = {name: mapped.offset(name, COLUMNS[name][0], shapes[name]) for name in present}
-    offsets["key_offsets"] = mapped.offset("key_offsets", "<u8", (rows + 1,))
-    offsets["key_bytes"] = mapped.offset("key_bytes", "|u1", (key_size,)) if key_size else 0
-    shard_rows = mapped.array("shard_rows", "<u8", (shards + 1,)).astype("=u8")
-    ends = shard_rows.tolist()
-    if (ends[0], ends[-1]) != (0, rows) or ends != sorted(set(ends)):
-        raise FormatError(f"{path}: the shards' rows do not ascend from 0 to {rows}")
-    return Index(
-        keys=KeyTable.mapped(mapped, rows, key_size),
-        labels=column("label"),
-        sizes=column("size"),
-        failed=column("failed").view(bool),
-        score_ranges=column("score_range") if "score_range" in file else None,
-        extents=column("extent") if "extent" in file else None,
-        shard_rows=shard_rows,
-        shard_sha256=[digest.decode() for digest in file["shard_sha256"].read().tolist()],
-        shard_checks=mapped.array("shard_check", "<u4", (shards, 1 + len(COLUMNS))),
-        file=mapped,
-        offsets=offsets,
+def _shard_size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError as error:
+        raise _deleted(path) from error
+
+
+def _deleted(path: Path) -> FormatError:
+    return FormatError(
+        f"{path} has been deleted meanwhile. Remedy: wait for the job that makes it again, or "
+        "run the same `annotate` again"
     )
+
+
+def write_index(path: Path, shards: list[Path]) -> None:
+    """Write the index of `shards` to `path`, row by row in constant memory.
+
+    Raises FormatError for shards that do not belong together or have gone meanwhile.
+    """
+    # What finds an index starts without h5py.
+    from tokenlabel.dataset.new_file import create
+
+    with contextlib.ExitStack() as stack:
+        keys = stack.enter_context(contextlib.closing(KeySpool(path.parent)))
+        spools = {
+            name: stack.enter_context(contextlib.closing(Spool(path.parent, dtype)))
+            for name, (dtype, _) in COLUMNS.items()
+        }
+        rows, sizes, digests, checks = [0], [], [], []
+        first: dict[str, Any] = {}
+        for number, shard_path in enumerate(shards):
+            with open_shard(shard_path) as shard:
+                first = first or shard.attrs
+                _check_neighbours(shard, number, rows[-1], shards[0], first)
+                texts = shard.read("key").tolist()
+                failed = shard.read("error") != b""
+                columns = {
+                    "label": shard.read("label").tobytes(),
+                    "size": shard.read("size").tobytes(),
+                    "failed": failed.tobytes(),
+                }
+                rows.append(rows[-1] + shard.rows)
+                digests.append(shard.attrs["sha256"].encode())
+            keys.append(texts)
+            for name, column in columns.items():
+                spools[name].append(column)
+            lengths = np.fromiter(map(len, texts), "<u8", len(texts))
+            checks.append(_check(b"".join(texts), lengths, list(columns.values())))
+            sizes.append(_shard_size(shard_path))
+        with create(path, FORMAT, VERSION, {"fingerprint": first["fingerprint"]}) as file:
+            keys.write(file)
+            for name, (_, width) in COLUMNS.items():
+                spools[name].write(file, name, width)
+            file.add("shard_rows", np.array(rows, "<u8"))
+            file.add("shard_size", np.array(sizes, "<u8"))
+            file.add("shard_sha256", np.array(digests, "S64"))
+            file.add("shard_check", np.array(checks, "<u4"))
+
+
+def _check_neighbours(
+    shard: Shard, number: int, row: int, first_path: Path, first: dict[str, Any]
+) -> None:
+    """Raise FormatError unless this shard begins where the one before it ended."""
+    attrs, path = shard.attrs, shard.path
+    if attrs["fingerprint"] != first["fingerprint"]:
+        raise FormatError(
+            "shards of different runs in one folder: "
+            f"{first_path.name} has fingerprint {first['fingerprint']}, "
+            f"{path.name} has {attrs['fingerprint']}. "
+            "Remedy: delete those of the run that is not wanted and annotate again"
+        )
+    if (attrs["shard"], attrs["first_row"]) != (number, row):
+        raise FormatError(
+            f"{path} says it is shard {attrs['shard']} from row {attrs['first_row']}; its name and "
+            f"neighbours say {number} from row {row}. Remedy: delete it and annotate again"
+        )

@@ -1,82 +1,30 @@
 """Millions of image keys in a file, looked up through the page cache instead of Python objects.
 
-A key table is two contiguous HDF5 datasets, `key_bytes` (the UTF-8 keys, end to end) and
-`key_offsets` (where each starts, and the end). Contiguous and uncompressed, so both are read in
-places: opening costs nothing, data-loader workers share the system's cache, and a look-up is a
-binary search. Keys are sorted by their UTF-8 bytes.
+A key table is two columns that are not compressed, `key_bytes` (the UTF-8 keys, end to end) and
+`key_offsets` (where each starts, and the end). Opening costs nothing, data-loader workers share the
+system's cache, and a look-up is a binary search. Keys are sorted by their UTF-8 bytes.
 """
 
-import math
-import mmap
-import os
 import sys
 import tempfile
-import threading
-import weakref
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, overload
+from typing import IO, TYPE_CHECKING, overload
 
-import h5py
 import numpy as np
 
+from tokenlabel.dataset.directory import StoredFile
 from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.files import system_error
-from tokenlabel.dataset.hdf5_bytes import read_at
-from tokenlabel.dataset.hdf5_file import InputFile
+
+if TYPE_CHECKING:
+    from tokenlabel.dataset.new_file import NewFile
 
 _FENCES = 8192  # keys kept as objects, at most
 _BLOCK = 1 << 20  # bytes copied at a time from a spool file
-
-
-class MappedFile:
-    """Contiguous datasets of an HDF5 file as read-only memory views, without reading them.
-
-    Mapped pages that were looked at count as memory of the process, though all processes share
-    them; `read` leaves none behind.
-    """
-
-    def __init__(self, path: Path, file: InputFile) -> None:
-        self._file = file
-        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._descriptor = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self._descriptor).atexit = False
-        self._lock = threading.Lock()
-
-    def array(self, name: str, dtype: np.dtype | str, shape: tuple[int, ...]) -> np.ndarray:
-        """Dataset `name` as an array; raises FormatError unless it has this dtype and shape."""
-        offset = self.offset(name, dtype, shape)
-        if 0 in shape:
-            return np.empty(shape, dtype)
-        return np.frombuffer(self._map, dtype, math.prod(shape), offset).reshape(shape)
-
-    def offset(self, name: str, dtype: np.dtype | str, shape: tuple[int, ...]) -> int:
-        """Where in the file dataset `name` begins; checked as by `array`."""
-        if name not in self._file:
-            raise FormatError(f"{self._file.filename}: the dataset {name!r} is missing")
-        dataset = self._file[name]
-        if dataset.dtype != np.dtype(dtype) or dataset.shape != shape or dataset.chunks:
-            raise FormatError(
-                f"{self._file.filename}: {name!r} must be contiguous {dtype} {shape}, "
-                f"got {dataset.dtype.str} {dataset.shape}"
-            )
-        return dataset.offset
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Bytes of the file, not by way of the map; fewer where it ends."""
-        size = max(min(size, len(self._map) - offset), 0)  # before room is made for them
-        try:
-            return read_at(self._descriptor, size, offset)
-        except OSError as error:
-            raise system_error(error, Path(self._file.filename)) or error from error
-        except AttributeError:  # Windows
-            with self._lock:
-                os.lseek(self._descriptor, offset, os.SEEK_SET)
-                return os.read(self._descriptor, size)
 
 
 class KeyTable(Sequence[str]):
@@ -166,25 +114,29 @@ class KeyTable(Sequence[str]):
         return cls(len(offsets) - 1, lambda a, b: offsets[a:b].tolist(), lambda a, b: text[a:b])
 
     @classmethod
-    def mapped(cls, file: MappedFile, rows: int, size: int) -> "KeyTable":
-        """The table that `KeySpool.write` stored: `rows` keys in `size` bytes.
+    def stored(cls, file: StoredFile) -> "KeyTable":
+        """The table that `KeySpool.write` stored.
 
         Read, not mapped: searches would in time make all of it memory of the process.
         """
-        first = file.offset("key_offsets", "<u8", (rows + 1,))
-        start = file.offset("key_bytes", "|u1", (size,)) if size else 0
+        for name in ("key_offsets", "key_bytes"):
+            if name not in file.columns or file.columns[name].gzip:
+                raise file.damaged(f"the dataset {name!r} is missing or compressed")
+        rows, size = file.columns["key_offsets"].shape[0] - 1, file.columns["key_bytes"].shape[0]
+        first = file.column("key_offsets", "<u8", (rows + 1,)).offset
+        start = file.column("key_bytes", "|u1", (size,)).offset
 
         def ends(a: int, b: int) -> Sequence[int]:
-            numbers = array("Q", file.read(first + 8 * a, 8 * (b - a)))
+            numbers = array("Q", file.pread(8 * (b - a), first + 8 * a))
             if sys.byteorder == "big":
                 numbers.byteswap()
             return numbers
 
         def text(a: int, b: int) -> bytes:  # damaged offsets must not ask for all memory
-            return file.read(start + min(a, size), max(min(b, size) - a, 0))
+            return file.pread(max(min(b, size) - a, 0), start + min(a, size))
 
-        if (ends(0, 1)[0], ends(rows, rows + 1)[0]) != (0, size):
-            raise FormatError("the key offsets do not span the key bytes: the file is damaged")
+        if rows < 1 or (ends(0, 1)[0], ends(rows, rows + 1)[0]) != (0, size):
+            raise file.damaged("the key offsets do not span the key bytes")
         return cls(rows, ends, text)
 
 
@@ -194,7 +146,7 @@ def _decoded(key: bytes) -> str:
     except UnicodeDecodeError:
         raise FormatError(
             f"keys are UTF-8, but one is {key[:99]!r}: the key table is damaged. Remedy: delete "
-            "the file it is in, index.h5 or manifest.h5; it is made again"
+            "the file it is in, index or manifest; it is made again"
         ) from None
 
 
@@ -218,16 +170,12 @@ class Spool:
         while block := self._file.read(max(_BLOCK // row, 1) * row):
             yield np.frombuffer(block, self._dtype)
 
-    def write(self, file: h5py.File, name: str, columns: int = 1) -> None:
-        """Store everything as the contiguous dataset `name`, [n] or [n, columns]."""
+    def write(self, file: "NewFile", name: str, columns: int = 1) -> None:
+        """Store everything as the column `name`, [n] or [n, columns]."""
         count = self.nbytes // self._dtype.itemsize
         shape = (count,) if columns == 1 else (count // columns, columns)
-        dataset = file.create_dataset(name, shape, self._dtype)
-        row = 0
-        for block in self.blocks(columns):
-            block = block if columns == 1 else block.reshape(-1, columns)
-            dataset[row : row + len(block)] = block
-            row += len(block)
+        blocks = (block.reshape(-1, *shape[1:]) for block in self.blocks(columns))
+        file.stream(name, self._dtype, shape, blocks)
 
     def close(self) -> None:
         """Drop the temporary file."""
@@ -261,12 +209,10 @@ class KeySpool:
         self._offsets.append(ends.tobytes())
         self.rows += len(ends)
 
-    def write(self, file: h5py.File) -> None:
-        """Store the table in `file` and say its size in the root attributes."""
+    def write(self, file: "NewFile") -> None:
+        """Store the table in `file`."""
         self._bytes.write(file, "key_bytes")
         self._offsets.write(file, "key_offsets")
-        file.attrs["rows"] = np.uint64(self.rows)
-        file.attrs["key_size"] = np.uint64(self._bytes.nbytes)
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The raw content, for a digest."""

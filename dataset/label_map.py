@@ -192,17 +192,16 @@ def _encoded(
     views: Sequence[Sequence[np.ndarray]], num_classes: int | None
 ) -> tuple[MapLayout, bytes]:
     """Layout with float16 codes and the planes of (scores, classes, rest) of each view."""
-    scores, classes, rest = (np.stack(part) for part in zip(*views, strict=True))
-    if scores.ndim != 4 or not scores.size or classes.shape != scores.shape:
+    shapes = [[list(array.shape) for array in view] for view in views]
+    cells = shapes[0][0]
+    if any(shape != [cells, cells, cells[:2]] for shape in shapes) or len(cells) != 3 or 0 in cells:
         raise ValueError(
             "a map is scores and classes [H, W, K] and rest [H, W], of equal shape in all views; "
-            f"got {list(scores.shape[1:])}, {list(classes.shape[1:])} and {list(rest.shape[1:])}"
+            f"got {shapes}"
         )
-    if rest.shape != scores.shape[:3] or scores.dtype.kind != "f" or rest.dtype.kind != "f":
-        raise ValueError(
-            "scores [H, W, K] and rest [H, W] must be floats, "
-            f"got {scores.dtype} {list(scores.shape[1:])} and {rest.dtype} {list(rest.shape[1:])}"
-        )
+    scores, classes, rest = (np.stack(part) for part in zip(*views, strict=True))
+    if scores.dtype.kind != "f" or rest.dtype.kind != "f":
+        raise ValueError(f"scores and rest must be floats, got {scores.dtype} and {rest.dtype}")
     if classes.dtype.kind not in "iu":
         raise ValueError(f"classes must be integers, got {classes.dtype}")
     wide = np.concatenate([scores, rest[..., None]], -1).astype(np.float64)

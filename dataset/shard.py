@@ -1,68 +1,52 @@
-"""One shard: the score maps of consecutive images in one HDF5 file. The spec is docs/format.md.
+"""One shard: the maps of consecutive images in one file. The spec is docs/format.md.
 
-All names and dtypes of the format stand here, and both the writer and the reader use them.
+All names and dtypes of the format stand here and in `score_map`; writer and reader use them.
 """
 
 import hashlib
-import os
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import h5py
 import numpy as np
 
-from tokenlabel.dataset.chunks import (
-    STRATEGIES,
-    ChunkFile,
-    encode_chunk,
-)
+from tokenlabel.dataset.chunks import STRATEGIES, encode_chunk, inflate, unshuffle
+from tokenlabel.dataset.directory import MOST_TIMES, SLACK, StoredFile
 from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.files import (
-    check_identity,
-    create_h5,
-    encode_texts,
-    open_h5,
-    replacing,
-    set_text,
-    set_texts,
-    system_error,
-)
+from tokenlabel.dataset.score_map import DROPPED, MapLayout, ScoreMap
+
+if TYPE_CHECKING:
+    from tokenlabel.dataset.new_file import NewFile
 
 FORMAT = "tokenlabel-shard"
-VERSION = 1
-#: Class ids are uint16 up to this many classes, uint32 above.
-UINT16_CLASSES = 65536
-SCORE_DTYPES = ("float16", "uint8")
+VERSION = 2
 VIEWS = ("identity", "hflip")
-#: Datasets that hold a chunk an image, and those that hold a value (or two) an image.
-MAPS = ("scores", "classes", "rest")
-ROWS = ("key", "label", "size", "digest", "error")
-#: Present only in uint8 shards, and only where maps do not cover the whole picture.
-OPTIONAL_ROWS = ("score_range", "extent")
-#: Root attributes without which a file is no shard.
-HEADER = (
-    "num_classes",
-    "k",
-    "views",
-    "extent",
-    "shard",
-    "shards",
-    "first_row",
-    "errors",
-    "sha256",
-    "fingerprint",
-)
-_KINDS = {
-    **dict.fromkeys(("num_classes", "k", "shard", "shards", "first_row", "errors"), int),
+#: Attributes without which a file is no shard, and their types.
+HEADER: dict[str, type] = {
+    **dict.fromkeys(("num_classes", "k", "residual", "shard", "shards", "first_row"), int),
+    **dict.fromkeys(("errors",), int),
+    **dict.fromkeys(("step", "floor"), float),
     **dict.fromkeys(("views", "extent"), list),
     **dict.fromkeys(("sha256", "fingerprint"), str),
 }
-_GZIP = 4
+#: Columns: dtype ("S": texts) and what follows the row in their shape. The last one may be absent.
+COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "key": ("S", ()),
+    "label": ("<i4", ()),
+    "size": ("<i4", (2,)),
+    "digest": ("<u8", ()),
+    "error": ("S", ()),
+    "extent": ("<f4", (4,)),
+}
 _NAME = re.compile(r"shard-(\d{5,})-of-(\d{5,})\.h5")
-_REMEDY = "Remedy: delete the file and run `annotate` again; it remakes just what is missing"
+_REMEDY = "delete the file and run `annotate` again; it remakes just what is missing"
+#: What the planes of an image without a map hold, so that nobody takes them for labels.
+_BLANK: dict[str, float] = {"codes": DROPPED, "residual_codes": DROPPED, "level": np.nan}
+
+_Extent = tuple[float, float, float, float]
 
 
 def shard_name(shard: int, shards: int) -> str:
@@ -74,44 +58,6 @@ def parse_shard_name(name: str) -> tuple[int, int] | None:
     """(shard, shards) of a shard's file name; None for any other file."""
     match = _NAME.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
-
-
-class ShardLayout(NamedTuple):
-    """Shapes and dtypes of a shard, fixed before the first row."""
-
-    views: tuple[str, ...]
-    grid: tuple[int, int]
-    k: int
-    num_classes: int
-    score_dtype: str = "float16"
-
-    @property
-    def class_dtype(self) -> np.dtype:
-        """Dtype of the class ids."""
-        return np.dtype("<u2" if self.num_classes <= UINT16_CLASSES else "<u4")
-
-    @property
-    def map_shape(self) -> tuple[int, int, int, int]:
-        """[V, H, W, K] of one image."""
-        return (len(self.views), *self.grid, self.k)
-
-
-def quantise(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [n, ...] as uint8 and each image's float32 (low, high); NaN maps give 0 and NaN."""
-    wide = scores.astype(np.float32)
-    flat = wide.reshape(len(wide), -1)
-    low, high = flat.min(1), flat.max(1)
-    step = np.where(high > low, high - low, 1) / 255
-    shape = (-1,) + (1,) * (wide.ndim - 1)
-    codes = np.rint((wide - low.reshape(shape)) / step.reshape(shape))
-    return np.nan_to_num(codes).astype(np.uint8), np.stack([low, high], 1).astype("<f4")
-
-
-def dequantise(codes: np.ndarray, score_range: np.ndarray) -> np.ndarray:
-    """One image's float16 scores from its uint8 codes and (low, high)."""
-    low, high = np.float32(score_range[0]), np.float32(score_range[1])
-    with np.errstate(over="ignore", invalid="ignore"):  # of a range that no writer writes
-        return (low + codes.astype(np.float32) * ((high - low) / 255)).astype(np.float16)
 
 
 class ContentDigest:
@@ -139,27 +85,26 @@ class ContentDigest:
 
 
 class ShardWriter:
-    """Fills an open HDF5 file with one shard, rows in order. Made by `write_shard`.
+    """Fills a new file with one shard, rows in order. Made by `write_shard`.
 
     Attributes:
-        attrs: further root attributes (str, list of str, int or float); may be added to until
-            the `with` block ends.
+        attrs: further attributes (str, list of str, int or float); may be added to until the
+            `with` block ends.
     """
 
     def __init__(
         self,
-        file: h5py.File,
-        layout: ShardLayout,
+        file: "NewFile",
+        layout: MapLayout,
         keys: Sequence[str],
         labels: Sequence[int] | np.ndarray,
-        attrs: dict[str, Any],
         extents: np.ndarray | None,
     ) -> None:
-        rows, shape = len(keys), layout.map_shape
+        rows = len(keys)
         if rows == 0 or len(labels) != rows:
             raise ValueError(f"a shard needs rows, and a label for each; got {rows}, {len(labels)}")
-        self.attrs = dict(attrs)
-        self._file, self._layout, self._keys = file, layout, list(keys)
+        self.attrs = file.attrs
+        self._file, self._keys, self._planes = file, list(keys), layout.planes()
         self._errors: list[str] = []
         self._digest = ContentDigest()
         self._rows: dict[str, np.ndarray] = {
@@ -167,32 +112,13 @@ class ShardWriter:
             "size": np.zeros((rows, 2), "<i4"),
             "digest": np.zeros(rows, "<u8"),
         }
-        if layout.score_dtype == "uint8":
-            self._rows["score_range"] = np.full((rows, 2), np.nan, "<f4")
         if extents is not None:
             self._rows["extent"] = np.asarray(extents, "<f4").reshape(rows, 4)
-        score_dtype = "|u1" if layout.score_dtype == "uint8" else "<f2"
-        for name, dtype, tail in (
-            ("scores", score_dtype, shape),
-            ("classes", layout.class_dtype, shape),
-            ("rest", "<f2", shape[:3]),
-        ):
-            file.create_dataset(
-                name,
-                (rows, *tail),
-                dtype,
-                chunks=(1, *tail),
-                compression="gzip",
-                compression_opts=_GZIP,
-                shuffle=True,
-            )
-        self._maps = {name: file[name].id for name in MAPS}
+        file.create_maps(rows, self._planes)
 
     def append(
         self,
-        scores: np.ndarray,
-        classes: np.ndarray,
-        rest: np.ndarray,
+        maps: Mapping[str, np.ndarray],
         sizes: np.ndarray,
         digests: np.ndarray,
         errors: Sequence[str],
@@ -200,73 +126,54 @@ class ShardWriter:
         """Write the next rows.
 
         Args:
-            scores: float16 [b, V, H, W, K] logits, descending along K.
-            classes: integer [b, V, H, W, K] class ids.
-            rest: float16 [b, V, H, W], log-sum-exp of the logits that are not in the top k.
-            sizes: int [b, 2], pictures' (width, height) in pixels.
+            maps: the planes of `layout.planes()` by name, [b, *shape] each, in the stored dtype.
+            sizes: int [b, 2], images' (width, height) in pixels.
             digests: uint64 [b] of the image files.
-            errors: b texts, empty where the image has a map. The maps of the others are stored
-                as NaN, so that nobody takes them for labels.
+            errors: b texts, empty where the image has a map. The planes of the others are blanked.
         """
-        start = len(self._errors)
-        stop = start + len(errors)
+        start, count = len(self._errors), len(errors)
         bad = np.array([bool(error) for error in errors])
-        # Copies: what comes from the teacher or the object store may be read-only.
-        scores, rest = scores.astype("<f2"), rest.astype("<f2")
-        classes = classes.astype(self._layout.class_dtype)
-        scores[bad], classes[bad], rest[bad] = np.nan, 0, np.nan
-        if self._layout.score_dtype == "uint8":
-            scores, self._rows["score_range"][start:stop] = quantise(scores)
-        self._rows["size"][start:stop] = sizes
-        self._rows["digest"][start:stop] = digests
-        blocks = {"scores": scores, "classes": classes, "rest": rest}
-        # Row by row, so that what is read together lies together.
-        for row in range(len(errors)):
-            for name, block in blocks.items():
-                chunk = encode_chunk(block[row], STRATEGIES[name])
-                self._maps[name].write_direct_chunk((start + row,) + (0,) * (block.ndim - 1), chunk)
-        for name, block in blocks.items():
+        blocks = {}
+        for name, (dtype, shape) in self._planes.items():
+            block = maps[name]
+            if block.dtype != dtype or block.shape != (count, *shape):
+                raise ValueError(
+                    f"{name} must be {dtype} {(count, *shape)}, got {block.dtype} {block.shape}"
+                )
+            if bad.any():
+                block = block.copy()  # what comes from the object store is read-only
+                blank = np.inf if dtype == np.float16 and name == "codes" else _BLANK.get(name, 0)
+                block[bad] = blank
+            blocks[name] = block
             self._digest.update(name, block)
+        # Row by row, so that what is read together lies together.
+        for row in range(count):
+            self._file.append_map(
+                [encode_chunk(block[row], STRATEGIES[name]) for name, block in blocks.items()]
+            )
+        self._rows["size"][start : start + count] = sizes
+        self._rows["digest"][start : start + count] = digests
         self._errors += errors
 
     def finish(self) -> None:
-        """Write the per-row columns and the header."""
+        """Write the columns and what the header says of the content."""
+        from tokenlabel.dataset.new_file import encode_texts
+
         if len(self._errors) != len(self._keys):
             raise ValueError(f"{len(self._keys)} rows were promised, {len(self._errors)} written")
-        columns = {
-            "key": encode_texts(self._keys),
-            "error": encode_texts(self._errors),
-            **self._rows,
-        }
-        for name, column in columns.items():
-            self._file.create_dataset(
-                name, data=column, chunks=column.shape, compression="gzip", compression_opts=_GZIP
-            )
+        texts = {"key": encode_texts(self._keys), "error": encode_texts(self._errors)}
+        for name, column in (texts | self._rows).items():
             self._digest.update(name, column)
-        header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "num_classes": self._layout.num_classes,
-            "k": self._layout.k,
-            "views": list(self._layout.views),
-            **self.attrs,
-            "errors": sum(map(bool, self._errors)),
-            "sha256": self._digest.hexdigest(),
-        }
-        for name, value in header.items():
-            if isinstance(value, str):
-                set_text(self._file.attrs, name, value)
-            elif isinstance(value, list) and value and isinstance(value[0], str):
-                set_texts(self._file.attrs, name, value)
-            else:
-                self._file.attrs[name] = value
-        self._file.flush()
+            self._file.add(name, column, gzip=name in texts)
+        self._file.add("bounds", self._file.bounds)
+        self.attrs["errors"] = sum(map(bool, self._errors))
+        self.attrs["sha256"] = self._digest.hexdigest()
 
 
 @contextmanager
 def write_shard(
     path: Path,
-    layout: ShardLayout,
+    layout: MapLayout,
     keys: Sequence[str],
     labels: Sequence[int] | np.ndarray,
     attrs: dict[str, Any],
@@ -281,98 +188,93 @@ def write_shard(
         layout: shapes and dtypes.
         keys: the keys of all its rows, in order, sorted by their UTF-8 bytes.
         labels: their ground-truth classes, -1 where unknown.
-        attrs: root attributes that docs/format.md asks of the writer.
-        extents: [n, 4] boxes (x0, y0, x1, y1), normalised to the picture, that the maps cover;
-            None when every map covers its whole picture.
+        attrs: attributes that docs/format.md asks of the writer.
+        extents: [n, 4] boxes (x0, y0, x1, y1), normalised to the image, that the maps cover; None
+            when every map covers its whole image.
     """
-    with replacing(path) as temporary, create_h5(temporary) as file:
-        writer = ShardWriter(file, layout, keys, labels, attrs, extents)
+    # What only reads shards starts without h5py.
+    from tokenlabel.dataset.files import replacing
+    from tokenlabel.dataset.new_file import create
+
+    shapes = {
+        "num_classes": layout.num_classes,
+        "k": layout.k,
+        "views": list(layout.views),
+        "residual": layout.residual,
+        "step": float(layout.step),
+    }
+    with (
+        replacing(path) as temporary,
+        create(temporary, FORMAT, VERSION, {"floor": 0.0, **shapes, **attrs}) as file,
+    ):
+        writer = ShardWriter(file, layout, keys, labels, extents)
         yield writer
         writer.finish()
 
 
-def unreadable(path: Path, row: int, reason: Exception) -> FormatError | OSError:
-    """The error for a map that cannot be read; `row` counts within the shard.
-
-    FormatError where the stored bytes are damaged, OSError where the system does not give them.
-    """
-    return system_error(reason, path) or FormatError(
-        f"{path}: the map of row {row} cannot be read: {reason}. {_REMEDY}"
-    )
-
-
 class Shard:
-    """One shard open for reading; checks its identity and shapes before anything is read.
+    """One shard open for reading; its header and shapes are checked before anything is read.
+
+    Safe to use from threads. Its file is closed with its last user, or by `close`.
 
     Attributes:
-        attrs: the root attributes as str, int, float and lists.
+        path: of the file.
+        attrs: the attributes as str, int, float and lists.
         layout: shapes and dtypes.
+        rows: number of images.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = open_h5(path)
+        self._file = StoredFile(path, FORMAT, VERSION, _REMEDY)
         try:
-            check_identity(self._file, FORMAT, VERSION, _REMEDY)
             self._check()
-        except (KeyError, OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-            self._file.close()
-            raise system_error(error, path) or FormatError(
-                f"{path}: damaged shard: {error}. {_REMEDY}"
-            ) from error
-        except FormatError:
-            self._file.close()
-            raise
+        except (OverflowError, TypeError, ValueError) as error:
+            raise self._file.damaged(error) from error
 
     def _check(self) -> None:
-        self.attrs: dict[str, Any] = self._file.attrs
-        if missing := [name for name in HEADER if self.attrs.get(name) is None]:
+        self.attrs = attrs = self._file.attrs
+        if missing := [name for name in HEADER if name not in attrs]:
             raise ValueError(f"the header lacks {', '.join(missing)}")
-        for name, kind in _KINDS.items():
-            if not isinstance(self.attrs[name], kind):
-                raise ValueError(f"{name} must be {kind.__name__}, got {self.attrs[name]!r}")
-        if tuple(self.attrs["views"]) not in (VIEWS[:1], VIEWS):
-            raise ValueError(f"views must be {VIEWS[:1]} or {VIEWS}, got {self.attrs['views']}")
-        if len(self.attrs["extent"]) != 4:
-            raise ValueError(f"extent must be a box of 4 numbers, got {self.attrs['extent']}")
-        # Bound once: looking a dataset up by name costs as much as reading a map.
-        self._data = {name: self._file[name] for name in (*MAPS, *ROWS)}
-        self._data |= {name: self._file[name] for name in OPTIONAL_ROWS if name in self._file}
-        scores = self._data["scores"]
-        if len(scores.shape) != 5:
-            raise ValueError(f"scores must be [n, V, H, W, K], got {scores.shape}")
-        self.rows: int = scores.shape[0]
-        views = tuple(self.attrs["views"])
-        self.layout = ShardLayout(
-            views,
-            (scores.shape[2], scores.shape[3]),
-            scores.shape[4],
-            int(self.attrs["num_classes"]),
-            "uint8" if scores.dtype == np.uint8 else "float16",
+        for name, kind in HEADER.items():
+            if type(attrs[name]) is not kind:
+                raise ValueError(f"{name} must be {kind.__name__}, got {attrs[name]!r}")
+        if tuple(attrs["views"]) not in (VIEWS[:1], VIEWS):
+            raise ValueError(f"views must be {VIEWS[:1]} or {VIEWS}, got {attrs['views']}")
+        box = attrs["extent"]
+        if len(box) != 4 or not all(type(side) in (int, float) for side in box):
+            raise ValueError(f"extent must be a box of 4 numbers, got {box}")
+        if not 0 <= attrs["step"] < math.inf:
+            raise ValueError(f"step must be 0 or more nats, got {attrs['step']}")
+        maps = self._file.maps
+        if maps is None or "codes" not in maps.planes or "key" not in self._file.columns:
+            raise ValueError("it has no codes or no key")
+        codes = maps.planes["codes"][1]
+        self.layout = MapLayout(
+            tuple(attrs["views"]),
+            (codes[-2], codes[-1]),
+            attrs["k"],
+            attrs["num_classes"],
+            attrs["residual"],
+            attrs["step"],
+            "level" in maps.planes,
         )
-        shape = (self.rows, *self.layout.map_shape)
-        text = np.dtype("S1").kind
-        expected: dict[str, tuple[tuple[int, ...], Any]] = {
-            "scores": (shape, "|u1" if self.layout.score_dtype == "uint8" else "<f2"),
-            "classes": (shape, self.layout.class_dtype),
-            "rest": (shape[:4], "<f2"),
-            "key": ((self.rows,), text),
-            "label": ((self.rows,), "<i4"),
-            "size": ((self.rows, 2), "<i4"),
-            "digest": ((self.rows,), "<u8"),
-            "error": ((self.rows,), text),
-            "score_range": ((self.rows, 2), "<f4"),
-            "extent": ((self.rows, 4), "<f4"),
-        }
-        if (self.layout.score_dtype == "uint8") != ("score_range" in self._data):
-            raise ValueError("score_range must be there with uint8 scores, and only then")
-        for name, dataset in self._data.items():
-            want, dtype = expected[name]
-            fits = dataset.dtype.kind == dtype if dtype == text else dataset.dtype == dtype
-            if dataset.shape != want or not fits:
-                raise ValueError(
-                    f"{name} must be {dtype} {want}, got {dataset.dtype} {dataset.shape}"
-                )
+        self._planes = self.layout.planes()
+        if list(maps.planes.items()) != list(self._planes.items()):
+            raise ValueError(f"its planes must be {self._planes}, got {maps.planes}")
+        self._sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in self._planes.values()]
+        self.rows: int = self._file.columns["key"].shape[0]
+        for name, (dtype, tail) in COLUMNS.items():
+            if name != "extent" or name in self:
+                self._file.column(name, dtype, (self.rows, *tail))
+        chunks = self.rows * len(self._sizes)
+        self._maps = maps
+        wide = "bounds" in self._file.columns and self._file.columns["bounds"].dtype == "<u8"
+        self._bounds = self._file.column("bounds", "<u8" if wide else "<u4", (chunks + 1,))
+        if self._bounds.gzip or min(self._sizes) == 0 or self.rows == 0:
+            raise ValueError("its maps must have rows and bytes, and bounds that lie open")
+        if sum(self._sizes) * self.rows > (maps.size + SLACK * chunks) * MOST_TIMES:
+            raise ValueError(f"{maps.size} bytes cannot be {self.rows} maps of {self._planes}")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of a dataset, decoded as stored (texts as bytes).
@@ -380,60 +282,77 @@ class Shard:
         Raises FormatError where the stored bytes do not decode, OSError where the system does not
         give them.
         """
-        try:
-            return self._data[name].read(start, stop)
-        except (OSError, ValueError) as error:
-            raise system_error(error, self.path) or FormatError(
-                f"{self.path}: {name} cannot be read: {error}. {_REMEDY}"
-            ) from error
+        if name not in self._planes:
+            return self._file.read(name, start, stop)
+        dtype, shape = self._planes[name]
+        number = list(self._planes).index(name)
+        start, stop, _ = slice(start, stop).indices(self.rows)
+        block = np.empty((max(stop - start, 0), *shape), dtype)
+        for row in range(start, stop):
+            block[row - start] = unshuffle(self._inflated(row, number, number + 1), dtype, shape)
+        return block
 
     def __contains__(self, name: str) -> bool:
         """Whether the shard has this dataset."""
-        return name in self._data
+        return name in self._planes or (name in COLUMNS and name in self._file.columns)
 
-    def chunk_places(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Offset, uint64 [n], and stored size, uint32 [n], of each row's chunk in the file.
+    def planes(self, row: int) -> bytes:
+        """The planes of a row, inflated and otherwise as stored, one behind the other.
 
-        Size 0 stands for a row whose map is not one chunk of gzip, alone or after shuffle.
+        Items of more than a byte are still shuffled. Raises as `read`.
         """
-        data = self._data[name]
-        sizes = np.zeros(self.rows, "<u4")
-        if data.codec is None:
-            return np.zeros(self.rows, "<u8"), sizes
-        offsets, stored, masks = data.places
-        plain = (masks == 0) & (stored < 1 << 32)
-        sizes[plain] = stored[plain]
-        return np.where(plain, offsets, 0).astype("<u8"), sizes
+        return self._inflated(row, 0, len(self._sizes))
 
-    def chunk_file(self) -> ChunkFile | None:
-        """The maps of this file, to be read without HDF5; None where that cannot be done.
+    def _inflated(self, row: int, first: int, last: int) -> bytes:
+        """Planes `first` to `last` - 1 of a row."""
+        width = self._bounds.dtype.itemsize
+        start = self._bounds.offset + (row * len(self._sizes) + first) * width
+        bounds = np.frombuffer(
+            self._file.pread((last - first + 1) * width, start), self._bounds.dtype
+        ).tolist()
+        sizes = self._sizes[first:last]
+        # Deflate cannot do worse: more than this is no chunk of ours, and not worth the memory.
+        most = min(self._maps.size, bounds[0] + sum(2 * size + 1024 for size in sizes))
+        if bounds != sorted(bounds) or bounds[-1] > most:
+            raise self._unreadable(row, f"its chunks cannot lie at {bounds}")
+        begin = self._maps.offset + bounds[0]
+        data = memoryview(self._file.pread(bounds[-1] - bounds[0], begin))
+        try:
+            parts = [
+                inflate(data[a - bounds[0] : b - bounds[0]], size)
+                for a, b, size in zip(bounds, bounds[1:], sizes, strict=False)
+            ]
+        except ValueError as error:
+            raise self._unreadable(row, error) from error
+        return b"".join(parts)
 
-        It outlives this object, and reads the file that was checked even if its name is given to
-        another one.
-        """
-        codecs = [self._data[name].codec for name in MAPS]
-        known = [codec for codec in codecs if codec]
-        if len(known) < len(MAPS) or not hasattr(os, "pread"):  # Windows
-            return None
-        return ChunkFile(os.dup(self._file.fileno()), known)
+    def _unreadable(self, row: int, reason: object) -> FormatError:
+        return FormatError(
+            f"{self.path}: the map of row {row} cannot be read: {reason}. Remedy: {_REMEDY}"
+        )
 
     def texts(self, name: str) -> list[str]:
         """The `key` or `error` column."""
-        return [value.decode() for value in self.read(name)]
+        return self._file.texts(name)
 
-    def map(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(float16 [V, H, W, K], class ids [V, H, W, K], float16 [V, H, W]) of one row."""
-        data = self._data
-        try:
-            scores, classes, rest = (data[name].read(row, row + 1)[0] for name in MAPS)
-            if "score_range" in data:
-                scores = dequantise(scores, data["score_range"].read(row, row + 1)[0])
-        except (OSError, ValueError) as error:
-            raise unreadable(self.path, row, error) from error
-        return scores, classes, rest
+    def map(self, row: int) -> ScoreMap:
+        """What is stored of a row."""
+        plain, start = memoryview(self.planes(row)), 0
+        empty = (len(self.layout.views), 0)
+        found: dict[str, Any] = {
+            "residual_classes": np.empty(empty, self.layout.class_dtype),
+            "residual_codes": np.empty(empty, np.uint8),
+            "level": None,
+        }
+        for (name, (dtype, shape)), size in zip(self._planes.items(), self._sizes, strict=True):
+            found[name] = unshuffle(plain[start : start + size], dtype, shape)
+            start += size
+        width, height = self.read("size", row, row + 1)[0].tolist()
+        label, extent = self.read("label", row, row + 1).item(), self.extent(row)
+        return ScoreMap(self.layout, label=label, size=(width, height), extent=extent, **found)
 
-    def extent(self, row: int) -> tuple[float, float, float, float]:
-        """Box (x0, y0, x1, y1), normalised to the picture, that the row's map covers."""
+    def extent(self, row: int) -> _Extent:
+        """Box (x0, y0, x1, y1), normalised to the image, that the row's map covers."""
         box = self.read("extent", row, row + 1)[0] if "extent" in self else self.attrs["extent"]
         x0, y0, x1, y1 = map(float, box)
         return x0, y0, x1, y1
@@ -441,11 +360,10 @@ class Shard:
     def content_digest(self, block: int = 256) -> str:
         """The sha256 of the decoded arrays as they are now; `attrs["sha256"]` is what it was."""
         digest = ContentDigest()
-        for name, dataset in self._data.items():
-            step = block if name in MAPS else self.rows
+        for name in (*self._planes, *(name for name in COLUMNS if name in self)):
+            step = block if name in self._planes else self.rows
             for start in range(0, self.rows, step):
                 digest.update(name, self.read(name, start, start + step))
-            assert dataset.shape[0] == self.rows
         return digest.hexdigest()
 
     def close(self) -> None:

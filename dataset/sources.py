@@ -1,4 +1,4 @@
-"""Picture data sets of all sorts: how to get a picture, its class and its key from each."""
+"""Image data sets of all sorts: how to get an image, its class and its key from each."""
 
 import operator
 import os
@@ -18,18 +18,18 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
 Key = Callable[[int], str]
 
 
-class Pictures:
-    """A map-style data set of pictures, whatever its kind.
+class ImageSource:
+    """A map-style data set of images, whatever its kind.
 
     Args:
         images: folder for torchvision's ImageFolder, or a map-style data set whose items are
-            (picture, class) pairs or dictionaries with a picture and a class.
-        key: index to key, for data sets that do not tell the files of their pictures.
+            (image, class) pairs or dictionaries with an image and a class.
+        key: index to key, for data sets that do not tell the files of their images.
 
     Raises:
-        FileNotFoundError: the folder is not there, or has no pictures.
+        FileNotFoundError: the folder is not there, or has no images.
         TypeError: not a map-style data set, or one that needs `key`.
-        ValueError: the data set transforms its pictures itself.
+        ValueError: the data set transforms its images itself.
     """
 
     def __init__(self, images: Any, key: Key | None) -> None:
@@ -49,26 +49,26 @@ class Pictures:
         return len(self.images)
 
     def key(self, index: int) -> str:
-        """Key of a picture: its path relative to the split, `/` between folders."""
+        """Key of an image: its path relative to the split, `/` between folders."""
         return self._key(index)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """(picture, class), the picture in RGB if Pillow holds it; class -1 where there is none."""
+        """(image, class), the image in RGB if Pillow holds it; class -1 where there is none."""
         item = self.images[index]
-        picture, label = _from_columns(item) if isinstance(item, Mapping) else _from_pair(item)
-        if isinstance(picture, PIL.Image.Image) and picture.mode != "RGB":
-            picture = picture.convert("RGB")
-        return picture, label
+        image, label = _from_columns(item) if isinstance(item, Mapping) else _from_pair(item)
+        if isinstance(image, PIL.Image.Image) and image.mode != "RGB":
+            image = image.convert("RGB")
+        return image, label
 
 
 def _refuse_transforms(images: Any) -> None:
-    """A picture that was cropped or flipped before its map is there can no longer be matched."""
+    """An image that was cropped or flipped before its map is there can no longer be matched."""
     if isinstance(images, Subset):
         return _refuse_transforms(images.dataset)
     for name in ("transform", "transforms"):
         if getattr(images, name, None) is not None:
             raise ValueError(
-                f"pictures must come untransformed, but {type(images).__name__} has a {name!r} of "
+                f"images must come untransformed, but {type(images).__name__} has a {name!r} of "
                 "its own, which the label maps would not follow. Remedy: take it away there and "
                 "give it to TokenLabelDataset(transform=...)"
             )
@@ -76,7 +76,7 @@ def _refuse_transforms(images: Any) -> None:
 
 
 def _key_of(images: Any) -> Key:
-    """How the data set tells the file of a picture, relative to its root."""
+    """How the data set tells the file of an image, relative to its root."""
     # Functions of the module, not closures: the data set is pickled to spawned workers.
     if isinstance(images, Subset):
         return partial(_subset_key, images.indices, _key_of(images.dataset))
@@ -85,8 +85,8 @@ def _key_of(images: Any) -> Key:
     if callable(getattr(images, "filename", None)) and hasattr(images, "reader"):  # timm
         return partial(_reader_key, images)
     raise TypeError(
-        f"{type(images).__name__} does not tell the files of its pictures. Remedy: pass key, a "
-        "function from index to the picture's path relative to the annotated split, such as "
+        f"{type(images).__name__} does not tell the files of its images. Remedy: pass key, a "
+        "function from index to the image's path relative to the annotated split, such as "
         "key=lambda index: names[index]"
     )
 
@@ -108,22 +108,22 @@ def _reader_key(images: Any, index: int) -> str:
 
 def _from_pair(item: Any) -> tuple[Any, int]:
     try:
-        picture, label = item
+        image, label = item
     except (TypeError, ValueError):
         raise TypeError(
-            f"items must be (picture, class) pairs or dictionaries, got {type(item).__name__}"
+            f"items must be (image, class) pairs or dictionaries, got {type(item).__name__}"
         ) from None
-    return picture, _class(label)
+    return image, _class(label)
 
 
 def _from_columns(item: Mapping[str, Any]) -> tuple[Any, int]:
-    picture = next((item[name] for name in _IMAGE_COLUMNS if name in item), None)
-    if picture is None:
+    image = next((item[name] for name in _IMAGE_COLUMNS if name in item), None)
+    if image is None:
         raise TypeError(
-            f"a row needs a picture in a column called {', '.join(_IMAGE_COLUMNS)}; it has "
+            f"a row needs an image in a column called {', '.join(_IMAGE_COLUMNS)}; it has "
             f"{', '.join(item)}. Remedy: rename the column"
         )
-    return picture, _class(next((item[name] for name in _LABEL_COLUMNS if name in item), None))
+    return image, _class(next((item[name] for name in _LABEL_COLUMNS if name in item), None))
 
 
 def _class(label: Any) -> int:
@@ -133,6 +133,6 @@ def _class(label: Any) -> int:
         return operator.index(label)  # int, NumPy and 0-d tensors of integers alike
     except TypeError:
         raise TypeError(
-            f"a picture's class must be an integer, got {label!r}. Remedy: mix labels after the "
+            f"an image's class must be an integer, got {label!r}. Remedy: mix labels after the "
             "data set, on batches"
         ) from None

@@ -1,40 +1,32 @@
 """`LabelStore`: random access to the score maps of a split."""
 
+import logging
 import os
+import threading
+from collections import OrderedDict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokenlabel.dataset.errors import TokenLabelError
-from tokenlabel.dataset.handles import Handles
-from tokenlabel.dataset.index import Index, find_shards
-from tokenlabel.dataset.index_writer import open_shard
+from tokenlabel.dataset.directory import StoredFile
+from tokenlabel.dataset.errors import FormatError, TokenLabelError
+from tokenlabel.dataset.index import Index, find_shards, open_index, open_shard
 from tokenlabel.dataset.keys import KeyTable
+from tokenlabel.dataset.score_map import MapLayout, ScoreMap
+from tokenlabel.dataset.shard import Shard
+
+if TYPE_CHECKING:
+    from tokenlabel.dataset.label_map import TokenLabelMap
+
+#: The file that holds the images of a split in order, and the names of the classes.
+MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION = "manifest", "tokenlabel-manifest", 2
+
+_log = logging.getLogger(__name__)
 
 
 class MissingMapError(TokenLabelError, KeyError):
     """A key has no score map: unknown, or its image could not be annotated."""
-
-
-class ScoreMap(NamedTuple):
-    """What is stored of one image.
-
-    Attributes:
-        scores: float16 [V, H, W, K], the top-k raw logits of each patch, descending.
-        classes: uint16 or uint32 [V, H, W, K], their class ids.
-        rest: float16 [V, H, W], log-sum-exp of all other logits (-inf when there are none).
-        label: ground-truth class, or -1.
-        size: (width, height) of the picture in pixels.
-        extent: box (x0, y0, x1, y1) of the picture, normalised, that the map covers.
-    """
-
-    scores: np.ndarray
-    classes: np.ndarray
-    rest: np.ndarray
-    label: int
-    size: tuple[int, int]
-    extent: tuple[float, float, float, float]
 
 
 class LabelStore:
@@ -49,11 +41,14 @@ class LabelStore:
 
     Raises:
         FileNotFoundError: the folder is not there or has no shards.
-        FormatError: shards are missing, damaged, of a newer version or of different runs.
+        FormatError: shards are missing, damaged, of another version or of different runs.
 
     Attributes:
         root: the folder.
-        attrs: root attributes of the first shard: teacher, fingerprint, preprocessing and so on.
+        attrs: attributes of the first shard: teacher, fingerprint, preprocessing and so on, and
+            `class_names` where the manifest holds them.
+        layout: shapes and dtypes of the maps.
+        classes: names of the teacher's classes; None where they are not known.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -65,8 +60,11 @@ class LabelStore:
             )
         with open_shard(find_shards(self.root)[0]) as shard:
             self.attrs: dict[str, Any] = shard.attrs
-            self._layout = shard.layout
-        self._local = Handles(self.root)
+            self.layout: MapLayout = shard.layout
+        self.classes = _class_names(self.root / MANIFEST)
+        if self.classes is not None:
+            self.attrs["class_names"] = self.classes
+        self._local = _Handles(self.root)
         self._local.index()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,7 +72,7 @@ class LabelStore:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._local = Handles(self.root)
+        self._local = _Handles(self.root)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -91,7 +89,7 @@ class LabelStore:
 
     @property
     def sizes(self) -> np.ndarray:
-        """(width, height) of the pictures in pixels, int32 [n, 2]; read-only."""
+        """(width, height) of the images in pixels, int32 [n, 2]; read-only."""
         return self._local.index().sizes
 
     @property
@@ -102,22 +100,22 @@ class LabelStore:
     @property
     def num_classes(self) -> int:
         """Number of the teacher's classes."""
-        return self._layout.num_classes
+        return self.layout.num_classes
 
     @property
     def k(self) -> int:
-        """Scores stored a patch."""
-        return self._layout.k
+        """Classes stored a cell."""
+        return self.layout.k
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(H, W) of the maps, in patches."""
-        return self._layout.grid
+        """(H, W) of the maps, in cells."""
+        return self.layout.grid
 
     @property
     def views(self) -> tuple[str, ...]:
         """Which views were annotated: "identity", perhaps "hflip"."""
-        return self._layout.views
+        return self.layout.views
 
     @property
     def shards(self) -> list[Path]:
@@ -136,23 +134,56 @@ class LabelStore:
             FormatError: the stored bytes are damaged.
             OSError: the system does not give them.
         """
-        index = self._local.index()
-        row = self._row(index, key)
+        row, index = self.row(key), self._local.index()
         if index.failed[row]:
             raise MissingMapError(
                 f"{index.keys[row]!r} has no score map: {self.error(row)}. "
                 "Remedy: repair or leave out the image"
             )
-        scores, classes, rest, extent = self._local.map(row)
-        width, height = index.sizes[row].tolist()
-        return ScoreMap(scores, classes, rest, index.labels.item(row), (width, height), extent)
+        shard, local = self._local.shard(row)
+        return shard.map(local)
+
+    def planes(self, row: int) -> bytes:
+        """The planes of a row's map, inflated and otherwise as stored, one behind the other.
+
+        In the order of `layout.planes()`; items of more than a byte are byte-shuffled. Raises as
+        `store[row]`, but does not look whether the image has a map: see `failed`.
+        """
+        shard, local = self._local.shard(self.row(row))
+        return shard.planes(local)
+
+    def extent(self, row: int) -> tuple[float, float, float, float]:
+        """Box (x0, y0, x1, y1), normalised to the image, that the row's map covers."""
+        shard, local = self._local.shard(self.row(row))
+        return shard.extent(local)
+
+    def leaf(self, row: int, canvas_size: tuple[int, int] | None = None) -> "TokenLabelMap":
+        """A row's map as the leaf that follows its image through v2 transforms.
+
+        Without planes where the image has no map.
+
+        Args:
+            row: of the map.
+            canvas_size: (h, w) of the image in pixels; None: as it was annotated.
+        """
+        from tokenlabel.dataset.label_map import TokenLabelMap  # the store itself needs no torch
+
+        index = self._local.index()
+        shard, local = self._local.shard(row)
+        if canvas_size is None:
+            width, height = index.sizes[row].tolist()
+            canvas_size = (max(height, 1), max(width, 1))  # it is not known where decoding failed
+        return TokenLabelMap(
+            b"" if index.failed[row] else shard.planes(local),
+            self.layout,
+            canvas_size=canvas_size,
+            extent=shard.extent(local),
+            label=index.labels.item(row),
+        )
 
     def row(self, key: str | int, near: int = -1) -> int:
         """Row of a key, found soonest if it is `near`; a row is checked and returned as it is."""
-        return self._row(self._local.index(), key, near)
-
-    def _row(self, index: Index, key: str | int, near: int = -1) -> int:
-        keys = index.keys
+        keys = self._local.index().keys
         if isinstance(key, str):
             row = keys.find(key, near)
             if row < 0:
@@ -169,4 +200,79 @@ class LabelStore:
 
     def error(self, key: str | int) -> str:
         """Why an image has no map; empty when it has one."""
-        return self._local.error(self.row(key))
+        shard, local = self._local.shard(self.row(key))
+        return str(shard.read("error", local, local + 1)[0].decode())
+
+
+def _class_names(path: Path) -> list[str] | None:
+    try:
+        with StoredFile(path, MANIFEST_FORMAT, MANIFEST_VERSION, "delete it") as file:
+            return file.texts("class_names") if "class_names" in file.columns else None
+    except FileNotFoundError:
+        return None
+    except FormatError as error:  # maps do without names
+        _log.warning("the names of the classes cannot be read: %s", error)
+        return None
+
+
+class _Handles:
+    """This process's open index and shards. Forked children and unpickled copies open their own."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._lock = threading.RLock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._index: Index | None = None
+        self._paths: list[Path] = []
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+
+    def index(self) -> Index:
+        """The index, opened on first use in a process."""
+        if self._pid != os.getpid():
+            # A lock that another thread held during the fork would never be released here.
+            self._lock = threading.RLock()
+            self._forget()
+        index = self._index
+        if index is None:
+            with self._lock:
+                index = self._index
+                if index is None:
+                    self._paths = find_shards(self._root)
+                    self._index = index = open_index(self._root)
+        return index
+
+    def shard(self, row: int) -> tuple[Shard, int]:
+        """The open shard that holds a row of the split, and its row there."""
+        index = self.index()
+        number = index.shard(row)
+        # Without the lock: who has got hold of an open shard keeps its file open.
+        shard = self._open.get(number) or self._opened(index, number)
+        return shard, row - int(index.shard_rows[number])
+
+    def _opened(self, index: Index, number: int) -> Shard:
+        with self._lock:
+            shard = self._open.get(number)
+            if shard is None:
+                while len(self._open) >= _open_files_limit():
+                    self._open.popitem(last=False)
+                shard = open_shard(self._paths[number])
+                if not index.fits(shard, number):
+                    raise FormatError(
+                        f"{shard.path} and the index do not agree: one of them changed. Remedy: "
+                        f"delete {index.file.path}; it is rebuilt"
+                    )
+                self._open[number] = shard
+            return shard
+
+
+def _open_files_limit() -> int:
+    """Shards to keep open: all of them if the process may."""
+    try:
+        import resource
+    except ImportError:  # Windows: the C runtime's own limit is 512
+        return 256
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 20 if soft == resource.RLIM_INFINITY else max(soft // 2, 1)

@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from tokenlabel.dataset.label_map import TokenLabelMap
-from tokenlabel.dataset.token_labels import Grid, TokenLabels
+from tokenlabel.dataset.token_labels import Grid, TokenLabels, student_grid
 
 
 class ToTokenLabels(v2.Transform):
@@ -21,14 +21,17 @@ class ToTokenLabels(v2.Transform):
         shrink: as in `TokenLabelDataset`.
 
     Raises:
-        ValueError: when called, for a map whose canvas is not the size of the sample's image.
+        ValueError: a bad option; when called, for a map whose canvas is not the size of the
+            sample's image.
     """
 
     _transformed_types = (TokenLabelMap,)
 
     def __init__(self, grid: int | Grid | None = None, *, shrink: float = 0.0) -> None:
         super().__init__()
-        self.grid = (grid, grid) if isinstance(grid, int) else grid
+        self.grid = None if grid is None else student_grid(grid)
+        if not 0 <= shrink:
+            raise ValueError(f"shrink must be 0 or more, such as 0.3; got {shrink}")
         self.shrink = shrink
 
     def check_inputs(self, flat_inputs: list[Any]) -> None:

@@ -284,10 +284,7 @@ class TokenLabels(Tensor):
                     "targets need the student's grid, and these records do not say it. Remedy: "
                     "TokenLabelDataset(..., grid=14), or labels.targets(14)"
                 )
-        height, width = (grid, grid) if isinstance(grid, int) else grid
-        if height < 1 or width < 1:
-            raise ValueError(f"grid must be patches (h, w), at least 1 each way, got {grid}")
-        return height, width
+        return student_grid(grid)
 
     @classmethod
     def __torch_function__(
@@ -305,6 +302,14 @@ class TokenLabels(Tensor):
             f"TokenLabels({list(self.shape)}, {maps.grid[0]}x{maps.grid[1]} cells of {maps.k} of "
             f"{maps.num_classes} classes, grid={self.grid}, device={self.device})"
         )
+
+
+def student_grid(grid: int | Grid) -> Grid:
+    """(h, w) of a student's patches, from that or from one number for a square."""
+    height, width = (grid, grid) if isinstance(grid, int) else grid
+    if height < 1 or width < 1:
+        raise ValueError(f"grid must be patches (h, w), at least 1 each way, got {grid}")
+    return height, width
 
 
 def planes_size(layout: MapLayout) -> int:

@@ -5,32 +5,40 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from tokenlabel.dataset.shard import ShardLayout, shard_name, write_shard
+from tokenlabel.annotate.encode import encode
+from tokenlabel.dataset.score_map import MapLayout
+from tokenlabel.dataset.shard import shard_name, write_shard
+
+FLOOR = 0.003
 
 
 class Rows(NamedTuple):
     """Columns of some rows, as ShardWriter.append takes them."""
 
-    scores: np.ndarray
-    classes: np.ndarray
-    rest: np.ndarray
+    maps: dict[str, np.ndarray]
     sizes: np.ndarray
     digests: np.ndarray
     errors: list[str]
 
 
-def random_rows(layout: ShardLayout, count: int, seed: int = 0) -> Rows:
-    """Rows as a teacher would give: descending logits, different classes in a patch."""
+def random_maps(layout: MapLayout, count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Planes [count, V, ...] as a teacher would give: confident in some cells, torn in others."""
     rng = np.random.default_rng(seed)
-    shape = (count, *layout.map_shape)
-    scores = -np.sort(-rng.normal(3, 4, shape).astype("f2"), -1)
-    patches = int(np.prod(shape[:-1]))
-    classes = np.stack([rng.permutation(layout.num_classes)[: layout.k] for _ in range(patches)])
+    shape = (count, *layout.grid, layout.num_classes)
+    views = []
+    for _ in layout.views:
+        logits = rng.normal(3, 2, shape) * rng.uniform(0.5, 2.5, (*shape[:-1], 1))
+        views.append(encode(torch.tensor(logits, dtype=torch.float32), layout, FLOOR))
+    return {name: np.stack([view[name].numpy() for view in views], 1) for name in layout.planes()}
+
+
+def random_rows(layout: MapLayout, count: int, seed: int = 0) -> Rows:
+    """Rows of random maps."""
+    rng = np.random.default_rng([seed, 1])
     return Rows(
-        scores,
-        classes.reshape(shape),
-        rng.normal(0, 1, shape[:-1]).astype("f2"),
+        random_maps(layout, count, seed),
         rng.integers(1, 4000, (count, 2)),
         rng.integers(0, 2**64, count, dtype="u8", endpoint=False),
         [""] * count,
@@ -43,6 +51,7 @@ def attrs(shard: int, shards: int, first_row: int, **more: Any) -> dict[str, Any
         "teacher": "made up",
         "weights_digest": "0" * 64,
         "fingerprint": "f" * 64,
+        "floor": FLOOR,
         "extent": [0.0, 0.0, 1.0, 1.0],
         "shard": shard,
         "shards": shards,
@@ -54,7 +63,7 @@ def attrs(shard: int, shards: int, first_row: int, **more: Any) -> dict[str, Any
 def write_split(
     folder: Path,
     keys: Sequence[str],
-    layout: ShardLayout,
+    layout: MapLayout,
     shard_size: int = 4,
     seed: int = 0,
     errors: dict[str, str] | None = None,

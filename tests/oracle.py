@@ -1,9 +1,9 @@
-"""Painted pictures whose every pixel tells which cell of the map it came from.
+"""Painted images whose every pixel tells which cell of the map it came from.
 
-`flat` pictures give each cell one RGB colour, as a photograph would be labelled by hand; from the
-transformed picture, each patch's colour says which cell it must have as its target. `smooth`
-pictures have a channel for each cell, which holds the cell's share of every pixel, and one more of
-ones, which says where the picture still is and where fill is: pooled over a patch, the channels are
+`flat` images give each cell one RGB colour, as a photograph would be labelled by hand; from the
+transformed image, each patch's colour says which cell it must have as its target. `smooth`
+images have a channel for each cell, which holds the cell's share of every pixel, and one more of
+ones, which says where the image still is and where fill is: pooled over a patch, the channels are
 its target to the last digit that torchvision's own resampling leaves.
 """
 
@@ -19,7 +19,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from tokenlabel.dataset.label_map import TokenLabelMap
-from tokenlabel.dataset.targets import TokenTargets, ToTokenTargets
+from tokenlabel.dataset.targets import ToTokenLabels
+from tokenlabel.dataset.windows import TokenWindows
 
 Size = tuple[int, int]
 GRIDS: list[Size] = [(14, 14), (16, 16), (7, 7), (24, 24), (12, 16)]
@@ -61,52 +62,46 @@ def which_colour(pixels: np.ndarray, count: int) -> np.ndarray:
 
 
 def flat(cells: Size, size: Size) -> np.ndarray:
-    """Picture [h, w, 3], uint8: each cell in its colour."""
+    """Image [h, w, 3], uint8: each cell in its colour."""
     rows = ((np.arange(size[0]) + 0.5) * cells[0] / size[0]).astype(int)
     columns = ((np.arange(size[1]) + 0.5) * cells[1] / size[1]).astype(int)
     painted: np.ndarray = colours(cells[0] * cells[1])[rows[:, None] * cells[1] + columns]
     return painted
 
 
-def smooth(cells: Size, size: Size, interpolation: str = "bilinear") -> Tensor:
-    """Picture [cells + 1, h, w], float: each cell's share of each pixel, and a channel of ones."""
+def smooth(cells: Size, size: Size) -> Tensor:
+    """Image [cells + 1, h, w], float: each cell's share of each pixel, and a channel of ones."""
     count = cells[0] * cells[1]
     shares = torch.eye(count).reshape(1, count, *cells)
-    mode: dict[str, Any] = (
-        {"mode": "bilinear", "align_corners": False}
-        if interpolation == "bilinear"
-        else {"mode": "nearest-exact"}
-    )
-    painted = torch.nn.functional.interpolate(shares, size=list(size), **mode)[0]
+    resize = torch.nn.functional.interpolate
+    painted = resize(shares, size=list(size), mode="bilinear", align_corners=False)[0]
     return torch.cat([painted, torch.ones(1, *size)])
 
 
-def pool(picture: Tensor, grid: Size) -> Tensor:
-    """Area average of a picture [C, h, w] over each patch, [N, C]; patches may cut pixels."""
+def pool(image: Tensor, grid: Size) -> Tensor:
+    """Area average of an image [C, h, w] over each patch, [N, C]; patches may cut pixels."""
     weights = []
-    for side, patches in zip(picture.shape[-2:], grid, strict=True):
+    for side, patches in zip(image.shape[-2:], grid, strict=True):
         edges = torch.arange(patches + 1, dtype=torch.float64) * side / patches
         pixels = torch.arange(side, dtype=torch.float64)
         covered = (edges[:, None] - pixels).clamp(0, 1)
         weights.append(covered.diff(dim=0) * patches / side)
-    pooled = torch.einsum("iy,cyx,jx->ijc", weights[0], picture.double(), weights[1])
+    pooled = torch.einsum("iy,cyx,jx->ijc", weights[0], image.double(), weights[1])
     return pooled.reshape(grid[0] * grid[1], -1)
 
 
 def agreement(
     transform: Callable[..., Any], cells: Size, size: Size, grid: Size, pil: bool
 ) -> tuple[int, int]:
-    """Patches of a transformed flat picture that clearly show one cell, and how many of them have
+    """Patches of a transformed flat image that clearly show one cell, and how many of them have
     that cell as their most probable class.
     """
     painted = flat(cells, size)
-    picture: Any = (
+    image: Any = (
         PIL.Image.fromarray(painted) if pil else tv_tensors.Image(painted.transpose(2, 0, 1))
     )
-    picture, targets = v2.Compose([transform, ToTokenTargets(grid, 4)])(
-        picture, label_map(cells, size)
-    )
-    pixels = np.asarray(picture) if pil else picture.numpy().transpose(1, 2, 0)
+    image, labels = v2.Compose([transform, ToTokenLabels(grid)])(image, label_map(cells, size))
+    pixels = np.asarray(image) if pil else image.numpy().transpose(1, 2, 0)
     count = cells[0] * cells[1]
     shown = which_colour(pixels, count)
     row, column = (
@@ -119,7 +114,7 @@ def agreement(
         (patch * (count + 1) + shown + 1).ravel(), minlength=len(pixels_of) * (count + 1)
     ).reshape(-1, count + 1)[:, 1:]
     clear = votes.max(1) > CLEAR * pixels_of
-    right = votes.argmax(1) == targets.classes[:, 0].numpy()
+    right = votes.argmax(1) == labels[None].targets().dense()[0].argmax(1).numpy()
     return int(clear.sum()), int(right[clear].sum())
 
 
@@ -129,7 +124,7 @@ class Distance(NamedTuple):
     Attributes:
         variation: mean total variation over the patches that lie at least half inside.
         inner: the same over those that lie inside.
-        weight: mean difference between `weight` and the patches' share inside the picture.
+        weight: mean difference between `weight` and the patches' share inside the image.
     """
 
     variation: float
@@ -144,36 +139,30 @@ def distance(
     grid: Size,
     *,
     pil: bool = False,
-    interpolation: str = "bilinear",
 ) -> Distance:
-    """Distance between the targets of a transformed picture and its pooled channels."""
-    painted = smooth(cells, size, interpolation)
-    to_targets = ToTokenTargets(grid, cells[0] * cells[1], interpolation=interpolation)
-    pictures = _as_pil(painted) if pil else [tv_tensors.Image(painted)]
-    *pictures, targets = v2.Compose([transform, to_targets])(*pictures, label_map(cells, size))
+    """Distance between the targets of a transformed image and its pooled channels."""
+    painted = smooth(cells, size)
+    images = _as_pil(painted) if pil else [tv_tensors.Image(painted)]
+    pipeline = v2.Compose([transform, ToTokenLabels(grid)])
+    *images, labels = pipeline(*images, label_map(cells, size))
+    targets: TokenWindows = labels[None].targets()
     if pil:
-        planes = torch.cat([F.pil_to_tensor(picture) for picture in pictures]) / 255
+        planes = torch.cat([F.pil_to_tensor(image) for image in images]) / 255
     else:
-        planes = pictures[0].as_subclass(Tensor)
+        planes = images[0].as_subclass(Tensor)
     pooled = pool(planes, grid)
     shares, weight = pooled[:, : cells[0] * cells[1]], pooled[:, -1]
     truth = shares / weight.clamp(min=1e-9)[:, None]
-    variation = 0.5 * (truth - dense(targets, cells[0] * cells[1])).abs().sum(1)
-    both = torch.minimum(weight, targets.weight)
+    variation = 0.5 * (truth - targets.dense()[0]).abs().sum(1)
+    both = torch.minimum(weight, targets.weight[0])
     return Distance(
         *(float(variation[both > limit].mean().nan_to_num()) for limit in (0.5, 0.999)),
-        float((weight - targets.weight).abs().mean()),
+        float((weight - targets.weight[0]).abs().mean()),
     )
 
 
-def dense(targets: TokenTargets, num_classes: int) -> Tensor:
-    """Probabilities [N, num_classes], float64, of sparse targets."""
-    full = torch.zeros(len(targets.probs), num_classes, dtype=torch.float64)
-    return full.scatter_add_(1, targets.classes.long(), targets.probs.double())
-
-
 def _as_pil(painted: Tensor) -> list[PIL.Image.Image]:
-    """The channels as RGB pictures, the last of them filled up by repeating the last channel."""
+    """The channels as RGB images, the last of them filled up by repeating the last channel."""
     missing = -len(painted) % 3
     planes: Sequence[Tensor] = torch.cat([painted, painted[-1:].expand(missing, -1, -1)]).split(3)
     return [F.to_pil_image((plane * 255).round().to(torch.uint8)) for plane in planes]

@@ -1,7 +1,9 @@
 """The job on a real Ray: what it stores, resumes, refuses and reports."""
 
 import json
+import re
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 
-from tests.jobs import config, digests
+from tests.jobs import assert_nearly_equal, config, digests
 from tokenlabel.annotate import annotate
 from tokenlabel.annotate.errors import (
     ConfigError,
@@ -76,11 +78,37 @@ def test_scores_are_those_of_a_plain_loop_over_timm(
 
 
 @pytest.mark.parametrize("teachers", [1, 2])
-def test_bytes_do_not_depend_on_teachers_threads_or_window(
+def test_bytes_do_not_depend_on_teachers_or_window(
     sample: Path, labels: tuple[Path, dict[str, str]], tmp_path: Path, teachers: int
 ) -> None:
-    annotate(config(sample, tmp_path, teachers=teachers, threads=3 - teachers, window=teachers))
+    annotate(config(sample, tmp_path, teachers=teachers, window=teachers))
     assert digests(tmp_path / "train") == labels[1]
+
+
+def test_other_threads_change_a_last_unit_here_and_there(
+    sample: Path, labels: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    """As another processor does: the threads share the terms of a sum in another way."""
+    annotate(config(sample, tmp_path, threads=2))
+    assert_nearly_equal(labels[0] / "train", tmp_path / "train")
+
+
+def test_a_job_of_mixed_machines_resumes_and_says_it_once(
+    sample: Path,
+    labels: tuple[Path, dict[str, str]],
+    copy: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (copy / "train" / "shard-00000-of-00002.h5").unlink()
+    report = annotate(config(sample, copy, threads=2))
+    assert (report.written, report.skipped) == (1, 1)
+    assert_nearly_equal(labels[0] / "train", copy / "train")
+    [warning] = caplog.messages
+    assert warning.startswith("the shards were made on 2 kinds of machines")
+    assert re.search(r"\(processor: [^;]*, 1 thread; [^;]*, 2 threads\)$", warning), warning
+    saved = json.loads((copy / "train" / "report.json").read_text())
+    assert saved["libraries"] == report.libraries
+    assert [one["torch"] for one in report.libraries] == [version("torch")] * 2
 
 
 def test_resume_makes_only_what_is_missing(

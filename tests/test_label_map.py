@@ -22,36 +22,41 @@ from torchvision.transforms.v2.functional._utils import _KERNEL_REGISTRY
 
 from tokenlabel.dataset.label_map import TokenLabelMap
 from tokenlabel.dataset.path import PixelPath
-from tokenlabel.dataset.targets import ToTokenTargets
+from tokenlabel.dataset.score_map import MapLayout
+from tokenlabel.dataset.targets import ToTokenLabels
+from tokenlabel.dataset.token_labels import TokenLabels
+from tokenlabel.dataset.windows import plane
 
 SIZE = (120, 160)
+METADATA = ("planes", "map_layout", "label", "extent", "canvas_size", "source_size", "path")
+
+
+def a_view(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(5, 6, 4, generator=generator)
+    classes = torch.rand(5, 6, 50, generator=generator).argsort(-1)[..., :4]
+    return scores, classes, torch.randn(5, 6, generator=generator)
 
 
 def a_map(size: tuple[int, int] = SIZE, *, seed: int = 0, **options: Any) -> TokenLabelMap:
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(5, 6, 4, generator=generator).half()
-    classes = torch.rand(5, 6, 50, generator=generator).argsort(-1)[..., :4]
-    rest = torch.randn(5, 6, generator=generator)
-    return TokenLabelMap.from_scores(scores, classes, rest, canvas_size=size, **options)
+    options = {"num_classes": 50} | options
+    return TokenLabelMap.from_scores(*a_view(seed), canvas_size=size, **options)
 
 
-def a_picture(size: tuple[int, int] = SIZE) -> tv_tensors.Image:
+def an_image(size: tuple[int, int] = SIZE) -> tv_tensors.Image:
     return tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8))
 
 
 def same(one: TokenLabelMap, other: TokenLabelMap) -> bool:
     return (
         type(one) is type(other) is TokenLabelMap
-        and torch.equal(one.as_subclass(torch.Tensor), other.as_subclass(torch.Tensor))
-        and torch.equal(one.classes, other.classes)
-        and torch.equal(one.rest, other.rest)
-        and (one.label, one.extent, one.canvas_size, one.source_size, one.path)
-        == (other.label, other.extent, other.canvas_size, other.source_size, other.path)
+        and one.numel() == other.numel() == 0
+        and all(getattr(one, name) == getattr(other, name) for name in METADATA)
     )
 
 
 def corners(score_map: TokenLabelMap) -> list[tuple[float, float]]:
-    """Where the current picture's four corners lie in the source picture, in its pixels."""
+    """Where the current image's four corners lie in the source image, in its pixels."""
     h, w = score_map.canvas_size
     x, y, _ = score_map.path(np.array([0.0, w, w, 0.0]), np.array([0.0, 0.0, h, h]))
     height, width = score_map.source_size
@@ -64,24 +69,43 @@ def corners(score_map: TokenLabelMap) -> list[tuple[float, float]]:
 def test_from_scores_keeps_what_it_was_given() -> None:
     made = a_map(label=7, extent=(0.1, 0, 0.9, 1))
     assert isinstance(made, tv_tensors.Mask)
-    assert made.shape == made.classes.shape == (1, 5, 6, 4)
-    assert made.dtype == torch.float16
-    assert (made.classes.dtype, made.rest.dtype) == (torch.int32, torch.float32)
+    assert made.numel() == 0
+    assert made.map_layout == MapLayout(("identity",), (5, 6), 4, 50, residual=0, step=0.0)
     assert (made.label, made.extent) == (7, (0.1, 0.0, 0.9, 1.0))
     assert made.canvas_size == made.source_size == SIZE
     assert made.path == PixelPath.of(SIZE)
     assert "5x6 cells" in repr(made)
+    scores, classes, rest = a_view()
+    level = torch.cat([scores, rest[..., None]], -1).logsumexp(-1)
+    labels = TokenLabels.of(made)[None]
+    codes = plane(labels, "codes")[0]
+    torch.testing.assert_close(
+        codes, (level[..., None] - scores).permute(2, 0, 1), atol=0.01, rtol=0
+    )
+    assert torch.equal(plane(labels, "classes")[0].permute(1, 2, 0).long(), classes)
+    torch.testing.assert_close(plane(labels, "level")[0], level, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
 @pytest.mark.parametrize("writeable", [True, False])
-def test_numpy_arrays_of_the_store(dtype: Any, writeable: bool) -> None:
+def test_numpy_arrays(dtype: Any, writeable: bool) -> None:
     scores, rest = np.ones((2, 3, 4), "<f2"), np.zeros((2, 3), ">f2")
     classes = np.broadcast_to(np.arange(4, dtype=dtype), (2, 3, 4)).copy()
     for array in (scores, rest, classes):
         array.flags.writeable = writeable
     made = TokenLabelMap.from_scores(scores, classes, rest, canvas_size=SIZE)
-    assert made.classes[0, 1, 2].tolist() == [0, 1, 2, 3]
+    assert plane(TokenLabels.of(made)[None], "classes")[0, :, 1, 2].tolist() == [0, 1, 2, 3]
+
+
+def test_the_number_of_classes_is_read_off_the_ids() -> None:
+    scores, classes, rest = a_view()
+    open_ended = TokenLabelMap.from_scores(scores, classes, rest, canvas_size=SIZE)
+    assert open_ended.map_layout.num_classes == int(classes.max()) + 2
+    nothing_else = torch.full_like(rest, -torch.inf)
+    closed = TokenLabelMap.from_scores(scores, classes, nothing_else, canvas_size=SIZE)
+    assert closed.map_layout.num_classes == int(classes.max()) + 1
+    wide = TokenLabelMap.from_scores(scores, classes + 70_000, rest, canvas_size=SIZE)
+    assert wide.map_layout.class_dtype == np.uint32
 
 
 @pytest.mark.parametrize(
@@ -102,7 +126,9 @@ def test_numpy_arrays_of_the_store(dtype: Any, writeable: bool) -> None:
         ({"canvas_size": (0, 5)}, "canvas_size"),
         ({"extent": (0.5, 0, 0.5, 1)}, "extent"),
         ({"extent": (0, 0, 1, 1.5)}, "extent"),
-        ({"mirrored": (torch.zeros(2, 3, 3),) * 3}, "same shape"),
+        ({"mirrored": (torch.zeros(2, 3, 3),) * 3}, "equal shape"),
+        ({"num_classes": 0}, r"class ids must be in \[0, -1\], got 0"),
+        ({"classes": torch.full((2, 2, 3), -1)}, "got -1"),
     ],
 )
 def test_bad_maps_are_refused(change: dict[str, Any], message: str) -> None:
@@ -159,14 +185,14 @@ ARGUMENTS: dict[Any, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("functional", ARGUMENTS, ids=lambda f: f.__name__)
-def test_the_canvas_is_the_pictures(functional: Any) -> None:
-    picture, moved = (functional(x, **ARGUMENTS[functional]) for x in (a_picture(), a_map()))
+def test_the_canvas_is_the_images(functional: Any) -> None:
+    image, moved = (functional(x, **ARGUMENTS[functional]) for x in (an_image(), a_map()))
     for one, other in (
-        zip(picture, moved, strict=True) if isinstance(moved, tuple) else [(picture, moved)]
+        zip(image, moved, strict=True) if isinstance(moved, tuple) else [(image, moved)]
     ):
         assert F.get_size(other) == list(other.canvas_size) == F.get_size(one)
         assert other.source_size == SIZE
-        assert torch.equal(other.as_subclass(torch.Tensor), a_map().as_subclass(torch.Tensor))
+        assert other.planes == a_map().planes
 
 
 @pytest.mark.parametrize("center", [None, [13, 40]])
@@ -175,9 +201,9 @@ def test_the_canvas_of_expanding_rotations(center: list[int] | None) -> None:
     angles = [0, 30, 45, 60, 90, 135, 180, 270, -90, 360, 450]
     for angle in angles + [rng.uniform(-400, 400) for _ in range(30)]:
         size = rng.randint(5, 150), rng.randint(5, 150)
-        picture = F.rotate(torch.zeros(1, *size), angle, expand=True, center=center)
+        image = F.rotate(torch.zeros(1, *size), angle, expand=True, center=center)
         moved = F.rotate(a_map(size), angle, expand=True, center=center)
-        assert moved.canvas_size == tuple(picture.shape[-2:]), (angle, size)
+        assert moved.canvas_size == tuple(image.shape[-2:]), (angle, size)
         pil = F.rotate(PIL.Image.new("L", size[::-1]), angle, expand=True, center=center)
         assert moved.canvas_size == (pil.height, pil.width), (angle, size)
 
@@ -187,9 +213,9 @@ def test_the_canvas_of_expanding_rotations(center: list[int] | None) -> None:
 )
 def test_the_canvas_of_resizes(size: Any, max_size: int | None) -> None:
     for canvas in ((120, 160), (161, 120), (333, 500), (7, 300), (50, 50)):
-        picture = F.resize(torch.zeros(1, *canvas), size, max_size=max_size)
+        image = F.resize(torch.zeros(1, *canvas), size, max_size=max_size)
         moved = F.resize(a_map(canvas), size, max_size=max_size)
-        assert moved.canvas_size == tuple(picture.shape[-2:])
+        assert moved.canvas_size == tuple(image.shape[-2:])
 
 
 def test_where_corners_come_from() -> None:
@@ -221,27 +247,27 @@ def test_what_changes_pixels_only_leaves_the_map() -> None:
         v2.ToDtype(torch.float32, scale=True),
         v2.ToDtype({tv_tensors.Image: torch.float32, "others": torch.int64}),
     ):
-        _, after = transform(a_picture(), made)
+        _, after = transform(an_image(), made)
         assert same(after, made)
     normalise = v2.Normalize([0.5] * 3, [0.5] * 3)
-    assert same(normalise(a_picture().float(), made)[1], made)
+    assert same(normalise(an_image().float(), made)[1], made)
     assert F.erase(made, 1, 2, 3, 4, torch.zeros(1)) is made
     assert F.to_dtype(made, torch.uint8, scale=True) is made
 
 
 @pytest.mark.parametrize("pil", [False, True], ids=["tensor", "PIL"])
 def test_any_sample(pil: bool) -> None:
-    picture: Any = PIL.Image.new("RGB", SIZE[::-1]) if pil else a_picture()
+    image: Any = PIL.Image.new("RGB", SIZE[::-1]) if pil else an_image()
     transform = v2.Compose([v2.RandomResizedCrop(48), v2.RandomHorizontalFlip()])
     made = a_map()
     samples: list[tuple[Any, Any]] = [
-        ((picture, made), lambda out: [out[1]]),
-        ({"image": picture, "map": made, "id": 3}, lambda out: [out["map"]]),
+        ((image, made), lambda out: [out[1]]),
+        ({"image": image, "map": made, "id": 3}, lambda out: [out["map"]]),
         (
-            [picture, [made, {"second": a_map(seed=1)}]],
+            [image, [made, {"second": a_map(seed=1)}]],
             lambda out: [out[1][0], out[1][1]["second"]],
         ),
-        ((picture, {"a": (made, 5)}, "name"), lambda out: [out[1]["a"][0]]),
+        ((image, {"a": (made, 5)}, "name"), lambda out: [out[1]["a"][0]]),
     ]
     for sample, maps in samples:
         torch.manual_seed(1)
@@ -258,10 +284,10 @@ def test_any_sample(pil: bool) -> None:
 
 def test_two_maps_of_a_sample_stay_themselves() -> None:
     one, other = a_map(label=1), a_map(seed=1, label=2)
-    _, first, second = v2.RandomRotation(30)(a_picture(), one, other)
+    _, first, second = v2.RandomRotation(30)(an_image(), one, other)
     assert first.path == second.path
     assert (first.label, second.label) == (1, 2)
-    assert torch.equal(second.classes, other.classes)
+    assert second.planes == other.planes != first.planes
 
 
 def test_composing_does_not_nest_what_fits_one_matrix() -> None:
@@ -324,8 +350,7 @@ def test_a_resize_keeps_relative_places(size: tuple[int, int], x: float, y: floa
 
 
 def two_views() -> TokenLabelMap:
-    other = a_map(seed=1)
-    return a_map(mirrored=(other.as_subclass(torch.Tensor)[0], other.classes[0], other.rest[0]))
+    return a_map(mirrored=a_view(seed=1))
 
 
 @pytest.mark.parametrize(
@@ -355,8 +380,8 @@ def test_the_view_matches_the_handedness(steps: list[Any], view: int) -> None:
     made = two_views()
     for step in steps:
         made = step(made)
-    assert made.view == view
-    assert a_map().view == 0
+    assert made.is_mirrored == view
+    assert not F.horizontal_flip(a_map()).is_mirrored, "there is but one view"
 
 
 # --- wrong canvas, and what would leave the map behind ----------------------------------------
@@ -373,14 +398,14 @@ def test_the_view_matches_the_handedness(steps: list[Any], view: int) -> None:
         v2.RandomZoomOut(p=1),
         v2.RandomShortestSize(32),
         v2.ScaleJitter((50, 50)),
-        ToTokenTargets(4),
+        ToTokenLabels(4),
     ],
     ids=lambda t: type(t).__name__,
 )
 def test_a_map_on_a_wrong_canvas_raises(transform: Any) -> None:
-    for picture in (a_picture(), PIL.Image.new("RGB", SIZE[::-1]), a_picture() + 0):
-        with pytest.raises(ValueError, match=r"HxW dimensions|must lie on its picture"):
-            transform(picture, a_map((SIZE[1], SIZE[0])))
+    for image in (an_image(), PIL.Image.new("RGB", SIZE[::-1]), an_image() + 0):
+        with pytest.raises(ValueError, match=r"HxW dimensions|must lie on its image"):
+            transform(image, a_map((SIZE[1], SIZE[0])))
 
 
 @pytest.mark.parametrize(
@@ -395,9 +420,9 @@ def test_a_map_on_a_wrong_canvas_raises(transform: Any) -> None:
 )
 def test_a_wrong_canvas_raises_at_the_end_at_the_latest(before: Any) -> None:
     """These transforms do not ask for sizes, and so cannot notice."""
-    picture, moved = before(a_picture(), a_map((120, 90)))
-    with pytest.raises(ValueError, match="must lie on its picture"):
-        ToTokenTargets(4)(picture, moved)
+    image, moved = before(an_image(), a_map((120, 90)))
+    with pytest.raises(ValueError, match="must lie on its image"):
+        ToTokenLabels(4)(image, moved)
 
 
 @pytest.mark.parametrize(
@@ -415,30 +440,30 @@ def test_a_wrong_canvas_raises_at_the_end_at_the_latest(before: Any) -> None:
     ids=lambda x: type(x).__name__ if isinstance(x, v2.Transform) else "",
 )
 def test_stock_transforms_that_cannot_move_a_map_raise(transform: Any, error: Any) -> None:
-    sample = (a_picture(), a_map())
+    sample = (an_image(), a_map())
     if error is ValueError:
-        sample = (a_picture()[None], torch.tensor([1]), a_map())
+        sample = (an_image()[None], torch.tensor([1]), a_map())
     with pytest.raises(error):
         transform(*sample)
 
 
 def test_indexing_boxes_does_not_index_maps() -> None:
     boxes = tv_tensors.BoundingBoxes(torch.tensor([[1, 1, 1, 1]]), format="XYXY", canvas_size=SIZE)
-    sample = {"image": a_picture(), "boxes": boxes, "labels": torch.tensor([1]), "map": a_map()}
-    with pytest.raises(TypeError, match="keeps its shape"):
-        v2.SanitizeBoundingBoxes()(sample)
+    sample = {"image": an_image(), "boxes": boxes, "labels": torch.tensor([1]), "map": a_map()}
+    sanitized = v2.SanitizeBoundingBoxes()(sample)
+    assert len(sanitized["boxes"]) == 0
+    assert same(sanitized["map"], a_map())
 
 
 def test_an_unknown_functional_for_masks_raises() -> None:
     """What torchvision would do with a Mask kernel that we do not know."""
-    made = a_map()
-    with pytest.raises(TypeError, match="keeps its shape"):
-        tv_tensors.wrap(made.as_subclass(torch.Tensor)[..., :2], like=made)
+    with pytest.raises(TypeError, match="leave the map out"):
+        tv_tensors.wrap(torch.zeros(2, 2), like=a_map())
 
 
 @pytest.mark.parametrize("call", [torch.stack, default_collate])
 def test_maps_do_not_stack(call: Any) -> None:
-    with pytest.raises(TypeError, match="ToTokenTargets"):
+    with pytest.raises(TypeError, match="ToTokenLabels"):
         call([a_map(), a_map()])
 
 
@@ -462,72 +487,12 @@ def test_copies_keep_everything(name: str) -> None:
     assert same(COPIES[name](made), made)
 
 
-def a_stored_map() -> tuple[TokenLabelMap, TokenLabelMap]:
-    """A map as a store gives it, whose metadata waits to be asked for, and the same made whole."""
-    rng = np.random.default_rng(3)
-    scores, rest = (rng.normal(size=shape).astype("f2") for shape in ((2, 3, 4, 5), (2, 3, 4)))
-    classes = rng.integers(0, 1000, scores.shape).astype("u2")
-    stored = TokenLabelMap.stored(
-        scores, classes, rest, canvas_size=SIZE, extent=(0.0, 0.0, 1.0, 0.5), label=4
-    )
-    whole = TokenLabelMap(
-        scores,
-        classes=classes.astype("i4"),
-        rest=rest,
-        canvas_size=SIZE,
-        extent=(0.0, 0.0, 1.0, 0.5),
-        label=4,
-    )
-    return stored, whole
-
-
-@pytest.mark.parametrize("name", COPIES)
-def test_maps_of_a_store_are_like_any_other(name: str) -> None:
-    stored, whole = (F.rotate(F.horizontal_flip(one), 20) for one in a_stored_map())
-    expected = ToTokenTargets(5)(whole)
-    copied = COPIES[name](stored)
-    for made in (stored, copied):
-        assert all(map(torch.equal, ToTokenTargets(5)(made), expected))
-    assert same(copied, whole)
-    assert same(stored, whole)
-    assert same(F.vertical_flip(stored), F.vertical_flip(whole))
-    assert (stored.classes.dtype, stored.rest.dtype) == (torch.int32, torch.float32)
-
-
-@pytest.mark.parametrize("name", ["itself", *COPIES])
-def test_targets_are_those_of_the_scores_as_they_are(name: str) -> None:
-    changed = {**COPIES, "itself": lambda m: m}[name](a_stored_map()[0])
-    moved = F.horizontal_flip(changed)
-    whole = F.horizontal_flip(a_stored_map()[1])
-    for made in (moved, whole):  # a flipped map shares the memory of the one it came from
-        made.as_subclass(torch.Tensor).mul_(3)
-    assert same(moved, whole)
-    assert all(map(torch.equal, ToTokenTargets(5)(moved), ToTokenTargets(5)(whole)))
-    assert torch.equal(changed.as_subclass(torch.Tensor), moved.as_subclass(torch.Tensor))
-
-
 def test_copies_keep_warps() -> None:
     made = F.pad(a_map(), 7, padding_mode="reflect")
     made = F.elastic(made, torch.randn(1, *made.canvas_size, 2) / 20)
-    expected = ToTokenTargets(5)(made)
+    expected = TokenLabels.of(made)
     for call in COPIES.values():
-        assert torch.equal(ToTokenTargets(5)(call(made)).probs, expected.probs)
-
-
-def test_other_dtypes_and_arithmetic() -> None:
-    made = a_map()
-    assert same(made.to(torch.float32).to(torch.float16), made)
-    assert type(made + 1) is torch.Tensor
-    assert type(made[0]) is torch.Tensor
-    with tv_tensors.set_return_type("TVTensor"):
-        assert same(made + 0, made)
-        assert not isinstance(made[0], TokenLabelMap)
-        assert all(not isinstance(part, TokenLabelMap) for part in made.unbind(1))
-
-
-def test_devices_take_the_metadata_along() -> None:
-    there = a_map().to("meta")
-    assert {there.device.type, there.classes.device.type, there.rest.device.type} == {"meta"}
+        assert torch.equal(TokenLabels.of(call(made)), expected)
 
 
 class Samples(Dataset[Any]):
@@ -537,7 +502,7 @@ class Samples(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         torch.manual_seed(index)
         transform = v2.Compose([v2.RandomResizedCrop(32), v2.RandomRotation(30)])
-        return transform(a_picture(), a_map(seed=index, label=index))
+        return transform(an_image(), a_map(seed=index, label=index))
 
 
 def as_it_is(batch: Any) -> Any:
@@ -554,9 +519,9 @@ def test_workers(context: str) -> None:
         multiprocessing_context=context,
     )
     found = [sample for batch in loader for sample in batch]
-    for index, (picture, moved) in enumerate(found):
+    for index, (image, moved) in enumerate(found):
         expected = Samples()[index]
-        assert torch.equal(picture, expected[0])
+        assert torch.equal(image, expected[0])
         assert same(moved, expected[1])
 
 

@@ -19,7 +19,7 @@ WNIDS = ImageNetInfo("imagenet-1k").label_names()
 
 
 def build(root: Path, names: list[str] | None = None, num_classes: int | None = None) -> Manifest:
-    return build_manifest(root, root.parent / "out" / "manifest.h5", names, num_classes)
+    return build_manifest(root, root.parent / "out" / "manifest", names, num_classes)
 
 
 def fill(root: Path, *names: str) -> Path:
@@ -106,9 +106,15 @@ def test_digest_tells_keys_and_labels(tmp_path: Path) -> None:
     assert build(root, ["dog", "cat"], 2).digest != first.digest
     fill(root, "dog/c.jpg")
     assert build(root).digest != first.digest
-    reopened = open_manifest(tmp_path / "out" / "manifest.h5")
+    reopened = open_manifest(tmp_path / "out" / "manifest")
     assert list(reopened.keys) == ["cat/a.jpg", "dog/b.jpg", "dog/c.jpg"]
     assert reopened.label_space == "folders"
+    assert reopened.class_names is None
+
+
+def test_names_of_the_classes_are_kept(tmp_path: Path) -> None:
+    root = fill(tmp_path / "train", "cat/a.jpg")
+    assert build(root, ["dog", "cat", "ü"], 3).class_names == ["dog", "cat", "ü"]
 
 
 def test_nothing_to_annotate(tmp_path: Path) -> None:
@@ -130,10 +136,12 @@ def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
 def test_damaged_manifest(tmp_path: Path) -> None:
     root = fill(tmp_path / "train", *(f"a/{i}.jpg" for i in range(300)))
     build(root)
-    path = tmp_path / "out" / "manifest.h5"
-    path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(FormatError):
-        open_manifest(path)
+    path = tmp_path / "out" / "manifest"
+    content = path.read_bytes()
+    for damaged in (content[:-500], content + b"x", content[:100], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(FormatError):
+            open_manifest(path)
 
 
 names = st.text(st.sampled_from("a.-/0Z é"), min_size=1, max_size=6)
@@ -166,7 +174,7 @@ def test_a_link_to_itself_is_left_out(tmp_path: Path) -> None:
 def test_a_flipped_byte_is_found_on_verifying(tmp_path: Path) -> None:
     root = fill(tmp_path / "train", *(f"a/{i:03d}.jpg" for i in range(100)))
     build(root)
-    path = tmp_path / "out" / "manifest.h5"
+    path = tmp_path / "out" / "manifest"
     path.write_bytes(path.read_bytes().replace(b"a/042.jpg", b"a/0X2.jpg"))
     open_manifest(path)
     with pytest.raises(FormatError, match="its content is not what was written"):

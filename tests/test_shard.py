@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -14,35 +15,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.maps import attrs, random_rows, write_split
+from tests.shards import attrs, edit_directory, random_rows, write_split
+from tokenlabel.dataset import new_file
 from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.shard import (
-    Shard,
-    ShardLayout,
-    parse_shard_name,
-    quantise,
-    shard_name,
-    write_shard,
-)
+from tokenlabel.dataset.score_map import MapLayout
+from tokenlabel.dataset.shard import Shard, parse_shard_name, shard_name, write_shard
 
-LAYOUT = ShardLayout(("identity",), (3, 5), 4, 1000)
+LAYOUT = MapLayout(("identity",), (3, 5), 4, 1000, residual=6)
+#: Every plane in every form that there is.
+LAYOUTS = [
+    LAYOUT,
+    LAYOUT._replace(num_classes=65536, views=("identity", "hflip")),
+    LAYOUT._replace(num_classes=65537, views=("identity", "hflip")),
+    LAYOUT._replace(residual=0, level=False),
+    LAYOUT._replace(step=0.0, num_classes=70000),
+]
 KEYS = ["a/ü ber.JPEG", "b/c.d/e.png", "b/新.webp"]
 
 
-def make(path: Path, layout: ShardLayout = LAYOUT, keys: list[str] | None = None, **more: object):
+def make(path: Path, layout: MapLayout = LAYOUT, keys: list[str] | None = None, **more: object):
     keys = keys or KEYS
     rows = random_rows(layout, len(keys))
     with write_shard(path, layout, keys, list(range(len(keys))), attrs(0, 1, 0, **more)) as writer:
         # In two parts, as batches come.
-        writer.append(*(column[:2] for column in rows))
-        writer.append(*(column[2:] for column in rows))
+        for part in (slice(2), slice(2, None)):
+            maps = {name: plane[part] for name, plane in rows.maps.items()}
+            writer.append(maps, *(column[part] for column in rows[1:]))
     return rows
 
 
-@pytest.mark.parametrize("num_classes", [1000, 65536, 65537])
-@pytest.mark.parametrize("views", [("identity",), ("identity", "hflip")])
-def test_round_trip(tmp_path: Path, num_classes: int, views: tuple[str, ...]) -> None:
-    layout = ShardLayout(views, (3, 5), 4, num_classes)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_round_trip(tmp_path: Path, layout: MapLayout) -> None:
     rows = make(tmp_path / "s.h5", layout)
     with Shard(tmp_path / "s.h5") as shard:
         assert shard.layout == layout
@@ -52,48 +55,51 @@ def test_round_trip(tmp_path: Path, num_classes: int, views: tuple[str, ...]) ->
         assert (shard.read("size") == rows.sizes).all()
         assert (shard.read("digest") == rows.digests).all()
         for row in range(3):
-            scores, classes, rest = shard.map(row)
-            assert scores.dtype == np.float16
-            assert classes.dtype == ("u2" if num_classes <= 65536 else "u4")
-            np.testing.assert_array_equal(scores, rows.scores[row])
-            np.testing.assert_array_equal(classes, rows.classes[row])
-            np.testing.assert_array_equal(rest, rows.rest[row])
-        assert shard.extent(0) == (0, 0, 1, 1)
+            found = shard.map(row)
+            for name, (dtype, shape) in layout.planes().items():
+                plane = getattr(found, name)
+                assert (plane.dtype, plane.shape) == (dtype, shape)
+                np.testing.assert_array_equal(plane, rows.maps[name][row])
+                np.testing.assert_array_equal(shard.read(name, row), rows.maps[name][row:])
+            assert (found.layout, found.label) == (layout, row)
+            assert found.size == tuple(rows.sizes[row].tolist())
+            assert found.extent == shard.extent(row) == (0, 0, 1, 1)
+            assert found.residual_codes.shape == (len(layout.views), layout.residual)
+            assert (found.level is None) == (not layout.level)
         assert shard.attrs["sha256"] == shard.content_digest(block=2)
-        assert shard.attrs["views"] == list(views)
+        assert shard.attrs["views"] == list(layout.views)
 
 
-def test_uint8_scores_are_within_half_a_step(tmp_path: Path) -> None:
-    layout = LAYOUT._replace(score_dtype="uint8")
-    rows = make(tmp_path / "s.h5", layout)
+def test_planes_come_as_they_are_stored(tmp_path: Path) -> None:
+    rows = make(tmp_path / "s.h5")
+    want = b"".join(
+        plane[1].reshape(-1).view("u1").reshape(-1, plane.dtype.itemsize).T.tobytes()
+        for plane in rows.maps.values()
+    )
     with Shard(tmp_path / "s.h5") as shard:
-        for row in range(3):
-            want = rows.scores[row].astype("f4")
-            got = shard.map(row)[0].astype("f4")
-            assert (np.diff(got, axis=-1) <= 0).all(), "order is kept"
-            half_step = (want.max() - want.min()) / 255 / 2
-            # float16 can add half a unit in the last place at the size of the scores
-            assert np.abs(got - want).max() <= half_step + np.abs(want).max() * 2**-11
+        assert shard.planes(1) == want
+
+
+def test_planes_of_another_layout_are_refused(tmp_path: Path) -> None:
+    rows = random_rows(LAYOUT._replace(k=3), 3)
+    with pytest.raises(ValueError, match=r"codes must be uint8 \(3, 1, 4, 3, 5\), got uint8 \(3"):
+        with write_shard(tmp_path / "s.h5", LAYOUT, KEYS, [0, 1, 2], attrs(0, 1, 0)) as writer:
+            writer.append(*rows)
+
+
+@pytest.mark.parametrize("step", [0.25, 0.0])
+def test_rows_with_an_error_hold_no_labels(tmp_path: Path, step: float) -> None:
+    rows = write_split(tmp_path, KEYS, LAYOUT._replace(step=step), errors={KEYS[1]: "truncated"})
+    with Shard(tmp_path / shard_name(0, 1)) as shard:
+        assert shard.texts("error") == ["", "truncated", ""]
+        found = shard.map(1)
+        assert (found.codes == (255 if step else np.inf)).all()
+        assert (found.classes == 0).all()
+        assert (found.residual_codes == 255).all()
+        assert np.isnan(found.level).all()
+        np.testing.assert_array_equal(shard.map(2).codes, rows[0].maps["codes"][2])
+        assert shard.attrs["errors"] == 1
         assert shard.attrs["sha256"] == shard.content_digest()
-
-
-def test_equal_scores_survive_uint8() -> None:
-    codes, score_range = quantise(np.full((2, 1, 2, 2, 3), 7, "f2"))
-    assert (codes == 0).all()
-    assert (score_range == 7).all()
-
-
-def test_rows_with_an_error_hold_nan(tmp_path: Path) -> None:
-    for dtype in ("float16", "uint8"):
-        layout = LAYOUT._replace(score_dtype=dtype)
-        write_split(tmp_path / dtype, KEYS, layout, errors={KEYS[1]: "truncated"})
-        with Shard(tmp_path / dtype / shard_name(0, 1)) as shard:
-            assert shard.texts("error") == ["", "truncated", ""]
-            scores, _, rest = shard.map(1)
-            assert np.isnan(scores).all()
-            assert np.isnan(rest).all()
-            assert np.isfinite(shard.map(2)[0]).all()
-            assert shard.attrs["errors"] == 1
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
@@ -122,7 +128,7 @@ def test_a_missing_row_leaves_nothing(tmp_path: Path) -> None:
 def test_a_killed_writer_leaves_no_shard(tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from tests.maps import *; from tests.test_shard import LAYOUT, KEYS\n"
+        "from tests.shards import *; from tests.test_shard import LAYOUT, KEYS\n"
         "path = Path(sys.argv[1]) / 's.h5'\n"
         "with write_shard(path, LAYOUT, KEYS, [0, 1, 2], attrs(0, 1, 0)) as w:\n"
         "    w.append(*random_rows(LAYOUT, 3)); os._exit(9)\n"
@@ -138,32 +144,59 @@ def test_a_killed_writer_leaves_no_shard(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("version", 2, "version 2 .* reads up to version 1. Remedy: install a newer tokenlabel"),
+        ("version", 3, "version 3 .* reads up to version 2. Remedy: install a newer tokenlabel"),
+        ("version", 1, "version 1 of tokenlabel-shard, which no release reads. Remedy: delete"),
         ("version", 0, "must be 1 or more, got 0"),
-        ("version", "1", "must be 1 or more, got '1'"),
+        ("version", "2", "must be 1 or more, got '2'"),
         ("format", "cooler", "expected format 'tokenlabel-shard', found 'cooler'"),
+        ("views", ["hflip"], "views must be"),
+        ("extent", [0, 1], "extent must be a box of 4 numbers"),
+        ("k", 5, "its planes must be"),
+        ("residual", None, "residual must be int, got None"),
     ],
 )
-def test_other_versions_and_formats_are_refused(
+def test_other_versions_formats_and_headers_are_refused(
     tmp_path: Path, name: str, value: object, message: str
 ) -> None:
     make(tmp_path / "s.h5")
-    with h5py.File(tmp_path / "s.h5", "a") as file:
-        file.attrs[name] = np.bytes_(value) if isinstance(value, str) else value
+    edit_directory(tmp_path / "s.h5", lambda found: found["attrs"].update({name: value}))
     with pytest.raises(FormatError, match=message):
         Shard(tmp_path / "s.h5")
 
 
-@pytest.mark.parametrize("name", ["scores", "classes", "rest", "key", "label", "size", "error"])
-def test_missing_or_misshapen_data_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["key", "label", "size", "digest", "error", "bounds"])
+def test_missing_or_misshapen_columns_are_refused(tmp_path: Path, name: str) -> None:
     make(tmp_path / "s.h5")
-    with h5py.File(tmp_path / "s.h5", "a") as file:
-        del file[name]
+    content = (tmp_path / "s.h5").read_bytes()
+    edit_directory(tmp_path / "s.h5", lambda found: found["columns"].pop(name))
     with pytest.raises(FormatError, match=name):
         Shard(tmp_path / "s.h5")
-    with h5py.File(tmp_path / "s.h5", "a") as file:
-        file[name] = np.zeros((3, 7), "f8")
-    with pytest.raises(FormatError, match="must be"):
+    (tmp_path / "s.h5").write_bytes(content)
+    edit_directory(tmp_path / "s.h5", lambda found: found["columns"][name].update(shape=[1, 1]))
+    with pytest.raises(FormatError, match=r"must be|cannot be"):
+        Shard(tmp_path / "s.h5")
+
+
+def test_what_is_not_known_is_ignored(tmp_path: Path) -> None:
+    rows = make(tmp_path / "s.h5", later=[1, 2], note="x")
+
+    def add(found: dict[str, Any]) -> None:
+        found["columns"]["later"] = {**found["columns"]["label"], "more": {}}
+        found["columns"]["label"]["more"] = 1
+        found["more"] = None
+
+    edit_directory(tmp_path / "s.h5", add)
+    with Shard(tmp_path / "s.h5") as shard:
+        assert shard.attrs["later"] == [1, 2]
+        assert "later" not in shard
+        assert shard.content_digest() == shard.attrs["sha256"]
+        np.testing.assert_array_equal(shard.map(1).codes, rows.maps["codes"][1])
+
+
+def test_files_of_version_1_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "s.h5", "w", libver=("v110", "v110")) as file:
+        file.attrs["format"], file.attrs["version"] = "tokenlabel-shard", 1
+    with pytest.raises(FormatError, match=r"is of format version 1, .* Remedy: delete the files"):
         Shard(tmp_path / "s.h5")
 
 
@@ -171,7 +204,7 @@ def test_files_that_are_no_shards(tmp_path: Path) -> None:
     path = tmp_path / "s.h5"
     with pytest.raises(FileNotFoundError):
         Shard(path)
-    for content in (b"", b"\x89HDF\r\n\x1a\n", b"JFIF" * 999, pickle.dumps(1)):
+    for content in (b"", b"JFIF" * 999, pickle.dumps(1)):
         path.write_bytes(content)
         with pytest.raises(FormatError, match="damaged, cut short or not of this format"):
             Shard(path)
@@ -186,12 +219,12 @@ def test_files_that_are_no_shards(tmp_path: Path) -> None:
 def test_a_flipped_bit_in_a_map_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "s.h5"
     make(path)
-    with h5py.File(path) as file:
-        chunk = file["scores"].id.get_chunk_info(1)
-    content = bytearray(path.read_bytes())
-    for offset in range(chunk.byte_offset + 2, chunk.byte_offset + chunk.size, 7):
+    with Shard(path) as shard:
+        bounds = (shard.read("bounds") + shard._maps.offset).tolist()
+    content = path.read_bytes()
+    for offset in range(bounds[5] + 2, bounds[10]):  # zlib ignores the 2 bytes that begin a stream
         damaged = bytearray(content)
-        damaged[offset] ^= 1
+        damaged[offset] ^= 1 if offset not in bounds else 4
         path.write_bytes(damaged)
         with Shard(path) as shard:
             with pytest.raises(FormatError, match="row 1 cannot be read"):
@@ -204,26 +237,57 @@ def test_shard_names_round_trip(shard: int, shards: int) -> None:
     assert parse_shard_name(shard_name(shard, shards)) == (shard, shards)
 
 
-@pytest.mark.parametrize("name", ["shard-1-of-2.h5", "shard-00001-of-00002.h5.tmp", "index.h5"])
+@pytest.mark.parametrize("name", ["shard-1-of-2.h5", "shard-00001-of-00002.h5.tmp", "index"])
 def test_other_names_are_no_shards(name: str) -> None:
     assert parse_shard_name(name) is None
 
 
 def test_the_spec_reads_a_shard_with_h5py_alone(tmp_path: Path) -> None:
     """Follows docs/format.md with h5py and NumPy only, digest included."""
-    rows = make(tmp_path / "s.h5", class_names=["n01440764", "n01443537"])
+    rows = make(tmp_path / "s.h5")
     with h5py.File(tmp_path / "s.h5") as file:
         assert file.attrs["format"].decode() == "tokenlabel-shard"
-        assert file.attrs["version"] == 1
-        assert file.attrs["class_names"].astype(str).tolist() == ["n01440764", "n01443537"]
+        assert file.attrs["version"] == 2
+        assert file.attrs["views"].astype(str).tolist() == ["identity"]
         assert file["key"].asstr()[:].tolist() == KEYS
-        np.testing.assert_array_equal(file["scores"][:], rows.scores)
-        assert file["scores"].chunks == (1, 1, 3, 5, 4)
-        assert file["scores"].compression == "gzip"
-        assert (file["scores"].shuffle, file["classes"].shuffle) == (True, True)
+        for name, (dtype, shape) in LAYOUT.planes().items():
+            np.testing.assert_array_equal(file[name][:], rows.maps[name])
+            assert file[name].chunks == (1, *shape)
+            assert file[name].compression == "gzip"
+            assert file[name].shuffle == (dtype.itemsize > 1)
         total = hashlib.sha256()
-        for name in sorted(file):
+        for name in sorted(file.keys() - {"bounds"}):
             array = file[name][:]
             total.update(f"{name} {array.dtype.str} {array.shape[1:]} {len(array)}\n".encode())
             total.update(hashlib.sha256(array.tobytes()).digest())
         assert total.hexdigest() == file.attrs["sha256"].decode()
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_offsets_are_right_whatever_hdf5_counts_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, added: bool
+) -> None:
+    """Some versions of HDF5 leave out the user block in some calls; this one adds it in all."""
+    rows = make(tmp_path / "s.h5")
+    want = (tmp_path / "s.h5").read_bytes()
+    real = new_file._found
+
+    def told(file: IO[bytes], block: int, told: int, size: int, crc: int) -> int:
+        return real(file, block, told - (0 if added else block), size, crc)
+
+    monkeypatch.setattr(new_file, "_found", told)
+    make(tmp_path / "t.h5")
+    assert (tmp_path / "t.h5").read_bytes() == want
+    with Shard(tmp_path / "t.h5") as shard:
+        np.testing.assert_array_equal(shard.map(2).classes, rows.maps["classes"][2])
+
+
+def test_a_directory_that_outgrows_its_room_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Remedy: give large attributes at the start"):
+        with write_shard(tmp_path / "s.h5", LAYOUT, KEYS, [0, 1, 2], attrs(0, 1, 0)) as writer:
+            writer.append(*random_rows(LAYOUT, 3))
+            writer.attrs["note"] = "x" * 4096
+    assert list(tmp_path.iterdir()) == []
+    make(tmp_path / "s.h5", note="x" * 9000)
+    with Shard(tmp_path / "s.h5") as shard:
+        assert len(shard.attrs["note"]) == 9000

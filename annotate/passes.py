@@ -1,0 +1,122 @@
+"""Passes: looks at one image at several sizes, read onto one grid.
+
+A larger input shows a teacher what a student's small crops will show; the mean of the logits knows
+both. A teacher that takes one size only looks at overlapping tiles of the larger image instead.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]
+
+
+class Pass:
+    """One look at the whole image: at once, or by tiles.
+
+    Args:
+        size: (h, w) of the image in pixels.
+        tile: (h, w) of what the teacher sees at a time; `size` for the whole.
+        cells: (h, w) of the map that it gives of that.
+        grid: (H, W) that the map is read onto.
+        device: of the logits.
+
+    Attributes:
+        size: as given.
+        tiles: rows and columns of tiles.
+    """
+
+    def __init__(
+        self, size: Size, tile: Size, cells: Size, grid: Size, device: torch.device
+    ) -> None:
+        self.size, self._tile = size, tile
+        starts = [_starts(*sides) for sides in zip(size, tile, strict=True)]
+        self.tiles = (len(starts[0]), len(starts[1]))
+        self._starts = list(product(*starts))
+        axes = []
+        for axis in (0, 1):
+            parts = [(at / size[axis], (at + tile[axis]) / size[axis]) for at in starts[axis]]
+            axes.append(_reading(grid[axis], cells[axis], parts, device))
+        self._weights = list(product(*axes))
+
+    def __call__(self, pixels: Tensor, look: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits on the grid.
+
+        Args:
+            pixels: [B, 3, h, w], of `size`.
+            look: the teacher, from tiles [B, 3, h, w] to logits [B, h, w, C].
+
+        Returns:
+            float32 [B, H, W, C].
+        """
+        total: Tensor | None = None
+        height, width = self._tile
+        for (y, x), weights in zip(self._starts, self._weights, strict=True):
+            part = _read(look(pixels[..., y : y + height, x : x + width]), *weights)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
+
+
+def onto(logits: Tensor, grid: Size) -> Tensor:
+    """Read a map [B, h, w, C] onto another grid: area averages of it, bilinear between centres."""
+    sides = zip(grid, logits.shape[1:3], strict=True)
+    down, across = (_reading(*side, [(0, 1)], logits.device)[0] for side in sides)
+    return _read(logits, down, across)
+
+
+def _read(logits: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    return torch.einsum("rh,cw,bhwk->brck", down, across, logits)
+
+
+def _starts(side: int, tile: int) -> list[int]:
+    """Where tiles begin that cover a side of the image and overlap alike, in pixels."""
+    last = -(-side // tile) - 1
+    return [round(number * (side - tile) / last) for number in range(last + 1)] if last else [0]
+
+
+def _reading(
+    count: int, cells: int, parts: Sequence[tuple[float, float]], device: torch.device
+) -> list[Tensor]:
+    """Matrices [count, cells] that read maps of parts of an axis onto `count` cells of all of it.
+
+    Args:
+        count: cells to read onto.
+        cells: of each part's map.
+        parts: where each begins and ends, as fractions of the axis.
+        device: of the matrices.
+
+    Returns:
+        One for each part; together each row sums to 1. Where parts overlap, one counts the less the
+        nearer its end is, for beyond it the teacher saw nothing.
+    """
+    edges = np.linspace(0, 1, count + 1)
+    found, weights = [], []
+    for start, end in parts:
+        # In lengths of the part; of a cell that reaches beyond it, what is inside.
+        at = ((edges - start) / (end - start)).clip(0, 1)
+        middle = (at[1:] + at[:-1]) / 2
+        near = np.minimum(middle if start > 0 else np.inf, 1 - middle if end < 1 else np.inf).clip(
+            1e-3, 0.5
+        )
+        weights.append(np.diff(at) * near)
+        area = np.diff(_hats(at * cells, cells), axis=0)
+        found.append(area / np.maximum(area.sum(1, keepdims=True), 1e-12))
+    total = np.sum(weights, 0)
+    shares = (area * (w / total)[:, None] for area, w in zip(found, weights, strict=True))
+    return [torch.tensor(share, dtype=torch.float32, device=device) for share in shares]
+
+
+def _hats(x: np.ndarray, cells: int) -> np.ndarray:
+    """Integrals up to x of the weights of a bilinear map's cells, [..., cells].
+
+    They are hats around the cells' centres; outside these, the outermost cells go on.
+    """
+    distance = (x[..., None] - np.arange(-0.5, cells + 1)).clip(-1, 1)
+    area: np.ndarray = distance - distance * np.abs(distance) / 2
+    area[..., 1] += area[..., 0]
+    area[..., -2] += area[..., -1]
+    return area[..., 1:-1]
