@@ -104,8 +104,6 @@ def _some(
     entries = entries.mul_(window.unsqueeze(-1)).flatten(2)
     logs = torch.log_softmax(logits, -1, dtype=window.dtype)
     loss = -logs.gather(-1, ids).mul_(entries).sum(-1) - (logs @ basis.mT * share).sum(-1)
-    mass = entries.sum(-1, keepdim=True) + (share * basis.sum(-1).unsqueeze(1)).sum(
-        -1, keepdim=True
-    )
+    mass = (entries.sum(-1) + (share * basis.sum(-1).unsqueeze(1)).sum(-1)).unsqueeze(-1)
     gradient = logs.exp_().mul_(mass).scatter_add_(-1, ids, entries.neg_())
     return loss, gradient.baddbmm_(share, basis, alpha=-1)

@@ -118,8 +118,9 @@ class MixedLabels:
         return TokenTargets.of(self.hard_label(), weight, dense, self.crop(), k)
 
     def _map(self, move: Callable[[Any], Any]) -> "MixedLabels":
-        tensors = (self.labels, self.partner, self.blend, self.box)
-        return MixedLabels(*map(move, tensors), patches=self.patches)
+        return MixedLabels(
+            move(self.labels), move(self.partner), move(self.blend), move(self.box), self.patches
+        )
 
 
 def _covered(start: Tensor, end: Tensor, patches: int) -> Tensor:
