@@ -296,6 +296,10 @@ class Shard:
         """Whether the shard has this dataset."""
         return name in self._planes or (name in COLUMNS and name in self._file.columns)
 
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a dataset."""
+        return self._planes[name][0] if name in self._planes else self._file.columns[name].dtype
+
     def planes(self, row: int) -> bytes:
         """The planes of a row, inflated and otherwise as stored, one behind the other.
 
@@ -365,6 +369,10 @@ class Shard:
             for start in range(0, self.rows, step):
                 digest.update(name, self.read(name, start, start + step))
         return digest.hexdigest()
+
+    def check_bytes(self) -> None:
+        """Read the whole file; FormatError unless every byte is as it was written."""
+        self._file.check_bytes()
 
     def close(self) -> None:
         """Close the file."""
