@@ -103,7 +103,7 @@ class TokenLabelMap(tv_tensors.Mask):
 
         Raises:
             ValueError: shapes that do not fit, a NaN or +inf, a cell without any finite logit, a
-                class id out of range, or an empty extent or canvas.
+                class id out of range or twice in a cell, or an empty extent or canvas.
         """
         views = [(scores, classes, rest), *([] if mirrored is None else [mirrored])]
         parts = [[_array(array) for array in view] for view in views]
@@ -217,6 +217,9 @@ def _encoded(
     if classes.min() < 0 or classes.max() >= total:
         wrong = classes.min() if classes.min() < 0 else classes.max()
         raise ValueError(f"class ids must be in [0, {total - 1}], got {wrong}")
+    ids = np.where(np.isneginf(scores), -1 - np.arange(scores.shape[-1]), classes.astype(np.int64))
+    if not np.diff(np.sort(ids, -1)).all():
+        raise ValueError("the classes of a cell must differ, but for those with a score of -inf")
     layout = MapLayout(
         ("identity", "hflip")[: len(views)],
         (scores.shape[1], scores.shape[2]),

@@ -52,6 +52,13 @@ def published_targets(labels: "TokenLabels", grid: "Grid", k: int) -> TokenTarge
 
 def _crop_boxes(labels: "TokenLabels") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The crops [B, 4], normalised to the view's extent, and which are flipped in y and x."""
+    error = ValueError(
+        'rule "published" takes the average over an upright box inside the map: it knows '
+        "crops, flips and resizes, but an image of this batch went through something else. "
+        'Remedy: use rule "exact", or leave rotation, shear, padding and the like out'
+    )
+    if labels.record_layout.tilted:
+        raise error
     path = labels.paths()[:, 0]
     a, c, e, f = path[:, 0], path[:, 2], path[:, 4], path[:, 5]
     height, width = labels.word("canvas_h"), labels.word("canvas_w")
@@ -63,12 +70,8 @@ def _crop_boxes(labels: "TokenLabels") -> tuple[torch.Tensor, torch.Tensor, torc
     room = _ROUNDING
     outside = (x0 < low_x - room) | (y0 < low_y - room) | (x1 > high_x + room)
     outside = (outside | (y1 > high_y + room) | (a == 0)) & labels.has_map
-    if labels.record_layout.tilted or bool(outside.any()):
-        raise ValueError(
-            'rule "published" takes the average over an upright box inside the map: it knows '
-            "crops, flips and resizes, but an image of this batch went through something else. "
-            'Remedy: use rule "exact", or leave rotation, shear, padding and the like out'
-        )
+    if bool(outside.any()):
+        raise error
     mirrored = (labels.word("state") & MIRRORED) > 0
     wide, high = extent[2] - extent[0], extent[3] - extent[1]
     x0, x1 = (x0 - extent[0]) / wide, (x1 - extent[0]) / wide

@@ -290,9 +290,18 @@ class TokenLabels(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        like = next((x for x in args if isinstance(x, TokenLabels)), None)
         result = super().__torch_function__(func, types, args, kwargs)
-        return _kept(result, like)
+        given = []
+        for argument in (*args, *(kwargs or {}).values()):
+            parts = argument if isinstance(argument, (tuple, list)) else (argument,)
+            given += [part for part in parts if isinstance(part, TokenLabels)]
+        if func is Tensor.__setitem__ and given:
+            given[0]._layout = None
+        return _kept(result, given)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = copied = self.clone()
+        return copied
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         if self.ndim not in (1, 2) or self.shape[-1] < HEAD:
@@ -317,17 +326,17 @@ def planes_size(layout: MapLayout) -> int:
     return sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in layout.planes().values())
 
 
-def _kept(result: Any, like: TokenLabels | None) -> Any:
+def _kept(result: Any, given: Sequence[TokenLabels]) -> Any:
     """Whole records keep the class and what is known of them; anything else is a plain tensor."""
     if isinstance(result, (tuple, list)):
-        return type(result)(_kept(part, like) for part in result)
+        return type(result)([_kept(part, given) for part in result])
     if not isinstance(result, TokenLabels):
         return result
-    if like is None or result.dtype != torch.uint8 or result.shape[-1:] != like.shape[-1:]:
+    if not given or result.dtype != torch.uint8 or result.shape[-1:] != given[0].shape[-1:]:
         return result.as_subclass(Tensor)
-    # A part of a batch reaches no further than the whole.
-    if result is not like and like._layout is not None:
-        result._layout = like._layout
+    # A part of a batch reaches no further than the whole. Of several batches, nothing is known.
+    layout = given[0]._layout
+    result._layout = layout if all(other._layout == layout for other in given[1:]) else None
     return result
 
 

@@ -127,14 +127,15 @@ def test_the_number_of_classes_is_read_off_the_ids() -> None:
         ({"extent": (0.5, 0, 0.5, 1)}, "extent"),
         ({"extent": (0, 0, 1, 1.5)}, "extent"),
         ({"mirrored": (torch.zeros(2, 3, 3),) * 3}, "equal shape"),
-        ({"num_classes": 0}, r"class ids must be in \[0, -1\], got 0"),
-        ({"classes": torch.full((2, 2, 3), -1)}, "got -1"),
+        ({"num_classes": 0}, r"class ids must be in \[0, -1\], got 2"),
+        ({"classes": torch.arange(-1, 2).expand(2, 2, 3)}, "got -1"),
+        ({"classes": torch.tensor([1, 2, 1]).expand(2, 2, 3)}, "of a cell must differ"),
     ],
 )
 def test_bad_maps_are_refused(change: dict[str, Any], message: str) -> None:
     good = {
         "scores": torch.zeros(2, 2, 3),
-        "classes": torch.zeros(2, 2, 3, dtype=torch.int64),
+        "classes": torch.arange(3).expand(2, 2, 3),
         "rest": torch.zeros(2, 2),
         "canvas_size": SIZE,
     }
