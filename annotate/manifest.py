@@ -115,9 +115,7 @@ def open_manifest(path: Path, verify: bool = False) -> Manifest:
         FormatError: it is damaged or of another version.
     """
     # Not closed: keys and labels are read from it, and it closes with the last of them.
-    file = StoredFile(
-        path, MANIFEST_FORMAT, MANIFEST_VERSION, "delete it; `annotate` makes it again"
-    )
+    file = StoredFile(path, MANIFEST_FORMAT, MANIFEST_VERSION, "delete it; `annotate` rebuilds it")
     keys = KeyTable.stored(file)
     labels = file.mapped("label", "<i4", (len(keys),))
     sha256, space = file.attrs.get("sha256"), file.attrs.get("label_space")

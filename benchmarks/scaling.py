@@ -5,7 +5,7 @@
     python benchmarks/scaling.py reader                           # what opening a shard costs
     python benchmarks/scaling.py decode --data ../shared/imagenet
 
-`teachers` runs the real job on tiny pictures with a teacher that sleeps, as a driver sees one that
+`teachers` runs the real job on tiny images with a teacher that sleeps, as a driver sees one that
 computes on a GPU, so that the cores of this machine are not the limit. All teachers start at the
 same moment, when each has its first batch; a rate is that of all images until the last shard is
 written, so the tail counts. Efficiency is the rate over that of one teacher times their number.
@@ -105,7 +105,7 @@ BATCH, BATCHES = 16, 4  # images a batch, batches a shard
 
 
 def tiny_images(folder: Path, count: int) -> None:
-    """Pictures of 32 px under `folder`/train: few, with many names."""
+    """Images of 32 px under `folder`/train: few, with many names."""
     rng = np.random.default_rng(0)
     for number in range(16):
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{number}.png")
@@ -171,7 +171,7 @@ KEPT = (MANIFEST, INDEX)
 
 
 class Entry:
-    """A picture that a listing names."""
+    """An image that a listing names."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -186,7 +186,7 @@ def name_of(number: int) -> str:
 
 @contextmanager
 def listings(root: Path, images: int) -> Iterator[None]:
-    """Have the folders without folders under `root` list `images` pictures in all, unsorted."""
+    """Have the folders without folders under `root` list `images` images in all, unsorted."""
     real = os.scandir
     leaves = [path for path in root.iterdir() if path.is_dir()] or [root]
     each = images // len(leaves)

@@ -139,7 +139,7 @@ def open_index(root: Path) -> Index:
         except FileNotFoundError:
             _log.info("%s has no index yet: building it", root)
         except (FormatError, OSError) as error:
-            _log.info("building the index anew: %s", error)
+            _log.info("rebuilding the index: %s", error)
         try:
             build_index(root, shards)
         except OSError as error:
@@ -233,7 +233,7 @@ def _shard_size(path: Path) -> int:
 
 def _deleted(path: Path) -> FormatError:
     return FormatError(
-        f"{path} has been deleted meanwhile. Remedy: wait for the job that makes it again, or "
+        f"{path} has been deleted meanwhile. Remedy: wait for the job that rewrites it, or "
         "run the same `annotate` again"
     )
 

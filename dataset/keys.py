@@ -146,7 +146,7 @@ def _decoded(key: bytes) -> str:
     except UnicodeDecodeError:
         raise FormatError(
             f"keys are UTF-8, but one is {key[:99]!r}: the key table is damaged. Remedy: delete "
-            "the file it is in, index or manifest; it is made again"
+            "the file it is in, index or manifest; it is rebuilt"
         ) from None
 
 

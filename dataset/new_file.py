@@ -76,7 +76,7 @@ class NewFile:
             # HDF5 makes room for its table of chunks at the first one. So there is a first one, of
             # a byte that is given up when the true one comes, and no table between the maps.
             dataset.id.write_direct_chunk((0,) * dataset.ndim, b"\0")
-        # It fills gaps that it remembers. Opened anew it knows of none, and maps lie in order.
+        # It fills gaps that it remembers. Reopened it knows of none, and maps lie in order.
         self._file.close()
         self._file = h5py.File(self._path, "r+", **_OPEN)
         # Looking one up by name costs more than writing a chunk.

@@ -137,4 +137,4 @@ def test_a_later_version_is_refused_with_advice(old: Path) -> None:
         LabelStore(old)
     (fault,) = verify(old).faults
     assert "install a newer tokenlabel" in fault.text
-    assert not fault.mended_by_annotate, "what a newer release wrote is not damaged"
+    assert not fault.redone_by_annotate, "what a newer release wrote is not damaged"

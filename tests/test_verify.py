@@ -297,7 +297,7 @@ def replace_by_another_run(labels: Path) -> list[str]:
 
 
 def stale_index(labels: Path) -> list[str]:
-    """As from before the shards were made again with other images."""
+    """As from before the shards were redone with other images."""
     other = labels.parent / "other"
     write_split(other, [f"{n}.jpg" for n in range(8)], LAYOUT)
     build_index(other)
