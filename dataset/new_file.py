@@ -1,11 +1,14 @@
 """Writes the container that `directory` reads: an HDF5 file, with a directory in its user block."""
 
 import json
+import math
 import os
 import re
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +38,7 @@ class NewFile:
         self._planes: list[tuple[str, str, tuple[int, ...]]] = []
         self._sizes: list[int] = []
         self._crc = 0
+        self._spools: dict[str, tuple[IO[bytes], np.dtype, tuple[int, ...]]] = {}
 
     def add(self, name: str, data: np.ndarray, gzip: bool = False) -> None:
         """Store a column of one value or more, little-endian; compressed if `gzip`."""
@@ -60,6 +64,13 @@ class NewFile:
             row, crc = row + len(block), zlib.crc32(np.ascontiguousarray(block).data.cast("B"), crc)
         offset, size = dataset.id.get_offset() or 0, dataset.size * dtype.itemsize
         self._columns[name] = Column(dtype, shape, offset, size, crc, False)
+
+    def append(self, name: str, block: np.ndarray) -> None:
+        """Add rows to a column of unknown length, which wait in an unnamed temporary file."""
+        if name not in self._spools:
+            spool = tempfile.TemporaryFile(dir=self._path.parent)
+            self._spools[name] = (spool, block.dtype, block.shape[1:])
+        self._spools[name][0].write(block.tobytes())
 
     def create_maps(self, rows: int, planes: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
         """Make the datasets with a chunk an image, of these dtypes and shapes a row."""
@@ -98,6 +109,13 @@ class NewFile:
 
     def finish(self) -> None:
         """Store the attributes for those who read by HDF5, and close the file for HDF5."""
+        for name, (spool, dtype, tail) in self._spools.items():
+            row = math.prod(tail) * dtype.itemsize
+            shape = (spool.tell() // row, *tail)
+            spool.seek(0)
+            parts = iter(partial(spool.read, max(_BLOCK // row, 1) * row), b"")
+            blocks = (np.frombuffer(part, dtype).reshape(-1, *tail) for part in parts)
+            self.stream(name, dtype, shape, blocks)
         for name, value in self.attrs.items():
             # Of fixed length: HDF5 keeps those of variable length in a heap without checksums.
             if isinstance(value, str):
@@ -113,6 +131,8 @@ class NewFile:
     def close(self) -> None:
         """Close the file, finished or not."""
         self._file.close()
+        for spool, *_ in self._spools.values():
+            spool.close()
 
     def _write_directory(self, first: int) -> None:
         block = self._block

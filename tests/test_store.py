@@ -19,7 +19,7 @@ from tests.shards import digest, edit_directory
 from tokenlabel.annotate.manifest import build_manifest
 from tokenlabel.dataset.directory import StoredFile
 from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.keys import KeyTable, Spool
+from tokenlabel.dataset.keys import KeyTable
 from tokenlabel.dataset.new_file import create
 from tokenlabel.dataset.score_map import MapLayout
 from tokenlabel.dataset.shard import HEADER, Shard, shard_name, write_shard
@@ -338,18 +338,17 @@ def test_pickles_carry_no_handles(split: tuple[Path, list[Rows]]) -> None:
 def test_columns_larger_than_a_block_are_stored_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr("tokenlabel.dataset.keys._BLOCK", block)
+    monkeypatch.setattr("tokenlabel.dataset.new_file._BLOCK", block)
+    monkeypatch.setattr("tokenlabel.dataset.directory._BLOCK", block)
     want = np.arange(30, dtype="<u8").reshape(10, 3)
-    spool = Spool(tmp_path, "<u8")
-    spool.append(want.tobytes())
     with create(tmp_path / "f", "test", 1, {}) as file:
-        spool.write(file, "a", 3)
+        for rows in (slice(0, 7), slice(7, 7), slice(7, 10)):
+            file.append("a", want[rows])
     with StoredFile(tmp_path / "f", "test", 1, "delete it") as stored:
         np.testing.assert_array_equal(stored.read("a"), want)
         np.testing.assert_array_equal(stored.read("a", 2, -3), want[2:-3])
         assert b"".join(stored.blocks("a")) == want.tobytes()
         stored.check_bytes()
-    spool.close()
 
 
 @given(st.sets(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), max_size=40))
