@@ -109,7 +109,7 @@ def _forged(rng: random.Random, data: bytes) -> bytes:
                 near = (inner + 1, inner - 1, 2 * inner, inner + 8, -inner, inner + len(data))
                 place[key] = rng.choice(near)
             elif rng.random() < 0.3:
-                place[key] = copy.deepcopy(place[rng.choice(keys)])
+                place[key] = place[rng.choice(keys)]
             else:
                 place[key] = copy.deepcopy(rng.choice(_VALUES))
             break
