@@ -60,9 +60,9 @@ def inflate(data: bytes | memoryview, size: int) -> bytes:
             # It passes over what follows the stream, whose own last bytes are this checksum.
             whole = zlib.adler32(plain).to_bytes(4, "big") == data[-4:]
     except _ERRORS as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f"it must inflate to {size} bytes: {error}") from error
     if len(plain) != size or not whole:
-        raise ValueError(f"the chunk must inflate to {size} bytes, it does not")
+        raise ValueError(f"it must inflate to {size} bytes, it does not")
     return plain
 
 

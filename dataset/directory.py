@@ -167,7 +167,7 @@ class StoredFile:
             raise ValueError(f"{size} bytes cannot be {dtype} {column.shape}")
         return column
 
-    def _maps(self, offset: int, size: int, planes: list[Any]) -> Maps:
+    def _maps(self, offset: int, size: int, planes: list[Any], **_: Any) -> Maps:
         self._inside(offset, size)
         return Maps(offset, size, {name: _array(dtype, shape) for name, dtype, shape in planes})
 
@@ -202,7 +202,7 @@ class StoredFile:
         if not column.gzip and count < column.shape[0]:
             data = bytearray(self.pread(row * count, column.offset + row * start))
             return np.frombuffer(data, column.dtype).reshape(count, *column.shape[1:])
-        plain: bytes | bytearray = b"".join(self.blocks(name))
+        plain = b"".join(self.blocks(name))
         if zlib.crc32(plain) != column.crc:
             raise self.damaged(f"{name} has a wrong checksum")
         try:

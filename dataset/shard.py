@@ -42,6 +42,7 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "extent": ("<f4", (4,)),
 }
 _NAME = re.compile(r"shard-(\d{5,})-of-(\d{5,})\.h5")
+_MOST_CLASSES = 1 << 24  # vectors of so many numbers are made of a map
 _REMEDY = "delete the file and run `annotate` again; it remakes just what is missing"
 #: What the planes of an image without a map hold, so that nobody takes them for labels.
 _BLANK: dict[str, float] = {"codes": DROPPED, "residual_codes": DROPPED, "level": np.nan}
@@ -246,6 +247,8 @@ class Shard:
             raise ValueError(f"extent must be a box of 4 numbers, got {box}")
         if not 0 <= attrs["step"] < math.inf:
             raise ValueError(f"step must be 0 or more nats, got {attrs['step']}")
+        if not max(attrs["k"], attrs["residual"]) <= attrs["num_classes"] <= _MOST_CLASSES:
+            raise ValueError(f"num_classes cannot be {attrs['num_classes']}")
         maps = self._file.maps
         if maps is None or "codes" not in maps.planes or "key" not in self._file.columns:
             raise ValueError("it has no codes or no key")

@@ -178,9 +178,10 @@ def _check(cls_logits: Tensor, patch_logits: Tensor | None, labels: Labels) -> G
                 "Remedy: labels.to(device)"
             )
     if label.device.type == "cpu" and not torch.compiler.is_compiling():
-        for bad in label[(label < -1) | (label >= num_classes)].tolist():
+        wrong = label[(label < -1) | (label >= num_classes)].tolist()
+        if wrong:
             raise ValueError(
                 f"labels must be in [-1, {num_classes - 1}] for logits of {num_classes} classes, "
-                f"got {bad}. Remedy: label the images with the teacher's classes, or -1"
+                f"got {wrong[0]}. Remedy: label the images with the teacher's classes, or -1"
             )
     return grid

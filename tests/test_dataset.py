@@ -1,4 +1,4 @@
-"""TokenLabelDataset: data sets and loaders of all sorts, and pictures that do not match."""
+"""TokenLabelDataset: data sets and loaders of all sorts, and images that do not match."""
 
 import shutil
 from collections.abc import Iterator
@@ -20,18 +20,18 @@ from tokenlabel.dataset import (
     LabelStore,
     MissingMapError,
     TokenLabelDataset,
-    TokenTargets,
-    ToTokenTargets,
+    TokenLabels,
+    ToTokenLabels,
     train_transform,
 )
-from tokenlabel.dataset.sources import Pictures
+from tokenlabel.dataset.sources import ImageSource
 
 GRID = (3, 4)
 
 
 @pytest.fixture(scope="module")
 def labels(sample: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Path:
-    """Real maps, 4 x 4, of both views of the sample's training pictures."""
+    """Real maps, 4 x 4, of both views of the sample's training images."""
     out = tmp_path_factory.mktemp("dataset")
     annotate(config(sample, out, input_size=128, views=["identity", "hflip"]))
     return out / "train"
@@ -54,61 +54,97 @@ def transform() -> v2.Compose:
 
 
 def read(path: Path) -> PIL.Image.Image:
-    with PIL.Image.open(path) as picture:
-        return picture.convert("RGB")
+    with PIL.Image.open(path) as image:
+        return image.convert("RGB")
 
 
-def same(one: Any, other: Any) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def same(one: TokenLabels, other: TokenLabels) -> bool:
+    return type(one) is type(other) is TokenLabels and torch.equal(one, other)
 
 
 def test_a_folder(images: Path, labels: Path) -> None:
-    dataset = TokenLabelDataset(images, labels, transform=transform(), grid=GRID, k=6)
+    dataset = TokenLabelDataset(images, labels, transform=transform(), grid=GRID)
     assert len(dataset) == 16
     for index in (0, 15, -1):
-        picture, targets = dataset[index]
-        assert picture.shape == (3, 64, 64)
-        assert isinstance(targets, TokenTargets)
-        assert targets.classes.shape == targets.probs.shape == (12, 6)
-        torch.testing.assert_close(targets.probs.sum(-1) + targets.rest, torch.ones(12))
-        assert targets.crop_probs.shape == (6,)
-        key = dataset.pictures.key(index % 16)
-        assert targets.label == dataset.store[key].label, (
-            "ImageNet's class, not the folder's number"
-        )
-    with pytest.raises(IndexError, match="index 16 is outside the 16 pictures"):
+        image, record = dataset[index]
+        assert image.shape == (3, 64, 64)
+        assert type(record) is TokenLabels and record.ndim == 1
+        found = record[None].targets()
+        assert found.weight.shape == (1, 12)
+        torch.testing.assert_close(found.dense().sum(-1), torch.ones(1, 12))
+        key = dataset.images.key(index % 16)
+        assert record.label == dataset.store[key].label, "ImageNet's class, not the folder's number"
+    with pytest.raises(IndexError, match="index 16 is outside the 16 images"):
         dataset[16]
 
 
-def test_without_transform_the_whole_picture_is_the_whole_map(images: Path, labels: Path) -> None:
-    dataset = TokenLabelDataset(images, labels, grid=4, k=3, truth="maps")
-    picture, targets = dataset[0]
-    assert isinstance(picture, PIL.Image.Image)
-    entry = dataset.store[dataset.pictures.key(0)]
-    best = torch.from_numpy(entry.classes[0, :, :, 0].astype("i4")).ravel()
-    assert (targets.classes[:, 0] == best).float().mean() >= 0.75
+def test_a_batch_at_a_time_is_the_same(images: Path, labels: Path) -> None:
+    dataset = TokenLabelDataset(images, labels, transform=train_transform(64), grid=GRID)
+    order = [3, -1, 3, 0, 14]
+    torch.manual_seed(0)
+    together = dataset.__getitems__(order)
+    torch.manual_seed(0)
+    for (image, record), index in zip(together, order, strict=True):
+        expected_image, expected = dataset[index]
+        assert torch.equal(image, expected_image)
+        assert same(record, expected)
+    torch.manual_seed(0)
+    loaded_image, loaded = next(iter(DataLoader(dataset, sampler=order, batch_size=5)))
+    assert torch.equal(loaded.label, torch.stack([record.label for _, record in together]))
+    assert type(loaded) is TokenLabels and loaded.grid == GRID and len(loaded_image) == 5
+
+
+def test_without_transform_the_whole_image_is_the_whole_map(images: Path, labels: Path) -> None:
+    dataset = TokenLabelDataset(images, labels, grid=4, truth="maps")
+    image, record = dataset[0]
+    assert isinstance(image, PIL.Image.Image)
+    entry = dataset.store[dataset.images.key(0)]
+    best = torch.from_numpy(entry.classes[0, 0].astype("i4")).ravel()
+    assert (record[None].targets().dense()[0].argmax(1) == best).float().mean() >= 0.75
 
 
 def test_the_mirrored_view_serves_mirrored_crops(images: Path, labels: Path) -> None:
     flip = v2.RandomHorizontalFlip(1)
-    dataset = TokenLabelDataset(images, labels, transform=flip, grid=4)
-    _, got = dataset[0]
-    entry = dataset.store[0]
-    assert (entry.scores[0] != entry.scores[1][:, ::-1]).any()
-    one_view = v2.Identity()
-    want = TokenLabelDataset(images, labels, transform=one_view, grid=4)
-    view = want.store[0]._replace(
-        **{name: getattr(entry, name)[1:] for name in ("scores", "classes", "rest")}
+    _, got = TokenLabelDataset(images, labels, transform=flip, grid=4)[0]
+    entry = LabelStore(labels)[0]
+    assert (entry.codes[0] != entry.codes[1][:, :, ::-1]).any()
+    best = torch.from_numpy(entry.classes[1, 0].astype("i4")).ravel()
+    assert (got[None].targets().dense()[0].argmax(1) == best).float().mean() >= 0.75
+
+
+def test_shrink_and_grid_reach_the_records(images: Path, labels: Path) -> None:
+    crop = v2.CenterCrop(16)
+    plain, drawn = (
+        TokenLabelDataset(images, labels, transform=crop, grid=None, shrink=shrink)[0][1][None]
+        for shrink in (0.0, 0.3)
     )
-    picture, _ = want.pictures[0]
-    score_map = want._map(view, "key", picture, int(got.label))
-    assert same(got, ToTokenTargets(4)(picture, score_map)[1])
+    assert plain.grid is None
+    with pytest.raises(ValueError, match="do not say it"):
+        plain.targets()
+    mean = LabelStore(labels)[0].dense().mean((0, 1))
+    expected = (plain.targets(2).dense() + torch.from_numpy(mean)) / 2
+    torch.testing.assert_close(drawn.targets(2).dense(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"grid": 0}, "grid must be"), ({"shrink": -1.0}, "shrink must"), ({"truth": "x"}, "truth")],
+)
+def test_bad_options(images: Path, labels: Path, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenLabelDataset(images, labels, **options)
 
 
 def test_a_transform_gives_back_the_map(images: Path, labels: Path) -> None:
-    ended = v2.Compose([v2.CenterCrop(64), ToTokenTargets(4)])
-    with pytest.raises(TypeError, match=r"TokenLabelMap.*is TokenTargets.*to_targets"):
+    ended = v2.Compose([v2.CenterCrop(64), ToTokenLabels(4)])
+    with pytest.raises(TypeError, match=r"TokenLabelMap.*is TokenLabels.*leave ToTokenLabels out"):
         TokenLabelDataset(images, labels, transform=ended)[0]
+
+    def alone(image: Any, leaf: Any) -> Any:
+        return v2.functional.center_crop(image, 64), leaf
+
+    with pytest.raises(ValueError, match="must lie on its image"):
+        TokenLabelDataset(images, labels, transform=alone)[0]
 
 
 def test_keys_are_relative_to_the_root_however_it_is_spelt(
@@ -118,9 +154,9 @@ def test_keys_are_relative_to_the_root_however_it_is_spelt(
     folder = ImageFolder(images)
     name = Path(folder.samples[3][0]).relative_to(images)
     for root in (str(images), f"{images}/", images.name, f"./{images.name}/"):
-        assert Pictures(root, None).key(3) == name.as_posix()
+        assert ImageSource(root, None).key(3) == name.as_posix()
     folder.samples[3] = (images.parent / ".." / images.parent.name / images.name / name, 0)
-    assert Pictures(folder, None).key(3) == name.as_posix()
+    assert ImageSource(folder, None).key(3) == name.as_posix()
 
 
 # timm's reader leaves its files to the garbage collector.
@@ -142,7 +178,7 @@ def test_data_sets_of_all_sorts_give_the_same(images: Path, labels: Path) -> Non
     for kind, (source, key) in kinds.items():
         dataset = TokenLabelDataset(source, LabelStore(labels), grid=GRID, key=key, truth="maps")
         assert len(dataset) == 16
-        where = {dataset.pictures.key(index): index for index in range(16)}
+        where = {dataset.images.key(index): index for index in range(16)}
         for index in (0, 7, 15):
             mine = dataset[where[names[index]]][1]
             assert same(mine, reference[index][1]), kind
@@ -150,7 +186,7 @@ def test_data_sets_of_all_sorts_give_the_same(images: Path, labels: Path) -> Non
     assert dataset[3][1].label == 7
 
 
-def test_rows_are_found_whatever_the_order_of_the_pictures(images: Path, labels: Path) -> None:
+def test_rows_are_found_whatever_the_order_of_the_images(images: Path, labels: Path) -> None:
     reference = TokenLabelDataset(images, labels, grid=GRID)
     order = [5, 6, 7, 8, 2, 3, 4, 15, 0, 1, 11, 12, 13]  # runs, in which rows are guessed
     dataset = TokenLabelDataset(Subset(ImageFolder(images), order), labels, grid=GRID, truth="maps")
@@ -175,7 +211,7 @@ def test_classes_that_are_numbered_otherwise_are_refused(images: Path, labels: P
         TokenLabelDataset(ImageFolder(images), labels)[0]
 
 
-def test_pictures_that_were_transformed_are_refused(images: Path, labels: Path) -> None:
+def test_images_that_were_transformed_are_refused(images: Path, labels: Path) -> None:
     crop = v2.CenterCrop(10)
     for source in (ImageFolder(images, crop), Subset(ImageFolder(images, crop), [1, 2])):
         with pytest.raises(ValueError, match="must come untransformed, but ImageFolder has a 'tra"):
@@ -194,41 +230,54 @@ def test_sources_that_cannot_be_matched(images: Path, labels: Path) -> None:
 
     with pytest.raises(TypeError, match="map-style data set"):
         TokenLabelDataset(Stream(), labels)
-    with pytest.raises(
-        TypeError, match=r"does not tell the files of its pictures. Remedy: pass key"
-    ):
+    with pytest.raises(TypeError, match=r"does not tell the files of its images. Remedy: pass key"):
         TokenLabelDataset([(1, 2)], labels)
-    picture = PIL.Image.new("RGB", (4, 4))
+    image = PIL.Image.new("RGB", (4, 4))
     cases: list[tuple[Any, str]] = [
-        ((picture, 1, 2), "items must be"),
-        ({"a": 1}, "a row needs a picture in a column called image"),
-        ((picture, torch.ones(3)), "class must be an integer"),
+        ((image, 1, 2), "items must be"),
+        ({"a": 1}, "a row needs a image in a column called image"),
+        ((image, torch.ones(3)), "class must be an integer"),
     ]
     for item, message in cases:
         with pytest.raises(TypeError, match=message):
-            TokenLabelDataset([item], labels, key=str)[0]
+            TokenLabelDataset([item], labels, key=LabelStore(labels).keys.__getitem__)[0]
     with pytest.raises(ValueError, match="missing must be one of"):
         TokenLabelDataset(images, labels, missing="skip")  # type: ignore[arg-type]
 
 
-def test_pictures_without_a_map(images: Path, labels: Path, tmp_path: Path) -> None:
+def test_images_without_a_map(images: Path, labels: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(images, tmp_path / "train"))
     first = min(root.rglob("*.jpg"))
     shutil.copy(first, first.with_name("extra.jpg"))
     with pytest.raises(MissingMapError, match=r"no score map for 'n\d+/extra.jpg'"):
         TokenLabelDataset(root, labels)[0]
-    dataset = TokenLabelDataset(
-        root, labels, transform=transform(), grid=GRID, k=6, missing="ignore"
-    )
-    loader = DataLoader(dataset, batch_size=17)
-    (pictures, targets) = next(iter(loader))
-    assert pictures.shape == (17, 3, 64, 64)
-    assert targets.weight.shape == (17, 12)
-    assert (targets.weight[0] == 0).all() and (targets.rest[0] == 1).all()
+    dataset = TokenLabelDataset(root, labels, transform=transform(), grid=GRID, missing="ignore")
+    images_, records = next(iter(DataLoader(dataset, batch_size=17)))
+    assert images_.shape == (17, 3, 64, 64)
+    assert records.has_map.tolist() == [False] + [True] * 16
+    weight = records.targets().weight
+    assert weight.shape == (17, 12)
+    assert (weight[0] == 0).all() and (weight[1:] > 0).all()
     folder = first.parent.name
     classes = LabelStore(labels).attrs["class_names"]
-    assert targets.label[0] == classes.index(folder), "ImageNet's class, not the folder's number"
-    assert (targets.weight[1:] > 0).all()
+    assert records.label[0] == classes.index(folder), "ImageNet's class, not the folder's number"
+
+
+def test_images_that_could_not_be_annotated(sample: Path, tmp_path: Path, ray_here: None) -> None:
+    root = Path(shutil.copytree(sample / "train", tmp_path / "data" / "train"))
+    broken = min(root.rglob("*.jpg"))
+    whole = broken.read_bytes()
+    broken.write_bytes(b"no image")
+    annotate(config(tmp_path / "data", tmp_path / "out", max_errors=1))
+    broken.write_bytes(whole)
+    maps = tmp_path / "out" / "train"
+    with pytest.raises(MissingMapError, match=r"has no score map: .*Remedy: repair"):
+        TokenLabelDataset(root, maps)[0]
+    dataset = TokenLabelDataset(root, maps, transform=transform(), missing="ignore")
+    image, record = dataset[0]
+    assert image.shape == (3, 64, 64)
+    assert not record.has_map and record.label == dataset.store.labels[0]
+    assert dataset[1][1].has_map
 
 
 def test_labels_of_another_split_do_not_train_silently(
@@ -237,7 +286,7 @@ def test_labels_of_another_split_do_not_train_silently(
     above = tmp_path / "above"
     above.mkdir()
     (above / "split").symlink_to(images)
-    with pytest.warns(UserWarning, match=r"none of 16 pictures .* such as 'split/n\d+.*Remedy"):
+    with pytest.warns(UserWarning, match=r"none of 16 images .* such as 'split/n\d+.*Remedy"):
         TokenLabelDataset(above, labels, missing="ignore")
     with pytest.raises(FileNotFoundError, match=f"Remedy: name a split: {labels}"):
         TokenLabelDataset(images, labels.parent)
@@ -267,20 +316,18 @@ def test_workers_give_what_the_main_process_gives(images: Path, labels: Path, me
         dataset, 5, num_workers=2, multiprocessing_context=method, persistent_workers=True
     )
     for _ in range(2):
-        for (picture, targets), (want_picture, want_targets) in zip(loader, want, strict=True):
-            assert torch.equal(picture, want_picture)
-            assert isinstance(targets, TokenTargets)
-            assert same(targets, want_targets)
+        for (image, found), (want_image, want_found) in zip(loader, want, strict=True):
+            assert torch.equal(image, want_image)
+            assert same(found, want_found)
 
 
-def test_samplers_and_fields_on_a_device(images: Path, labels: Path) -> None:
+def test_samplers(images: Path, labels: Path) -> None:
     dataset = TokenLabelDataset(images, labels, transform=transform(), grid=GRID)
     seen: list[int] = []
     for rank in range(2):
         sampler: DistributedSampler[Any] = DistributedSampler(dataset, num_replicas=2, rank=rank)
-        for _, targets in DataLoader(dataset, 4, sampler=sampler):
-            moved = TokenTargets(*(field.to("cpu", non_blocking=True) for field in targets))
-            seen += moved.label.tolist()
+        for _, found in DataLoader(dataset, 4, sampler=sampler):
+            seen += found.to("cpu", non_blocking=True).label.tolist()
     assert sorted(seen) == sorted(LabelStore(labels).labels.tolist())
 
 
@@ -293,7 +340,7 @@ def test_a_stateful_loader_goes_on_where_it_stopped(images: Path, labels: Path) 
     batches = iter(loader)
     next(batches)
     state = loader.state_dict()
-    want = [targets.label for _, targets in batches]
+    want = [found.label.tolist() for _, found in batches]
     again = stateful.StatefulDataLoader(dataset, 4, num_workers=1)
     again.load_state_dict(state)
-    assert same([targets.label for _, targets in again], want)
+    assert [found.label.tolist() for _, found in again] == want

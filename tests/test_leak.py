@@ -1,4 +1,4 @@
-"""Eight epochs in spawned workers: no memory is lost, and no target differs from our own."""
+"""Eight epochs in spawned workers: no memory is lost, and no label differs from our own."""
 
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from tokenlabel.dataset import TokenLabelDataset, train_transform
 EPOCHS = 8
 SETTLED = 2  # epochs after which caches, pools and open shards are all there
 IMAGES = 40
-#: Megabytes of a worker's own memory (USS) in 6 epochs of 20 pictures each. Allocators wander by
-#: about 3; a decoded picture of 0.17 MB kept for each sample would be 20.
+#: Megabytes of a worker's own memory (USS) in 6 epochs of 20 images each. Allocators wander by
+#: about 3; a decoded image of 0.17 MB kept for each sample would be 20.
 TOLERANCE = 8.0
 
 
@@ -43,8 +43,8 @@ class Seeded(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         torch.manual_seed(index)
-        picture, targets = self.dataset[index]
-        return index, picture, targets
+        image, labels = self.dataset[index]
+        return index, image, labels
 
 
 def own_memory(loader: "DataLoader[Any]") -> list[float]:
@@ -70,12 +70,11 @@ def test_epochs_in_spawned_workers(data: Path, labels: Path) -> None:
     used = []
     for _ in range(EPOCHS):
         seen = []
-        for indices, pictures, targets in loader:
+        for indices, images, records in loader:
             for place, index in enumerate(indices.tolist()):
-                picture, expected = want[index]
-                assert torch.equal(pictures[place], picture)
-                for field, value in zip(targets, expected, strict=True):
-                    assert torch.equal(field[place], value)
+                image, expected = want[index]
+                assert torch.equal(images[place], image)
+                assert torch.equal(records[place], expected)
                 seen.append(index)
         assert sorted(seen) == list(range(IMAGES))
         used.append(own_memory(loader))

@@ -223,10 +223,10 @@ def cells_shown(label_map):
     height, width = label_map.canvas_size
     y, x = np.mgrid[0:height, 0:width] + 0.5
     x, y, inside = label_map.path(x.ravel(), y.ravel())
-    rows, columns = label_map.shape[1:3]
+    rows, columns = label_map.map_layout.grid
     row = np.clip(y * rows, 0, rows - 1).astype(int)
     column = np.clip(x * columns, 0, columns - 1).astype(int)
-    shown = np.where(inside, label_map.classes[0, :, :, 0].numpy()[row, column], 0)
+    shown = np.where(inside, row * columns + column + 1, 0)
     return torch.from_numpy(shown).reshape(height, width)
 
 

@@ -16,7 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from tests.jobs import config, digests
-from tests.shards import attrs, edit_directory, random_rows, write_split
+from tests.maps import attrs, random_rows, write_split
+from tests.shards import edit_directory
 from tokenlabel.annotate import annotate
 from tokenlabel.annotate.images import file_digest
 from tokenlabel.annotate.lock import folder_lock
