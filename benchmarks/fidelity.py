@@ -11,7 +11,7 @@ at its first input size; their targets come from `store.labels`. Printed are, fo
   of an enlarged crop is not quality in itself, and the live teacher shows how little it can be
   worth;
 
-and for each way to store a map, KL of its cells to the teacher's full softmax, and bytes an image of
+and for each way to store a map, KL of its cells to the full softmax, and bytes an image of
 a shard of the default size, 4,096 images, that holds these maps over and over.
 """
 
