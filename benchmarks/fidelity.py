@@ -1,141 +1,147 @@
-"""How far a target of k stored classes is from the truth, on real pictures and a real teacher.
+"""How near the targets of a label set are to the teacher itself, and what they cost in bytes.
 
-    python benchmarks/fidelity.py --data ../shared/imagenet/val
+    python benchmarks/fidelity.py --data ../shared/imagenet
 
-The truth is the teacher's softmax over all classes, averaged over what each patch of a random
-resized crop (and flip) shows. Printed is the mean over patches of KL(truth || target) in nats:
+Label sets are written by `annotate` for `--images` images, evenly spaced over all below `--data`.
+Of each image the whole and two random crops of each range of area are shown to the teacher live,
+at its first input size; their targets come from `store.labels`. Printed are, for each range,
 
-- ours: the best k classes, and the mass of the others spread evenly over them;
-- published: the target of TokenLabeling, with its boxes the right way round;
-- transposed: the same with x and y of the box exchanged, as the published code passes them.
+- KL(teacher live on the crop || target), mean over patches, in nats;
+- how often the mean target of the crop has the image's label on top: to say what the teacher says
+  of an enlarged crop is not quality in itself, and the live teacher shows how little it can be
+  worth;
+
+and for each way to store a map, KL of its cells to the teacher's full softmax, and bytes an image.
 """
 
 import argparse
+import shutil
 import tempfile
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align
-from torchvision.transforms import v2
 
-from tokenlabel.annotate.images import decode_batch
-from tokenlabel.annotate.manifest import scan
+from tokenlabel.annotate import AnnotateConfig, annotate
 from tokenlabel.annotate.sample import sample_folder
-from tokenlabel.annotate.teacher import Teacher
-from tokenlabel.dataset import TokenLabelMap, TokenTargets, ToTokenTargets
+from tokenlabel.dataset import LabelStore
+from tokenlabel.inspection.agreement import SCALES, Score, look, mean, probabilities, random_box
+from tokenlabel.inspection.agreement import score as score_of
+from tokenlabel.inspection.picture_files import PictureFiles
+from tokenlabel.inspection.teacher import rebuild_teachers
 
-KS = (5, 10, 20)
-RULES = ("ours", "published", "transposed")
-
-
-def full_maps(
-    split: Path, teacher: Teacher, images: int
-) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
-    """Logits of all classes, descending, [H, W, C], their classes, and the picture's (h, w)."""
-    keys = [key.decode() for key in islice(scan(split), images)]
-    for key in keys:
-        batch = decode_batch(str(split), [key], teacher.input_size, teacher.interpolation)
-        if batch.errors[0]:
-            continue
-        scores, classes, _ = teacher(batch.images)
-        width, height = batch.sizes[0].tolist()
-        yield scores[0, 0].float(), classes[0, 0], (height, width)
-
-
-def kept(scores: Tensor, classes: Tensor, k: int, size: tuple[int, int]) -> TokenLabelMap:
-    """The map that a shard with k scores a patch would hold: all in float16."""
-    rest = scores[..., k:].logsumexp(-1)  # -inf for none
-    return TokenLabelMap.from_scores(
-        scores[..., :k].half(), classes[..., :k], rest.half(), canvas_size=size
-    )
+CROPS = 2  # of each range; the whole image once
+#: As in TokenLabelDataset(shrink=).
+SHRINK = 0.3
+#: The options of `annotate` for each label set; all else are its defaults.
+ONE_PASS = {"input_size": 320, "k": 10, "precise": True, "residual": 0}
+PASSES = {"input_size": [320, 448]}
+SETS: dict[str, dict[str, Any]] = {
+    "320, k10 float16, uniform rest": ONE_PASS,
+    "320": {"input_size": 320},
+    "320+448": PASSES,
+    "320+448, compact": {**PASSES, "compact": True},
+    "576": {"input_size": 576},
+    "576, compact": {"input_size": 576, "compact": True},
+}
+#: Rows of the first table: the label set and the shrink.
+ROWS = [(name, shrink) for name in list(SETS)[:4] for shrink in (0.0, SHRINK)]
+Scores = dict[tuple[str, tuple[float, float]], list[Score]]
 
 
-def densified(targets: TokenTargets, num_classes: int) -> Tensor:
-    """Probabilities [N, C], the rest spread evenly over the classes that are not listed."""
-    listed = targets.probs > 0
-    shape = (len(targets.probs), num_classes)
-    dense = torch.zeros(shape).scatter_add(1, targets.classes.long(), targets.probs)
-    absent = num_classes - listed.sum(1)
-    share = (targets.rest / absent.clamp(min=1))[:, None]
-    return torch.where(dense > 0, dense, share)
+def copy_images(source: Path, target: Path, count: int) -> None:
+    """Copy `count` images, evenly spaced over all in the class folders of `source` by name."""
+    files = sorted((path for path in source.rglob("*") if path.is_file()), key=lambda p: p.name)
+    for at in np.linspace(0, len(files) - 1, min(count, len(files))).astype(int):
+        folder = target / files[at].parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(files[at], folder)
 
 
-def transposed(
-    score_map: TokenLabelMap, source: TokenLabelMap, grid: int, num_classes: int
-) -> Tensor:
-    """The published target with the box as the published code hands it to RoIAlign, as (y, x).
-
-    Args:
-        score_map: the map after crop and flip.
-        source: the same map before.
-        grid: the student's patches a side.
-        num_classes: number of classes.
-    """
-    (height, width), (rows, columns) = score_map.canvas_size, source.classes.shape[1:3]
-    x, y, _ = score_map.path(np.array([0.0, width]), np.array([0.0, height]))
-    box = np.array([y.min(), x.min(), y.max(), x.max()]) * [columns, rows, columns, rows] - 0.5
-    logits = torch.zeros(rows, columns, num_classes)
-    logits.scatter_(2, source.classes[0].long(), source.as_subclass(Tensor)[0].float())
-    region = torch.tensor([[0.0, *box.tolist()]])
-    patches = roi_align(logits.permute(2, 0, 1)[None], region, grid)[0]
-    if x[0] > x[1]:
-        patches = patches.flip(2)
-    return patches.flatten(1).T.softmax(1)
+def top(probs: Tensor, k: int) -> Tensor:
+    """The k most probable classes of each patch, the rest evenly over the others."""
+    values, classes = probs.topk(k)
+    rest = (1 - values.sum(-1, keepdim=True)) / (probs.shape[-1] - k)
+    return rest.expand_as(probs).scatter(-1, classes, values)
 
 
-def divergence(truth: Tensor, target: Tensor) -> float:
-    """Mean over patches of KL(truth || target)."""
-    logs = target.clamp(min=1e-30).log()
-    return float((torch.special.xlogy(truth, truth) - truth * logs).sum(1).mean())
+def add_crops(stores: dict[str, LabelStore], images: Path, found: Scores) -> None:
+    """Score all targets of all images' crops."""
+    first = next(iter(stores.values()))
+    teachers = rebuild_teachers(first.attrs)
+    files, grid, rng = PictureFiles(first, images), teachers.judge.grid, np.random.default_rng(0)
+    for row, key in enumerate(first.keys):
+        image, label = files.read(key), first[row].label
+        bins = [scale for scale in SCALES for _ in range(CROPS if scale != SCALES[0] else 1)]
+        boxes = [random_box(image.size, scale, rng) for scale in bins]
+        live = look(teachers.judge, teachers.other, image, boxes)
+        targets = {
+            "teacher live, mirrored": live.mirrored,
+            "teacher live, at 448 px": live.other,
+            "teacher live itself, top 10": top(live.direct, 10),
+        }
+        for name, shrink in ROWS:
+            labels = stores[name].labels([row] * len(bins), boxes, shrink=shrink)
+            targets[name + " + shrink" * bool(shrink)] = labels.targets(grid).dense()
+        everywhere = torch.ones(live.direct.shape[1], dtype=torch.bool)
+        for name, target in targets.items():
+            for scale, truth, one in zip(bins, live.direct, target, strict=True):
+                result = score_of(truth, one, everywhere, label)
+                found.setdefault((name, scale), []).append(result)
+
+
+def cost(store: LabelStore, images: Path) -> tuple[float, float]:
+    """KL of the cells to the softmax of the teacher as it annotated, and bytes an image."""
+    annotator = rebuild_teachers(store.attrs).annotator
+    files, found = PictureFiles(store, images), []
+    for row, key in enumerate(store.keys):
+        truth = probabilities(annotator, files.read(key), [store.extent(row)])[0]
+        stored = torch.from_numpy(store[row].dense()).flatten(0, 1)
+        everywhere = torch.ones(len(stored), dtype=torch.bool)
+        found.append(score_of(truth, stored, everywhere, -1).kl)
+    size = sum(path.stat().st_size for path in store.shards)
+    return float(np.mean(found)), size / len(store)
+
+
+def print_table(title: str, metric: str, found: Scores) -> None:
+    """One metric: a row for each kind of target, a column for each range of area."""
+    print(f"\n| {title} | 8-20% | 20-40% | 40-70% | 70-100% | whole |\n|---|---|---|---|---|---|")
+    for name in dict.fromkeys(name for name, _ in found):
+        values = [mean(found[name, scale])[metric] for scale in reversed(SCALES)]
+        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, help="folder of class folders (default: the sample)")
+    parser.add_argument("--data", type=Path, help="folder of images (default: the sample)")
     parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--crops", type=int, default=1, help="of each image")
-    parser.add_argument("--grid", type=int, default=14)
-    parser.add_argument("--input-size", type=int, default=576, help="of the teacher")
     options = parser.parse_args()
-    grid = options.grid
-    found: dict[tuple[str, int], list[float]] = {(rule, k): [] for rule in RULES for k in KS}
     with tempfile.TemporaryDirectory() as name:
-        split = options.data or sample_folder(Path(name)) / "train"
-
-        teacher = Teacher(
-            "tf_efficientnet_lite0", weights="sample", input_size=options.input_size, k=1000
-        )
-        classes_of_all = teacher.num_classes
-        augment = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
-        whole = ToTokenTargets(grid, k=classes_of_all)
-        published = ToTokenTargets(
-            grid, k=classes_of_all, rule="published", num_classes=classes_of_all
-        )
-        images = 0
-        for scores, classes, size in full_maps(split, teacher, options.images):
-            images += 1
-            sources = {k: kept(scores, classes, k, size) for k in (*KS, classes_of_all)}
-            for crop in range(options.crops):
-                # One call for all maps: torchvision draws one crop for everything in a sample.
-                torch.manual_seed(images * options.crops + crop)
-                moved = augment(sources)
-                truth = densified(whole(moved[classes_of_all]), classes_of_all)
-                for k in KS:
-                    targets = {
-                        "ours": densified(ToTokenTargets(grid, k)(moved[k]), classes_of_all),
-                        "published": densified(published(moved[k]), classes_of_all),
-                        "transposed": transposed(moved[k], sources[k], grid, classes_of_all),
-                    }
-                    for rule, target in targets.items():
-                        found[rule, k].append(divergence(truth, target))
-    print(f"{images} images, {options.crops} crop(s) each, {teacher.grid} maps, {grid}x{grid}\n")
-    print("| k | ours | published, boxes right | published, transposed |\n|---|---|---|---|")
-    for k in KS:
-        print(f"| {k} | " + " | ".join(f"{np.mean(found[rule, k]):.3f}" for rule in RULES) + " |")
+        work = Path(name)
+        data = options.data or sample_folder(work / "sample")
+        copy_images(data, work / "data" / "train", options.images)
+        stores = {}
+        for number, (title, given) in enumerate(SETS.items()):
+            config = AnnotateConfig(
+                data=str(work / "data"),
+                out=str(work / str(number)),
+                model="tf_efficientnet_lite0",
+                weights="sample",
+                **given,
+            )
+            annotate(config)
+            stores[title] = LabelStore(work / str(number) / "train")
+        print(f"{len(stores['320'])} images, {CROPS} crops of each range")
+        found: Scores = {}
+        add_crops(stores, work / "data", found)
+        print_table("KL, nats", "kl", found)
+        print_table("label top-1", "label_top1", found)
+        print("\n| stored | grid | KL of a cell | bytes an image |\n|---|---|---|---|")
+        for title, store in stores.items():
+            kl, size = cost(store, work / "data")
+            print(f"| {title} | {store.grid[0]} x {store.grid[1]} | {kl:.3f} | {size:,.0f} |")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Time and memory of `TokenLabelLoss`, forward and backward, against the dense form.
+"""Time and memory of a step from records: targets, and the loss forward and backward.
 
-    python benchmarks/loss.py
+    OMP_NUM_THREADS=1 python benchmarks/loss.py
 
-The dense form scatters the targets to [B, N, C], a tensor that the step holds to its end as a
-training loop does, and takes softmax cross entropy by autograd. The two take turns in this process
-on the same made-up logits and targets. Time is CPU time of all
-threads, so that a busy machine does not blur it (one thread unless `--threads` says otherwise); the
-table has the medians. Memory is the most that was allocated at any moment beyond what the caller
-holds (logits and sparse targets), as torch.profiler records each allocation of a call: the same in
-each run. The result of both is compared first.
+Maps of 18x18 cells, 16 classes a cell and a residual of 64 classes, random crops of them, a
+student's logits [64, 196, 1000], all random. The measure is what any dense loss costs at least:
+`log_softmax` of the patch logits, forward and backward, without a target. The runs take turns in
+this process; ratios are medians over the rounds. Time is CPU time of all threads (`--threads`, one
+unless it says otherwise). Memory is the most that was allocated at any moment beyond
+what the caller holds (logits and records), as torch.profiler records each allocation: the same in
+each run. The losses and gradients are compared with the dense definition first.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -19,85 +20,79 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
+from torchvision.transforms import v2
 
-from tokenlabel.dataset import TokenTargets
-from tokenlabel.supervise import TokenLabelLoss, mix_targets
-from tokenlabel.supervise.mixed import MixedTargets
+from tokenlabel.dataset import MapLayout, TokenLabelMap, TokenLabels
+from tokenlabel.dataset.label_map import shuffled
+from tokenlabel.supervise import CutMix, MixedLabels, MixUp, TokenLabelLoss
 
-CASES = ((64, 196, 1000), (16, 196, 21841))
+LAYOUT = MapLayout(("identity",), (18, 18), 16, 1000, residual=64)
+GRID = (14, 14)
 BETA = 0.5
-Targets = TokenTargets | MixedTargets
-Inputs = tuple[Tensor, Tensor, Targets]
-Step = Callable[[Tensor, Tensor, Targets], Tensor]
+Labels = TokenLabels | MixedLabels
+Inputs = tuple[Tensor, Tensor, Labels]
+Loss = Callable[[Tensor, Tensor, Labels], Tensor]
 
 
-def made_up(batch: int, patches: int, num_classes: int, k: int) -> TokenTargets:
-    """Targets of distinct random classes, half of the patches partly in padding."""
+def records(batch: int) -> TokenLabels:
+    """Random maps, of which 40% of the entries are dropped, and a random crop of each."""
+    rng = np.random.default_rng(0)
+    crop = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
+    leaves = []
+    for _ in range(batch):
+        codes = np.sort(rng.integers(2, 24, (1, LAYOUT.k, *LAYOUT.grid)), 1)
+        codes[:, 1:][np.sort(rng.random(codes[:, 1:].shape), 1) > 0.6] = 255
+        planes = {
+            "codes": codes,
+            "classes": rng.random((1, LAYOUT.num_classes, *LAYOUT.grid)).argsort(1)[:, : LAYOUT.k],
+            "residual_classes": np.sort(rng.permutation(1000)[None, :64]),
+            "residual_codes": rng.integers(60, 120, (1, 64)),
+            "level": rng.normal(10, 1, (1, *LAYOUT.grid)),
+        }
+        data = b"".join(
+            shuffled(planes[name].astype(dtype)) for name, (dtype, _) in LAYOUT.planes().items()
+        )
+        leaf = TokenLabelMap(data, LAYOUT, canvas_size=(375, 500), label=int(rng.integers(1000)))
+        leaves.append(crop(leaf))
+    return TokenLabels.collate(leaves, GRID)
 
-    def part(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
-        start = torch.randint(num_classes, (*shape, 1))
-        classes = (start + torch.arange(k) * (num_classes // k)) % num_classes
-        mass = torch.randn(*shape, k + 1).mul(2).softmax(-1)
-        return classes.int(), mass[..., :k].contiguous(), mass[..., k].contiguous()
 
-    weight = torch.rand(batch, patches).mul(2).clamp(max=1)
-    label = torch.randint(num_classes, (batch,))
-    return TokenTargets(label, *part(batch, patches), weight, *part(batch))
-
-
-def dense_target(targets: Targets, num_classes: int) -> Tensor:
-    """The patches' targets as [B, N, C]."""
-    rest = targets.rest.reshape(*targets.weight.shape, -1)
-    k = targets.probs.shape[-1] // rest.shape[-1]
-    each = rest / (num_classes - k)
-    target = torch.empty(*targets.weight.shape, num_classes).copy_(each.sum(-1, keepdim=True))
-    values = targets.probs - each.repeat_interleave(k, -1)
-    return target.scatter_add_(-1, targets.classes.long(), values)
-
-
-def dense_loss(
-    cls_logits: Tensor, patch_logits: Tensor, target: Tensor, targets: Targets
-) -> Tensor:
-    """The same objective with a dense target, as short and as lean as plain PyTorch gets."""
-    rows = -(target * patch_logits.log_softmax(-1)).sum(-1)
-    if isinstance(targets, MixedTargets):
-        logs = cls_logits.log_softmax(-1).gather(1, targets.label)
-        by_label = -(logs * targets.label_probs).sum(1).mean()
+def dense(cls_logits: Tensor, patch_logits: Tensor, labels: Labels) -> Tensor:
+    """The objective by its definition: dense targets [B, N, C], and autograd."""
+    if isinstance(labels, MixedLabels):
+        parts = labels.parts()
     else:
-        by_label = F.cross_entropy(cls_logits, targets.label)
-    return by_label + BETA * (rows * targets.weight).mean()
+        windows = labels.targets()
+        parts = [(windows, windows.weight)]
+    target = sum(part.dense() * coefficient.unsqueeze(-1) for part, coefficient in parts)
+    label = functional.one_hot(labels.label.reshape(len(labels), -1), cls_logits.shape[1])
+    probs = labels.label_probs if isinstance(labels, MixedLabels) else torch.ones(len(labels), 1)
+    by_label = -((label * probs.unsqueeze(-1)).sum(1) * cls_logits.log_softmax(-1)).sum(-1)
+    rows = -(target * patch_logits.log_softmax(-1)).sum(-1)
+    return by_label.mean() + BETA * rows.mean()
 
 
-def dense(cls_logits: Tensor, patch_logits: Tensor, targets: Targets) -> Tensor:
-    """One step by way of a dense target; the gradient of the patch logits."""
-    target = dense_target(targets, patch_logits.shape[-1])
-    value = dense_loss(cls_logits, patch_logits, target, targets)
-    gradient: Tensor = torch.autograd.grad(value, (cls_logits, patch_logits))[1]
+def step(loss: Loss, inputs: Inputs) -> Tensor:
+    """Targets, loss and backward; the gradient of the patch logits."""
+    gradient: Tensor = torch.autograd.grad(loss(*inputs), inputs[:2])[1]
     return gradient
 
 
-def sparse(cls_logits: Tensor, patch_logits: Tensor, targets: Targets) -> Tensor:
-    """One step by `TokenLabelLoss`; the gradient of the patch logits."""
-    value = TokenLabelLoss(dense_weight=BETA)(cls_logits, patch_logits, targets)
-    gradient: Tensor = torch.autograd.grad(value, (cls_logits, patch_logits))[1]
-    return gradient
+def log_softmax(patch_logits: Tensor, gradient: Tensor) -> Tensor:
+    """What any dense loss does at least."""
+    result: Tensor = torch.autograd.grad(patch_logits.log_softmax(-1), patch_logits, gradient)[0]
+    return result
 
 
-def seconds(step: Step, inputs: Inputs) -> float:
-    """CPU time of one run."""
-    start = time.process_time()
-    step(*inputs)
-    return time.process_time() - start
-
-
-def peak_bytes(step: Step, inputs: Inputs) -> int:
+def peak_bytes(run: Callable[[], object]) -> int:
     """Most bytes allocated at a time during one run, beyond what was there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step(*inputs)
+        run()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         recorded.export_chrome_trace(str(trace))
@@ -114,33 +109,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--k", type=int, default=10, help="classes listed for each patch")
+    parser.add_argument("--batch", type=int, default=64)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print("| B x N x C | targets | time, ms | dense | ratio | memory, MB | dense | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
-    for batch, patches, num_classes in CASES:
-        plain = made_up(batch, patches, num_classes, options.k)
-        own = torch.rand(batch, patches).mul(2).clamp(max=1)
-        mixed = mix_targets(plain, torch.arange(batch).roll(1), own)
-        cls_logits = torch.randn(batch, num_classes, requires_grad=True)
-        patch_logits = torch.randn(batch, patches, num_classes, requires_grad=True)
-        for name, targets in (("plain", plain), ("mixed", mixed)):
-            inputs: Inputs = (cls_logits, patch_logits, targets)
-            torch.testing.assert_close(sparse(*inputs), dense(*inputs))
-            memory = [peak_bytes(step, inputs) / 1e6 for step in (sparse, dense)]
-            rounds = [
-                (seconds(sparse, inputs), seconds(dense, inputs)) for _ in range(options.rounds)
-            ]
-            sparse_time, dense_time = (
-                1e3 * statistics.median(taken) for taken in zip(*rounds, strict=True)
-            )
-            print(
-                f"| {batch} x {patches} x {num_classes} | {name} | {sparse_time:.0f} | "
-                f"{dense_time:.0f} | {sparse_time / dense_time:.2f} | {memory[0]:.0f} | "
-                f"{memory[1]:.0f} | {memory[0] / memory[1]:.2f} |"
-            )
+    plain, size = records(options.batch), options.batch
+    images = torch.zeros(size, 1, 224, 224)
+    cls_logits = torch.randn(size, 1000, requires_grad=True)
+    patch_logits = torch.randn(size, 196, 1000, requires_grad=True)
+    gradient = torch.rand_like(patch_logits)
+    ours = TokenLabelLoss(dense_weight=BETA)
+    runs: dict[str, Callable[[], object]] = {
+        "log_softmax alone": lambda: log_softmax(patch_logits, gradient),
+        "targets alone": plain.targets,
+    }
+    kinds = {
+        "plain": plain,
+        "mixup": MixUp()(images, plain)[1],
+        "cutmix": CutMix()(images, plain)[1],
+    }
+    for name, labels in kinds.items():
+        inputs: Inputs = (cls_logits, patch_logits, labels)
+        torch.testing.assert_close(step(ours, inputs), step(dense, inputs))
+        runs[f"step, {name}"] = functools.partial(step, ours, inputs)
+    runs["step by dense targets"] = functools.partial(
+        step, dense, (cls_logits, patch_logits, plain)
+    )
+    peaks = {name: peak_bytes(run) for name, run in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(options.rounds):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            times[name].append(time.process_time() - start)
+    print(f"{plain}; {options.threads} thread(s)")
+    print("| | CPU time, ms | x log_softmax | memory, MB | x the logits |")
+    print("|---|---|---|---|---|")
+    for name, taken in times.items():
+        ratios = [a / b for a, b in zip(taken, times["log_softmax alone"], strict=True)]
+        print(
+            f"| {name} | {1e3 * statistics.median(taken):.0f} | {statistics.median(ratios):.2f} | "
+            f"{peaks[name] / 1e6:.0f} | {peaks[name] / patch_logits.nbytes:.2f} |"
+        )
 
 
 if __name__ == "__main__":

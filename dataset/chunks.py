@@ -18,7 +18,7 @@ STRATEGIES = {
     "classes": (zlib.Z_RLE, zlib.Z_RLE),
     "residual_classes": (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE),
     "residual_codes": (zlib.Z_FILTERED, zlib.Z_FILTERED),
-    "level": (zlib.Z_HUFFMAN_ONLY, zlib.Z_FILTERED),
+    "level": (zlib.Z_HUFFMAN_ONLY, zlib.Z_HUFFMAN_ONLY),
 }
 _LEVEL = 4
 _ERRORS = (zlib.error, _fast.DeflateError) if _fast else (zlib.error,)
@@ -60,13 +60,16 @@ def inflate(data: bytes | memoryview, size: int) -> bytes:
             # It passes over what follows the stream, whose own last bytes are this checksum.
             whole = zlib.adler32(plain).to_bytes(4, "big") == data[-4:]
     except _ERRORS as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f"it must inflate to {size} bytes: {error}") from error
     if len(plain) != size or not whole:
-        raise ValueError(f"the chunk must inflate to {size} bytes, it does not")
+        raise ValueError(f"it must inflate to {size} bytes, it does not")
     return plain
 
 
 def unshuffle(plain: bytes | memoryview, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """The array whose bytes are in `plain`, first all lowest ones; writable, and nobody else's."""
-    planes = np.frombuffer(plain, np.uint8).reshape(dtype.itemsize, -1)
-    return planes.T.copy().reshape(-1).view(dtype).reshape(shape)
+    whole, width = bytearray(plain), dtype.itemsize
+    count = len(whole) // width
+    for byte in range(width if width > 1 else 0):  # slices: faster than NumPy at this size
+        whole[byte::width] = plain[byte * count : (byte + 1) * count]
+    return np.ndarray(shape, dtype, whole)

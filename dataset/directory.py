@@ -135,6 +135,9 @@ class StoredFile:
         self._identify(kind, version)
         if found["size"] != self.end:
             raise ValueError(f"it must have {found['size']} bytes, it has {self.end}")
+        self._rest, self._crc = found["block"], found["crc"]
+        self._inside(self._rest, 0)
+        self._used = HEAD.size + size
         self.columns = {name: self._column(**entry) for name, entry in found["columns"].items()}
         self.maps = self._maps(**found["maps"]) if "maps" in found else None
 
@@ -164,7 +167,7 @@ class StoredFile:
             raise ValueError(f"{size} bytes cannot be {dtype} {column.shape}")
         return column
 
-    def _maps(self, offset: int, size: int, planes: list[Any]) -> Maps:
+    def _maps(self, offset: int, size: int, planes: list[Any], **_: Any) -> Maps:
         self._inside(offset, size)
         return Maps(offset, size, {name: _array(dtype, shape) for name, dtype, shape in planes})
 
@@ -188,27 +191,25 @@ class StoredFile:
         return column
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start` to `stop` of a column, as by slicing; all of it is checked if gzip."""
+        """Rows `start` to `stop` of a column, as by slicing.
+
+        Its CRC is compared where all of it is read: of all rows, and of any rows if it is gzip.
+        """
         column = self.columns[name]
         start, stop, _ = slice(start, stop).indices(column.shape[0])
-        shape = (max(stop - start, 0), *column.shape[1:])
-        row = math.prod(shape[1:]) * column.dtype.itemsize
-        if not column.gzip:
-            data = bytearray(self.pread(row * shape[0], column.offset + row * start))
-            return np.frombuffer(data, column.dtype).reshape(shape)
+        count = max(stop - start, 0)
+        row = math.prod(column.shape[1:]) * column.dtype.itemsize
+        if not column.gzip and count < column.shape[0]:
+            data = bytearray(self.pread(row * count, column.offset + row * start))
+            return np.frombuffer(data, column.dtype).reshape(count, *column.shape[1:])
+        plain = b"".join(self.blocks(name))
+        if zlib.crc32(plain) != column.crc:
+            raise self.damaged(f"{name} has a wrong checksum")
         try:
-            plain = inflate(self.stored(name), row * column.shape[0])
+            plain = inflate(plain, row * column.shape[0]) if column.gzip else plain
         except ValueError as error:
             raise self.damaged(f"{name}: {error}") from error
         return np.frombuffer(bytearray(plain), column.dtype).reshape(column.shape)[start:stop]
-
-    def stored(self, name: str) -> bytes:
-        """The bytes of a column as they lie in the file; FormatError unless they have its CRC."""
-        column = self.columns[name]
-        data = b"".join(self.blocks(name))
-        if zlib.crc32(data) != column.crc:
-            raise self.damaged(f"{name} has a wrong checksum")
-        return data
 
     def texts(self, name: str) -> list[str]:
         """A column of texts."""
@@ -220,8 +221,21 @@ class StoredFile:
     def blocks(self, name: str) -> Iterator[bytes]:
         """The bytes of a column as they lie in the file, not all of them in memory at once."""
         column = self.columns[name]
-        for start in range(0, column.size, _BLOCK):
-            yield self.pread(min(_BLOCK, column.size - start), column.offset + start)
+        yield from self._blocks(column.offset, column.offset + column.size)
+
+    def _blocks(self, start: int, stop: int) -> Iterator[bytes]:
+        for offset in range(start, stop, _BLOCK):
+            yield self.pread(min(_BLOCK, stop - offset), offset)
+
+    def check_bytes(self) -> None:
+        """Read the whole file; FormatError unless every byte is as it was written."""
+        if any(map(any, self._blocks(self._used, self._rest))):
+            raise self.damaged("bytes between the directory and HDF5's part are not 0")
+        crc = 0
+        for block in self._blocks(self._rest, self.end):
+            crc = zlib.crc32(block, crc)
+        if crc != self._crc:
+            raise self.damaged("bytes of it were changed: they have a wrong checksum")
 
     def mapped(self, name: str, dtype: np.dtype | str, shape: tuple[int, ...]) -> np.ndarray:
         """A column that is not gzip as a read-only view of the file, nothing of which is read."""

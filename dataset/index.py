@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import tempfile
-import zlib
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +45,6 @@ class Index(NamedTuple):
         failed: bool [n], True where the image has no map.
         shard_rows: uint64 [shards + 1], the first row of each shard, and the number of rows.
         shard_sha256: the content digest of each shard.
-        shard_checks: uint32 [shards], CRC-32 of each shard's part of the keys and columns.
         file: the file.
     """
 
@@ -56,7 +54,6 @@ class Index(NamedTuple):
     failed: np.ndarray
     shard_rows: np.ndarray
     shard_sha256: list[str]
-    shard_checks: np.ndarray
     file: StoredFile
 
     def shard(self, row: int) -> int:
@@ -64,25 +61,32 @@ class Index(NamedTuple):
         return bisect_right(self.shard_rows.data, row) - 1
 
     def fits(self, shard: Shard, number: int) -> bool:
-        """Whether a shard is the one that was indexed, and its part of the columns undamaged."""
+        """Whether a shard is the one that was indexed, here and there undamaged."""
         first, last = self.shard_rows[number : number + 2].tolist()
         if shard.attrs["sha256"] != self.shard_sha256[number] or shard.rows != last - first:
             return False
+        if "extent" in shard:
+            shard.read("extent")  # all of it, by which it is checked: maps read single rows
         # Read, not mapped, whose pages would stay in memory.
         ends = self.file.read("key_offsets", first, last + 1)
-        if not (ends[1:] >= ends[:-1]).all():
-            return False
-        keys = self.file.read("key_bytes", int(ends[0]), int(ends[-1])).tobytes()
-        columns = [self.file.read(name, first, last).tobytes() for name in COLUMNS]
-        return _check(keys, np.diff(ends), columns) == int(self.shard_checks[number])
+        keys = shard.read("key").tolist()
+        same = np.diff(ends).tolist() == list(map(len, keys))
+        return (
+            same
+            and self.file.read("key_bytes", int(ends[0]), int(ends[-1])).tobytes() == b"".join(keys)
+            and all(
+                np.array_equal(self.file.read(name, first, last), column)
+                for name, column in _columns(shard).items()
+            )
+        )
 
 
-def _check(keys: bytes, lengths: np.ndarray, columns: list[bytes]) -> int:
-    """CRC-32 of a shard's keys, their lengths, and its columns."""
-    crc = 0
-    for part in (keys, lengths.astype("<u8").tobytes(), *columns):
-        crc = zlib.crc32(part, crc)
-    return crc
+def _columns(shard: Shard) -> dict[str, np.ndarray]:
+    return {
+        "label": shard.read("label"),
+        "size": shard.read("size"),
+        "failed": (shard.read("error") != b"").view(np.uint8),
+    }
 
 
 def find_shards(root: Path) -> list[Path]:
@@ -199,7 +203,6 @@ def _load(path: Path, shards: list[Path]) -> Index:
         failed=columns["failed"].view(bool),
         shard_rows=shard_rows,
         shard_sha256=[digest.decode("latin1") for digest in file.read("shard_sha256").tolist()],
-        shard_checks=file.mapped("shard_check", "<u4", (count,)),
         file=file,
     )
     # Another run's shards may have the same sizes; one header tells. The others are compared
@@ -249,26 +252,17 @@ def write_index(path: Path, shards: list[Path]) -> None:
             name: stack.enter_context(contextlib.closing(Spool(path.parent, dtype)))
             for name, (dtype, _) in COLUMNS.items()
         }
-        rows, sizes, digests, checks = [0], [], [], []
+        rows, sizes, digests = [0], [], []
         first: dict[str, Any] = {}
         for number, shard_path in enumerate(shards):
             with open_shard(shard_path) as shard:
                 first = first or shard.attrs
                 _check_neighbours(shard, number, rows[-1], shards[0], first)
-                texts = shard.read("key").tolist()
-                failed = shard.read("error") != b""
-                columns = {
-                    "label": shard.read("label").tobytes(),
-                    "size": shard.read("size").tobytes(),
-                    "failed": failed.tobytes(),
-                }
+                keys.append(shard.read("key").tolist())
+                for name, column in _columns(shard).items():
+                    spools[name].append(column.tobytes())
                 rows.append(rows[-1] + shard.rows)
                 digests.append(shard.attrs["sha256"].encode())
-            keys.append(texts)
-            for name, column in columns.items():
-                spools[name].append(column)
-            lengths = np.fromiter(map(len, texts), "<u8", len(texts))
-            checks.append(_check(b"".join(texts), lengths, list(columns.values())))
             sizes.append(_shard_size(shard_path))
         with create(path, FORMAT, VERSION, {"fingerprint": first["fingerprint"]}) as file:
             keys.write(file)
@@ -277,7 +271,6 @@ def write_index(path: Path, shards: list[Path]) -> None:
             file.add("shard_rows", np.array(rows, "<u8"))
             file.add("shard_size", np.array(sizes, "<u8"))
             file.add("shard_sha256", np.array(digests, "S64"))
-            file.add("shard_check", np.array(checks, "<u4"))
 
 
 def _check_neighbours(

@@ -131,7 +131,8 @@ class NewFile:
                 planes = [[name, dtype.str, shape] for name, (dtype, shape) in self._planes.items()]
                 offset = _found(file, block, self._first, size, self._crc)
                 found["maps"] = {"offset": offset, "size": size, "planes": planes}
-            found["size"] = file.seek(0, os.SEEK_END)
+            size = file.seek(0, os.SEEK_END)
+            found |= {"size": size, "block": block, "crc": _crc(file, block, size - block)}
             text = _json(found)
             if HEAD.size + len(text) > block:
                 raise ValueError(
@@ -145,13 +146,18 @@ class NewFile:
 def _found(file: IO[bytes], block: int, told: int, size: int, crc: int) -> int:
     """The offset of what was written: some versions of HDF5 count from the user block's end."""
     for offset in (told, told + block):
-        file.seek(offset)
-        found, left = 0, size
-        while left and (data := file.read(min(left, _BLOCK))):
-            found, left = zlib.crc32(data, found), left - len(data)
-        if (found, left) == (crc, 0):
+        if _crc(file, offset, size) == crc:
             return offset
     raise OSError(f"{file.name}: bytes that were written are not at offset {told}")
+
+
+def _crc(file: IO[bytes], offset: int, size: int) -> int:
+    """CRC-32 of bytes of the file."""
+    file.seek(offset)
+    crc = 0
+    while size and (data := file.read(min(size, _BLOCK))):
+        crc, size = zlib.crc32(data, crc), size - len(data)
+    return crc
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -42,6 +42,7 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "extent": ("<f4", (4,)),
 }
 _NAME = re.compile(r"shard-(\d{5,})-of-(\d{5,})\.h5")
+_MOST_CLASSES = 1 << 24  # vectors of so many numbers are made of a map
 _REMEDY = "delete the file and run `annotate` again; it remakes just what is missing"
 #: What the planes of an image without a map hold, so that nobody takes them for labels.
 _BLANK: dict[str, float] = {"codes": DROPPED, "residual_codes": DROPPED, "level": np.nan}
@@ -246,6 +247,8 @@ class Shard:
             raise ValueError(f"extent must be a box of 4 numbers, got {box}")
         if not 0 <= attrs["step"] < math.inf:
             raise ValueError(f"step must be 0 or more nats, got {attrs['step']}")
+        if not max(attrs["k"], attrs["residual"]) <= attrs["num_classes"] <= _MOST_CLASSES:
+            raise ValueError(f"num_classes cannot be {attrs['num_classes']}")
         maps = self._file.maps
         if maps is None or "codes" not in maps.planes or "key" not in self._file.columns:
             raise ValueError("it has no codes or no key")
@@ -296,6 +299,10 @@ class Shard:
         """Whether the shard has this dataset."""
         return name in self._planes or (name in COLUMNS and name in self._file.columns)
 
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a dataset."""
+        return self._planes[name][0] if name in self._planes else self._file.columns[name].dtype
+
     def planes(self, row: int) -> bytes:
         """The planes of a row, inflated and otherwise as stored, one behind the other.
 
@@ -337,9 +344,19 @@ class Shard:
 
     def map(self, row: int) -> ScoreMap:
         """What is stored of a row."""
+        plain, start = memoryview(self.planes(row)), 0
+        empty = (len(self.layout.views), 0)
+        found: dict[str, Any] = {
+            "residual_classes": np.empty(empty, self.layout.class_dtype),
+            "residual_codes": np.empty(empty, np.uint8),
+            "level": None,
+        }
+        for (name, (dtype, shape)), size in zip(self._planes.items(), self._sizes, strict=True):
+            found[name] = unshuffle(plain[start : start + size], dtype, shape)
+            start += size
         width, height = self.read("size", row, row + 1)[0].tolist()
-        label = self.read("label", row, row + 1).item()
-        return unpack(self.layout, self.planes(row), label, (width, height), self.extent(row))
+        label, extent = self.read("label", row, row + 1).item(), self.extent(row)
+        return ScoreMap(self.layout, label=label, size=(width, height), extent=extent, **found)
 
     def extent(self, row: int) -> _Extent:
         """Box (x0, y0, x1, y1), normalised to the image, that the row's map covers."""
@@ -356,6 +373,10 @@ class Shard:
                 digest.update(name, self.read(name, start, start + step))
         return digest.hexdigest()
 
+    def check_bytes(self) -> None:
+        """Read the whole file; FormatError unless every byte is as it was written."""
+        self._file.check_bytes()
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -365,29 +386,3 @@ class Shard:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def unpack(
-    layout: MapLayout, planes: bytes, label: int, size: tuple[int, int], extent: _Extent
-) -> ScoreMap:
-    """The map in the bytes that `Shard.planes` gives."""
-    view, start = memoryview(planes), 0
-    found: dict[str, np.ndarray] = {
-        "residual_classes": np.empty((len(layout.views), 0), layout.class_dtype),
-        "residual_codes": np.empty((len(layout.views), 0), np.uint8),
-    }
-    for name, (dtype, shape) in layout.planes().items():
-        stop = start + dtype.itemsize * math.prod(shape)
-        found[name] = unshuffle(view[start:stop], dtype, shape)
-        start = stop
-    return ScoreMap(
-        layout,
-        found["codes"],
-        found["classes"],
-        found["residual_classes"],
-        found["residual_codes"],
-        found.get("level"),
-        label,
-        size,
-        extent,
-    )

@@ -14,7 +14,7 @@ from tokenlabel.dataset.errors import FormatError, TokenLabelError
 from tokenlabel.dataset.index import Index, find_shards, open_index, open_shard
 from tokenlabel.dataset.keys import KeyTable
 from tokenlabel.dataset.score_map import MapLayout, ScoreMap
-from tokenlabel.dataset.shard import Shard, unpack
+from tokenlabel.dataset.shard import Shard
 
 if TYPE_CHECKING:
     from tokenlabel.dataset.label_map import TokenLabelMap
@@ -141,9 +141,7 @@ class LabelStore:
                 "Remedy: repair or leave out the image"
             )
         shard, local = self._local.shard(row)
-        width, height = index.sizes[row].tolist()
-        label, extent = index.labels.item(row), shard.extent(local)
-        return unpack(self.layout, shard.planes(local), label, (width, height), extent)
+        return shard.map(local)
 
     def planes(self, row: int) -> bytes:
         """The planes of a row's map, inflated and otherwise as stored, one behind the other.

@@ -5,11 +5,11 @@
     torchrun --nproc-per-node 8 examples/train_student.py --data DATA --out OUT ...
 
 DATA holds train/CLASS/* and val/CLASS/*; OUT gets log.csv and checkpoint.pt, from which the same
-command goes on. `--labels` is all that differs: the pictures, their order and their augmentation,
-the backbone's first weights and the schedule are the same with and without it.
+command resumes. `--labels` is all that differs: the images, their order and their augmentation, the
+backbone's first weights and the schedule are the same with and without it.
 
 Everything random in an epoch follows from the seed, the epoch, the rank and the number of workers.
-So a run that was killed goes on from its last finished epoch and ends with the weights of an
+So a run that was killed resumes after its last finished epoch and ends with the weights of an
 undisturbed one, to the bit where the hardware's arithmetic repeats.
 """
 
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, ParseKwargs
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
@@ -76,10 +76,10 @@ def arguments() -> argparse.Namespace:
     add("--cls-target", default="label", choices=["label", "crop", "both"])
     add("--label-smoothing", type=float, default=0.0)
     add("--auto-augment", default="rand-m9-mstd0.5-inc1", help="as timm spells it, or none")
-    add("--min-scale", type=float, default=0.08, help="smallest crop, as a share of the picture")
-    add("--crop-pct", type=float, default=0.875, help="of the validation pictures, as timm has it")
+    add("--min-scale", type=float, default=0.08, help="smallest crop, as a fraction of the image")
+    add("--crop-pct", type=float, default=0.875, help="of the validation images, as timm has it")
     add("--erase-prob", type=float, default=0.25)
-    add("--mix", type=float, default=0.0, metavar="P", help="share of MixUp or CutMix batches")
+    add("--mix", type=float, default=0.0, metavar="P", help="fraction of MixUp or CutMix batches")
     add("--ema", type=float, default=0.0, metavar="DECAY", help="validate averaged weights too")
     add("--precision", default="bfloat16", choices=["bfloat16", "float32"])
     add("--workers", type=int, default=4, help="data loader processes, for each process")
@@ -124,12 +124,12 @@ class Classes(ImageFolder):
 def class_names(args: argparse.Namespace, store: LabelStore | None) -> list[str]:
     """Names of the student's classes: the teacher's where there are labels, else the folders."""
     if store and store.attrs["label_space"] == "teacher":
-        return list(store.attrs["class_names"])
+        return list(store.classes)
     folders = sorted(entry.name for entry in (args.data / "train").iterdir() if entry.is_dir())
     if store and store.num_classes != len(folders):
         raise ValueError(
             f"the labels' teacher has {store.num_classes} classes and DATA/train has "
-            f"{len(folders)} folders, and no names tell which is which. Remedy: annotate with "
+            f"{len(folders)} folders, and no names say which is which. Remedy: annotate with "
             "--class-names"
         )
     return folders
@@ -138,7 +138,7 @@ def class_names(args: argparse.Namespace, store: LabelStore | None) -> list[str]
 def make_loader(
     dataset: Dataset[Any], args: argparse.Namespace, rank: int, world: int
 ) -> DataLoader[Any]:
-    """Batches of this process's share of the training data, as many as those of any other."""
+    """Batches of this process's part of the training data, as many as those of any other."""
     sampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=args.seed, drop_last=True)
     loader = DataLoader(
         dataset,
@@ -150,22 +150,15 @@ def make_loader(
     )
     if not len(loader):
         raise ValueError(
-            f"an epoch needs a batch for each process; {len(dataset)} pictures are fewer than "
+            f"an epoch needs a batch for each process; {len(dataset)} images are fewer than "
             f"{world} x {args.batch_size}. Remedy: a smaller --batch-size"
         )
     return loader
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """A tensor, or a named tuple of tensors, on the device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    return type(value)(*(field.to(device, non_blocking=True) for field in value))
-
-
 @torch.inference_mode()
 def top1(model: nn.Module, loader: DataLoader[Any], device: torch.device) -> float:
-    """Share of the validation pictures that the model gets right, over all processes."""
+    """Fraction of the validation images that the model gets right, over all processes."""
     model.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=device)  # right, all
     for images, classes in loader:
@@ -187,7 +180,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_log(args: argparse.Namespace, history: list[dict[str, float]]) -> None:
-    """Write log.csv anew, so that a resumed run has no row twice."""
+    """Rewrite log.csv, so that a resumed run has no row twice."""
     temporary = args.out / "log.tmp"
     with open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, list(history[0]))
@@ -244,7 +237,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
             cls_target=args.cls_target,
             label_smoothing=args.label_smoothing,
         )
-        mixes = [MixUp(0.8), CutMix(1.0, grid=bare.grid)]
+        mixes = [MixUp(0.8), CutMix(1.0)]
     else:
         dataset = Classes(args.data / "train", names, augment)
         mixes = [
@@ -256,8 +249,8 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     validation = Classes(
         args.data / "val", names, eval_transform(args.size, crop_pct=args.crop_pct)
     )
-    share = Subset(validation, range(rank, len(validation), world))
-    val_loader = DataLoader(share, args.batch_size, num_workers=args.workers)
+    part = Subset(validation, range(rank, len(validation), world))
+    val_loader = DataLoader(part, args.batch_size, num_workers=args.workers)
 
     optimizer = create_optimizer_v2(bare, args.opt, args.lr, args.weight_decay)
     scheduler, epochs = create_scheduler_v2(
@@ -281,7 +274,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
             ema.module.load_state_dict(state["ema"])
         first, history = state["epoch"], state["history"]
         if rank == 0:
-            print(f"going on after epoch {first} of {checkpoint}", flush=True)
+            print(f"resuming after epoch {first} of {checkpoint}", flush=True)
 
     for epoch in range(first, epochs):
         # All random state there is: nothing of it need be in the checkpoint.
@@ -289,16 +282,17 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         loader.sampler.set_epoch(epoch)
         student.train()
         start, total = time.monotonic(), torch.zeros((), device=device)
-        for step, (images, targets) in enumerate(loader, epoch * len(loader) + 1):
-            images, targets = to_device(images, device), to_device(targets, device)
+        for step, (images, labels) in enumerate(loader, epoch * len(loader) + 1):
+            images = images.to(device, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)  # targets are made there, by the loss
             if torch.rand(()) < args.mix:
-                images, targets = mix(images, targets)
+                images, labels = mix(images, labels)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
                 output = student(images)
             if store:
-                loss = criterion(*output, targets)
+                loss = criterion(*output, labels)
             else:
-                loss = cross_entropy(output.float(), targets, label_smoothing=args.label_smoothing)
+                loss = cross_entropy(output.float(), labels, label_smoothing=args.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,18 +1,19 @@
 """How good is the promise that a crop of the map is what the teacher says of the crop?
 
-Token labeling annotates each picture once, and takes the targets of a crop from the map of the
-whole (Jiang et al., "All Tokens Matter", NeurIPS 2021; the idea is ReLabel's, Yun et al., CVPR
-2021). Here the teacher itself looks at the cropped picture, resized to its input as the whole was,
-and its answer is compared with the crop of the map, patch by patch.
+Token labeling annotates each image once, and takes the targets of a crop from the map of the whole
+(Jiang et al., "All Tokens Matter", NeurIPS 2021; the idea is ReLabel's, Yun et al., CVPR 2021).
+Here the teacher runs live on the crop, resized to its input as the whole image was, and its answer
+is compared with the crop of the map, patch by patch.
 
-The two are not equal even for a perfect map: the teacher sees the crop enlarged, more so the
-smaller it is, and without the surroundings. For the whole picture, the cells as they are stored
-differ by what storing the top k costs; the targets of the whole, also by what averaging between
-cells costs; those of its mirror image, also by what the teacher is not symmetric.
+The two differ even for a perfect map: the teacher sees the crop enlarged, more so the smaller it
+is, and without the surroundings. To imitate that is not quality in itself. So the same numbers are
+given for the teacher against itself, on the mirrored crop and at another input size (how far apart
+two equally good answers are: the noise floor), and beside the divergences, how often the mean
+target of a crop has the image's label on top.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,34 +21,52 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
+from tokenlabel.annotate.passes import onto
 from tokenlabel.annotate.teacher import Teacher
-from tokenlabel.dataset.label_map import TokenLabelMap
+from tokenlabel.dataset.path import UNIT_BOX, Box
 from tokenlabel.dataset.store import LabelStore
-from tokenlabel.dataset.targets import TokenTargets, ToTokenTargets
 from tokenlabel.inspection.picture_files import PictureFiles
-from tokenlabel.inspection.teacher import rebuild_teacher
+from tokenlabel.inspection.teacher import rebuild_teachers
 
-#: Shares of the picture's area: the whole, then what RandomResizedCrop takes, in four parts.
+#: Fractions of the image's area: the whole, then what RandomResizedCrop takes, in four parts.
 SCALES = ((1.0, 1.0), (0.7, 1.0), (0.4, 0.7), (0.2, 0.4), (0.08, 0.2))
-VIEWS = ("stored", "direct", "mirrored")
 #: RandomResizedCrop's aspect ratios.
 _RATIOS = (3 / 4, 4 / 3)
 _TRIES = 10
-_FLOOR = 1e-12  # of a probability, so that KL stays finite where `rest` is nothing
+_FLOOR = 1e-12  # of a probability, so that KL stays finite where a target leaves nothing
 Watch = Callable[[int, int], None]
 
 
-class _Crop(NamedTuple):
-    """Box in pixels, and whether it is looked at mirrored, direct or cell by cell as stored."""
+class Score(NamedTuple):
+    """Of a crop's target against the live teacher, means over the patches that show the map.
 
-    scale: tuple[float, float]
-    left: int
-    top: int
-    width: int
-    height: int
-    view: str
+    Attributes:
+        kl: KL(teacher || target) in nats.
+        tv: total variation, between 0 and 1.
+        top1: fraction of patches with the teacher's best class on top.
+        label_top1: 1 where the mean target has the image's label on top, 0 elsewhere; NaN without a
+            label.
+    """
+
+    kl: float
+    tv: float
+    top1: float
+    label_top1: float
+
+
+class Live(NamedTuple):
+    """What a teacher says of B crops of an image: probabilities on its grid, N patches.
+
+    Attributes:
+        direct: float32 [B, N, C].
+        mirrored: of the mirrored crops, mirrored back.
+        other: at another input size, on the same grid; None where the teacher has one size only.
+    """
+
+    direct: Tensor
+    mirrored: Tensor
+    other: Tensor | None
 
 
 def measure_agreement(
@@ -59,10 +78,9 @@ def measure_agreement(
     seed: int = 0,
     watch: Watch = lambda *_: None,
 ) -> dict[str, Any]:
-    """Compare crops of maps with the teacher's own view of the cropped pictures.
+    """Compare crops of maps with the teacher's own view of the crops.
 
-    Of each image: the whole and one crop of each range of `SCALES`, direct and mirrored; and the
-    whole as it is stored, without interpolation between cells.
+    Of each image: the whole and one crop of each range of `SCALES`.
 
     Args:
         root: folder of a split.
@@ -73,10 +91,11 @@ def measure_agreement(
         watch: called with (images done, images).
 
     Returns:
-        JSON-able: for each range of scales and each of `VIEWS`, the number of crops and the means
-        over their patches of `kl`, KL(teacher's view || map's crop) in nats; `top1`, how often both
-        have the same class on top; and `kl_whole`, the same KL for one label for the whole picture
-        (the average of its map), which is what labels without a map would give.
+        JSON-able. `rows` holds, for each range of scales and each `target`, the number of crops and
+        the means of a `Score` over them. The targets: "stored", the whole map cell by cell, against
+        the teacher as it annotated: the cost of storage; "map" and "map, mirrored", what a student
+        gets; "one label", the mean of the image's map for every patch, as a label without a map
+        would be; "teacher", "teacher, mirrored" and "teacher, other size".
 
     Raises:
         ConfigError: images or weights are not found; TeacherError for the teacher.
@@ -84,135 +103,159 @@ def measure_agreement(
         FormatError: the labels are damaged.
     """
     store = LabelStore(root)
-    teacher = rebuild_teacher(store.attrs, weights)
+    teachers = rebuild_teachers(store.attrs, weights)
     files = PictureFiles(store, images)
+    comparable = store.attrs.get("label_space") == "teacher"
     rng = np.random.default_rng(seed)
     good = np.flatnonzero(~store.failed)
     rows = np.sort(rng.permutation(good)[:count]).tolist()
-    sums: dict[tuple[tuple[float, float], str], list[np.ndarray]] = {}
+    found: dict[tuple[tuple[float, float], str], list[Score]] = {}
     for done, row in enumerate(rows, 1):
-        picture = files.read(store.keys[row])
-        label_map = _label_map(store, row, picture)
-        crops = list(_crops(picture.size, rng))
-        seen = _seen(teacher, picture, crops)
-        for crop, (classes, logs) in zip(crops, seen, strict=True):
-            found = _compare(label_map, crop, teacher.grid, classes, logs)
-            sums.setdefault((crop.scale, crop.view), []).append(found)
+        image = files.read(store.keys[row])
+        boxes = [random_box(image.size, scale, rng) for scale in SCALES]
+        live = look(teachers.judge, teachers.other, image, boxes)
+        entry = store[row]
+        label = entry.label if comparable else -1
+        stored = torch.from_numpy(entry.dense()).flatten(0, 1)
+        truth = probabilities(teachers.annotator, image, [entry.extent])[0]
+        whole = score(truth, stored, torch.ones(len(stored), dtype=torch.bool), label)
+        found.setdefault((SCALES[0], "stored"), []).append(whole)
+        for target, scores in _targets(store, row, boxes, live, teachers.judge.grid, label):
+            for scale, one in zip(SCALES, scores, strict=True):
+                found.setdefault((scale, target), []).append(one)
         watch(done, len(rows))
-    lines = []
-    for (scale, view), parts in sums.items():
-        kl, kl_whole, top1 = (float(value) for value in np.mean(parts, 0))
-        lines.append(
-            {
-                "scale": list(scale),
-                "view": view,
-                "crops": len(parts),
-                "kl": kl,
-                "kl_whole": kl_whole,
-                "top1": top1,
-            }
-        )
     return {
         "folder": str(root),
-        "teacher": teacher.name,
+        "teacher": teachers.judge.name,
+        "input_size": list(teachers.judge.input_sizes[0]),
+        "other_size": list(teachers.other.input_sizes[0]) if teachers.other else None,
         "k": store.k,
         "images": len(rows),
         "seed": seed,
-        "rows": lines,
+        "rows": [
+            {"scale": list(scale), "target": target, "crops": len(scores)} | mean(scores)
+            for (scale, target), scores in found.items()
+        ],
     }
 
 
-def _label_map(store: LabelStore, row: int, picture: Image.Image) -> TokenLabelMap:
-    entry = store[row]
-    return TokenLabelMap.stored(
-        entry.scores,
-        entry.classes,
-        entry.rest,
-        canvas_size=(picture.height, picture.width),
-        extent=entry.extent,
-        label=entry.label,
-    )
+def mean(scores: Sequence[Score]) -> dict[str, float | None]:
+    """Means over crops by name, those of unknown labels left out; None of nothing."""
+    found = {}
+    for name, values in zip(Score._fields, np.array(scores).T, strict=True):
+        known = values[~np.isnan(values)]
+        found[name] = float(known.mean()) if len(known) else None
+    return found
 
 
-def _crops(size: tuple[int, int], rng: np.random.Generator) -> Iterator[_Crop]:
-    """Of each range of scales one box, as RandomResizedCrop draws them; direct and mirrored."""
-    for scale in SCALES:
-        box = _box(size, scale, rng)
-        for view in VIEWS if scale == (1.0, 1.0) else VIEWS[1:]:
-            yield _Crop(scale, *box, view)
+def random_box(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> Box:
+    """A box as RandomResizedCrop draws it, of whole pixels, normalised (x0, y0, x1, y1).
 
-
-def _box(
-    size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
+    Args:
+        size: (width, height) of the image in pixels.
+        scale: range of the box's area, as fractions of the image's.
+        rng: where the draws come from.
+    """
     width, height = size
     if scale == (1.0, 1.0):
-        return 0, 0, width, height
+        return UNIT_BOX
     for _ in range(_TRIES):
         area = rng.uniform(*scale) * width * height
         ratio = math.exp(rng.uniform(math.log(_RATIOS[0]), math.log(_RATIOS[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             break
-    else:  # a long, thin picture: the crop keeps its shape
+    else:  # a long, thin image: the crop keeps its shape
         side = math.sqrt(rng.uniform(*scale))
         w, h = max(round(width * side), 1), max(round(height * side), 1)
-    return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+    return left / width, top / height, (left + w) / width, (top + h) / height
 
 
-def _seen(
-    teacher: Teacher, picture: Image.Image, crops: list[_Crop]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the teacher says of each crop: classes by probability [N, C], log-probabilities."""
-    height, width = teacher.input_size
+def look(teacher: Teacher, other: Teacher | None, image: Image.Image, boxes: Sequence[Box]) -> Live:
+    """Run the teacher live on crops of an image, given as boxes (x0, y0, x1, y1), normalised."""
+    mirrored = probabilities(teacher, image, boxes, mirrored=True)
+    return Live(
+        probabilities(teacher, image, boxes),
+        flipped(mirrored, teacher.grid),
+        None if other is None else probabilities(other, image, boxes, grid=teacher.grid),
+    )
+
+
+def probabilities(
+    teacher: Teacher,
+    image: Image.Image,
+    boxes: Sequence[Box],
+    *,
+    mirrored: bool = False,
+    grid: tuple[int, int] | None = None,
+) -> Tensor:
+    """The teacher's softmax of crops, float32 [B, N, C], on its own grid or another."""
     resample = Image.Resampling[teacher.interpolation.upper()]
-    pixels = np.empty((len(crops), height, width, 3), np.uint8)
-    for row, crop in enumerate(crops):
-        box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
-        part = picture.crop(box)
-        if crop.view == "mirrored":
-            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels[row] = np.asarray(part.resize((width, height), resample))
-    output = teacher.annotate(pixels)
-    for scores, classes in zip(output.scores[:, 0], output.classes[:, 0], strict=True):
-        logs = scores.flatten(0, 1).float().cpu().log_softmax(-1)
-        yield classes.flatten(0, 1).long().cpu(), logs
+    corners = np.rint(np.array(boxes) * (image.size * 2)).astype(int).tolist()
+    crops = [image.crop(box) for box in corners]
+    if mirrored:
+        crops = [crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for crop in crops]
+    logits = teacher.logits(
+        [
+            np.stack([np.asarray(crop.resize((width, height), resample)) for crop in crops])
+            for height, width in teacher.input_sizes
+        ]
+    )
+    if grid is not None:
+        logits = onto(logits, grid)
+    probs: Tensor = logits.softmax(-1).flatten(1, 2).cpu()
+    return probs
 
 
-def _compare(
-    label_map: TokenLabelMap, crop: _Crop, grid: tuple[int, int], classes: Tensor, logs: Tensor
-) -> np.ndarray:
-    """KL to the map's crop, KL to the whole map's average, share of equal top classes."""
-    moved = F.crop(label_map, crop.top, crop.left, crop.height, crop.width)
-    moved = F.horizontal_flip(moved) if crop.view == "mirrored" else moved
-    count = classes.shape[-1]
-    between = "nearest" if crop.view == "stored" else "bilinear"
-    targets: TokenTargets = ToTokenTargets(grid, k=count, interpolation=between)(moved)
-    inside = targets.weight > 0
-    truth = logs.exp()
-    ours = dense(targets.classes, targets.probs, targets.rest, count)
-    whole = ToTokenTargets(1, k=count)(label_map)
-    one = dense(whole.crop_classes[None], whole.crop_probs[None], whole.crop_rest[None], count)
-    values = []
-    for target in (ours, one.expand_as(ours)):
-        divergence = truth * (logs - target.gather(1, classes).clamp(min=_FLOOR).log())
-        values.append(float(divergence.sum(1)[inside].mean()))
-    same = classes[:, 0] == ours.argmax(1)
-    return np.array([*values, float(same[inside].float().mean())])
+def flipped(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Values of patches [B, N, ...], mirrored on their grid."""
+    return patches.unflatten(1, grid).flip(2).flatten(1, 2)
 
 
-def dense(classes: Tensor, probs: Tensor, rest: Tensor, num_classes: int) -> Tensor:
-    """Sparse targets as probabilities of all classes.
+def score(truth: Tensor, target: Tensor, inside: Tensor, label: int) -> Score:
+    """Score a crop's target.
 
     Args:
-        classes: int [N, K].
-        probs: float32 [N, K], 0 where there is no class.
-        rest: float32 [N], spread evenly over the classes that are not listed.
-        num_classes: of the teacher.
-
-    Returns:
-        float32 [N, num_classes].
+        truth: the teacher's probabilities, float32 [N, C].
+        target: float32 [N, C].
+        inside: bool [N], patches to count.
+        label: class of the image, or -1.
     """
-    listed = torch.zeros(len(classes), num_classes).scatter_add_(1, classes.long(), probs)
-    absent = (listed == 0).sum(1).clamp(min=1)
-    return torch.where(listed > 0, listed, (rest / absent)[:, None])
+    truth, target = truth[inside], target[inside]
+    best = truth.argmax(1, keepdim=True)
+    ratio = truth.clamp(min=_FLOOR).log() - target.clamp(min=_FLOOR).log()
+    return Score(
+        kl=float((truth * ratio).sum(1).mean()),
+        tv=float((truth - target).abs().sum(1).mean() / 2),
+        # Rounded to codes, a target can have several best classes.
+        top1=float((target.gather(1, best)[:, 0] == target.amax(1)).float().mean()),
+        label_top1=float(target.mean(0).argmax() == label) if label >= 0 else math.nan,
+    )
+
+
+def _targets(
+    store: LabelStore,
+    row: int,
+    boxes: Sequence[Box],
+    live: Live,
+    grid: tuple[int, int],
+    label: int,
+) -> Iterator[tuple[str, list[Score]]]:
+    """Name of each kind of target, and its scores on the crops of an image."""
+    count = len(boxes)
+    crops = store.labels([row] * count, boxes).targets(grid)
+    mirrored = store.labels([row] * count, boxes, [True] * count).targets(grid)
+    one = store.labels([row], [UNIT_BOX]).targets(1).dense()
+    targets = {
+        "map": (live.direct, crops.dense()),
+        "map, mirrored": (live.mirrored, flipped(mirrored.dense(), grid)),
+        "one label": (live.direct, one.expand_as(live.direct)),
+        "teacher": (live.direct, live.direct),
+        "teacher, mirrored": (live.direct, live.mirrored),
+    }
+    if live.other is not None:
+        targets["teacher, other size"] = live.direct, live.other
+    for name, (truth, target) in targets.items():
+        parts = zip(truth, target, crops.weight > 0, strict=True)
+        yield name, [score(*part, label) for part in parts]

@@ -21,15 +21,14 @@ _FOLDER = click.Path(path_type=Path)
 @click.argument("labels", default="labels", type=_FOLDER)
 @click.option("--all", "everything", is_flag=True, help="Read every map, not a sample.")
 @click.option("--key", help="Show the map of one image: its path relative to the split.")
-@click.option("--png", type=_FOLDER, help="With --key: draw picture, map and augmentations.")
+@click.option("--png", type=_FOLDER, help="With --key: draw image, map and augmentations.")
 @click.option("--html", type=_FOLDER, help="Write a page to browse the labels, in one file.")
 @click.option("--limit", default=200, type=click.IntRange(1), help="Images of the page. [200]")
 @click.option("--verify", "do_verify", is_flag=True, help="Check every byte of the shards.")
 @click.option(
     "--repair",
     is_flag=True,
-    help="As --verify, then delete bad shards after asking: the same `annotate` makes just them "
-    "again.",
+    help="As --verify, then delete bad shards after asking: the same `annotate` redoes just them.",
 )
 @click.option("--yes", is_flag=True, help="With --repair: do not ask.")
 @click.option("--workers", type=click.IntRange(0), help="Processes of --verify. [one a core]")
@@ -37,10 +36,11 @@ _FOLDER = click.Path(path_type=Path)
     "--agreement",
     metavar="N",
     type=click.IntRange(1),
-    help="Compare crops of N images' maps with what the teacher itself says of the cropped "
-    "picture. They agree the less the smaller the crop, for the teacher then sees it enlarged: "
-    "expect about 0.2 nats of KL for the whole picture (the cost of keeping the top 10 of 1000 and "
-    "of averaging between cells), 1 to 3 for the smallest crops.",
+    help="Compare crops of N images' maps with the teacher run live on the crop: KL, total "
+    "variation, top-1. Smaller crops agree less, for the teacher sees them enlarged: expect 0.2 to "
+    "0.3 nats for the whole image and 1 to 3 for the smallest crops. Beside them stand the noise "
+    "floors, the teacher against itself (mirrored, at another size: 0.5 to 0.7), and how often the "
+    "crop's mean target has the image's label on top.",
 )
 @click.option("--weights", help="Of the teacher for --agreement, as for annotate. [found by name]")
 @click.option("--seed", default=0, help="Of the images and crops of --agreement. [0]")
@@ -48,7 +48,7 @@ _FOLDER = click.Path(path_type=Path)
     "--images",
     type=_FOLDER,
     help="Folder of the images, of the split or above it. --verify then compares their digests, "
-    "the pictures need it. [the embedded sample, where the labels are of it]",
+    "--html, --png and --agreement need it. [the embedded sample, where the labels are of it]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect_labels(labels: Path, key: str | None, as_json: bool, **options: Any) -> None:
@@ -219,7 +219,7 @@ def _agreement(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -
 
     results = []
     for split in splits:
-        with progress_bar(f"{split.name}: the teacher looks") as watch:
+        with progress_bar(f"{split.name}: the teacher runs") as watch:
             result = measure_agreement(
                 split,
                 options["agreement"],
@@ -241,16 +241,16 @@ def _agreement(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -
 @click.option("--all", "everything", is_flag=True, help="Read every map, not a sample.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compare_labels(a: Path, b: Path, everything: bool, as_json: bool) -> None:
-    """Compare two label sets of the same images: two teachers, float16 and uint8, two k.
+    """Compare two label sets of the same images: two teachers, two sizes, two k.
 
-    Each patch is a distribution over all classes, with the mass of those that are not stored
-    spread evenly over them. KL in nats both ways, their Jensen-Shannon divergence (0 equal, 0.69
-    nothing in common), how often the top class is the same, and the images that differ most.
-    Maps of different grids are averaged over the cells of the coarser one.
+    Each patch is a distribution over all classes, the mass of those that are not stored included.
+    KL in nats both ways, their Jensen-Shannon divergence (0 equal, 0.69 nothing in common), how
+    often the top class is the same, and the images that differ most. Maps of different grids are
+    averaged over the cells of the coarser one.
 
     \b
     Examples:
-      python cli.py compare-labels labels/train labels-uint8/train
+      python cli.py compare-labels labels/train labels-compact/train
     """
     from tokenlabel.inspection.compare import compare, pair_splits
     from tokenlabel.inspection.compare_terminal import print_comparison

@@ -9,18 +9,17 @@ import numpy as np
 
 from tokenlabel.annotate.errors import ConfigError
 from tokenlabel.dataset.keys import KeyTable
-from tokenlabel.dataset.label_map import TokenLabelMap
-from tokenlabel.dataset.store import LabelStore, ScoreMap
-from tokenlabel.dataset.targets import TokenTargets, ToTokenTargets
-from tokenlabel.inspection.divergence import Sparse, divergence
+from tokenlabel.dataset.path import UNIT_BOX
+from tokenlabel.dataset.score_map import ScoreMap
+from tokenlabel.dataset.store import LabelStore
+from tokenlabel.inspection.divergence import divergence
 from tokenlabel.inspection.names import ClassNames
+from tokenlabel.inspection.patch_map import Floats
 from tokenlabel.inspection.splits import find_splits
 from tokenlabel.inspection.statistics import LogHistogram
 from tokenlabel.inspection.summary import SAMPLE_IMAGES
 
 _LISTED = 10
-#: Any size of picture: a map's cells are compared by their place in it.
-_CANVAS = (1000, 1000)
 Watch = Callable[[int, int], None]
 
 
@@ -100,7 +99,7 @@ def _check_classes(a: LabelStore, b: LabelStore) -> None:
             f"both label sets must be of the same classes; {a.root} has {a.num_classes}, {b.root} "
             f"{b.num_classes}. Remedy: compare teachers of one set of classes"
         )
-    one, two = (store.attrs.get("class_names") for store in (a, b))
+    one, two = a.classes, b.classes
     if one and two and one != two:
         number = next(i for i, pair in enumerate(zip(one, two, strict=False)) if len({*pair}) > 1)
         raise ConfigError(
@@ -141,11 +140,10 @@ class _Comparison:
     def add(self, one: int, two: int) -> None:
         """Compare row `one` of the first with row `two` of the second store."""
         a, b = self._stores[0][one], self._stores[1][two]
-        left, right, shown = self._pair(a, b)
-        found = divergence(left, right, self._stores[0].num_classes)
-        kl, reverse, js, same = (part[shown] for part in found)
-        if len(kl) == 0:  # extents that do not meet
+        left, right, same = self._pair(a, b, (one, two))
+        if len(same) == 0:  # extents that do not meet
             return
+        kl, reverse, js = divergence(left, right)
         self._kl.add(kl)
         self._reverse.add(reverse)
         self._js.add(js)
@@ -161,18 +159,23 @@ class _Comparison:
         else:
             heapq.heappushpop(self._worst, image)
 
-    def _pair(self, a: ScoreMap, b: ScoreMap) -> tuple[Sparse, Sparse, np.ndarray]:
-        """Both maps' identity views on one grid, and which patches both show."""
-        if a.scores.shape[1:3] == b.scores.shape[1:3] and a.extent == b.extent:
-            left, right = (
-                Sparse.of_logits(entry.scores[0], entry.classes[0], entry.rest[0])
-                for entry in (a, b)
-            )
-            return left, right, np.ones(len(left.rest), bool)
-        (left, one), (right, two) = (
-            _pooled(entry, self._grid, min(self._stores[0].num_classes, 100)) for entry in (a, b)
+    def _pair(
+        self, a: ScoreMap, b: ScoreMap, rows: tuple[int, int]
+    ) -> tuple[Floats, Floats, np.ndarray]:
+        """Patches that both maps show, on one grid: their distributions, and if the best agree.
+
+        Returns:
+            Of the identity views, float32 [N, C] twice and bool [N].
+        """
+        if a.layout.grid == b.layout.grid and a.extent == b.extent:
+            left, right = (entry.dense().reshape(-1, a.layout.num_classes) for entry in (a, b))
+            # By rank: rounded to a code, the best two can be equally probable.
+            return left, right, (a.classes[0, 0] == b.classes[0, 0]).ravel()
+        (left, inside), (right, inside_too) = (
+            _pooled(store, row, self._grid) for store, row in zip(self._stores, rows, strict=True)
         )
-        return left, right, (one > 0.5) & (two > 0.5)
+        shown = (inside > 0.5) & (inside_too > 0.5)
+        return left[shown], right[shown], (left.argmax(1) == right.argmax(1))[shown]
 
     def facts(self) -> dict[str, Any]:
         """As JSON-able values."""
@@ -193,25 +196,14 @@ class _Comparison:
         facts: dict[str, Any] = {"key": self._stores[0].keys[-minus]}
         facts |= {"js": js, "kl_a_b": kl, "top1_agreement": same}
         for side, store, row in zip("ab", self._stores, rows, strict=True):
-            ids, counts = np.unique(store[row].classes[0, :, :, 0], return_counts=True)
+            ids, counts = np.unique(store[row].classes[0, 0], return_counts=True)
             class_id = int(ids[counts.argmax()])
             facts[f"class_{side}"] = class_id
-            facts[f"name_{side}"] = ClassNames(store.attrs.get("class_names"))[class_id]
+            facts[f"name_{side}"] = ClassNames(store.classes)[class_id]
         return facts
 
 
-def _pooled(entry: ScoreMap, grid: tuple[int, int], k: int) -> tuple[Sparse, np.ndarray]:
-    """A map averaged over a coarser grid of the picture, and the share of each patch it covers."""
-    label_map = TokenLabelMap.stored(
-        entry.scores[:1],
-        entry.classes[:1],
-        entry.rest[:1],
-        canvas_size=_CANVAS,
-        extent=entry.extent,
-        label=entry.label,
-    )
-    targets: TokenTargets = ToTokenTargets(grid, k=k)(label_map)
-    parts = (targets.classes.numpy(), targets.probs.numpy(), targets.rest.numpy())
-    return Sparse(
-        parts[0].astype(np.int64), parts[1].astype(np.float64), parts[2].astype(np.float64)
-    ), targets.weight.numpy()
+def _pooled(store: LabelStore, row: int, grid: tuple[int, int]) -> tuple[Floats, Floats]:
+    """A map averaged over a coarser grid of the image, and how much of each patch it covers."""
+    targets = store.labels([row], [UNIT_BOX]).targets(grid)
+    return targets.dense()[0].numpy(), targets.weight[0].numpy()

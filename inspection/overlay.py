@@ -7,15 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from tokenlabel.inspection.picture_map import (
-    OTHER,
-    Floats,
-    Ids,
-    LegendEntry,
-    letters_of,
-    rgb,
-    viridis,
-)
+from tokenlabel.inspection.patch_map import Floats, Ids
+from tokenlabel.inspection.picture_map import OTHER, LegendEntry, letters_of, rgb, viridis
 
 INK = (20, 20, 20)
 _ALPHA = 0.5

@@ -9,7 +9,8 @@ from PIL import Image
 
 from tokenlabel.dataset.store import LabelStore
 from tokenlabel.inspection.names import ClassNames
-from tokenlabel.inspection.picture_map import legend, map_facts, patch_map
+from tokenlabel.inspection.patch_map import patch_map
+from tokenlabel.inspection.picture_map import legend, map_facts
 
 #: Longer side of a picture on the page, in pixels.
 PICTURE_SIDE = 480
@@ -34,7 +35,7 @@ class SplitData:
         height, width = store.grid
         self.listed = max(min(store.k, PATCH_CLASSES, MAP_CLASSES // (height * width)), 1)
         self._comparable = store.attrs.get("label_space") == "teacher"
-        self._names = ClassNames(store.attrs.get("class_names"))
+        self._names = ClassNames(store.classes)
         self._places: dict[int, int] = {}
 
     def place(self, class_id: int) -> int:
@@ -46,7 +47,7 @@ class SplitData:
         entry = self.store[key]
         patches = patch_map(entry)
         label = entry.label if self._comparable else -1
-        facts = map_facts(patches, label, self.store.num_classes)
+        facts = map_facts(patches, label)
         best, probs = patches.classes[..., 0], patches.probs[..., 0]
         classes = patches.classes[..., : self.listed]
         ids, inverse = np.unique(classes, return_inverse=True)

@@ -1,4 +1,4 @@
-"""Random augmentations of one picture with their targets, as a student in training gets them."""
+"""Random augmentations of one image with their targets, as a student in training gets them."""
 
 import math
 from typing import NamedTuple
@@ -9,10 +9,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from tokenlabel.dataset.label_map import TokenLabelMap
-from tokenlabel.dataset.store import ScoreMap
-from tokenlabel.dataset.targets import ToTokenTargets
-from tokenlabel.inspection.picture_map import Floats, Ids
+from tokenlabel.dataset import LabelStore, TokenLabelMap, TokenLabels
+from tokenlabel.inspection.patch_map import Floats, Ids
 
 #: The student's patches, for a ViT of 224 pixels and 16 pixels a patch.
 GRID = 14
@@ -20,17 +18,17 @@ _SIDE = 448  # twice a student's, to look better; the targets do not depend on i
 
 
 class Augmentation(NamedTuple):
-    """One augmented picture.
+    """One augmented image.
 
     Attributes:
         picture: RGB.
         best: int64 [GRID, GRID], the class of each patch's target.
         probs: [GRID, GRID], its probability.
-        shown: bool [GRID, GRID], False for patches that show none of the picture.
-        outline: float [4, 2], its corners in the untouched picture, normalised (x, y), clockwise as
-            the augmented picture shows them, from the top left.
+        shown: bool [GRID, GRID], False for patches that show none of the image.
+        outline: float [4, 2], its corners in the untouched image, normalised (x, y), clockwise as
+            the augmented image shows them, from the top left.
         mirrored: whether it was flipped.
-        share: share of the picture that the outline encloses.
+        share: fraction of the image that the outline encloses.
         angle: degrees by which its content was turned, counter-clockwise.
     """
 
@@ -45,9 +43,9 @@ class Augmentation(NamedTuple):
 
 
 def augmentations(
-    picture: Image.Image, entry: ScoreMap, count: int = 3, seed: int = 0
+    picture: Image.Image, store: LabelStore, key: str, count: int = 3, seed: int = 0
 ) -> list[Augmentation]:
-    """Crops, flips and turns of a picture, through the transforms that training uses."""
+    """Crops, flips and turns of an image, through the transforms that training uses."""
     pipeline = v2.Compose(
         [
             v2.RandomResizedCrop(_SIDE, scale=(0.25, 1.0), antialias=True),
@@ -55,29 +53,25 @@ def augmentations(
             v2.RandomRotation(25, interpolation=v2.InterpolationMode.BILINEAR, fill=128),
         ]
     )
-    to_targets = ToTokenTargets(GRID)
-    label_map = TokenLabelMap.stored(
-        entry.scores,
-        entry.classes,
-        entry.rest,
-        canvas_size=(picture.height, picture.width),
-        extent=entry.extent,
-        label=entry.label,
-    )
+    label_map = store.leaf(store.row(key), (picture.height, picture.width))
     found = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for _ in range(count):
             moved, moved_map = pipeline(picture, label_map)
-            targets = to_targets.transform(moved_map, {})
+            targets = TokenLabels.collate([moved_map]).sparse(GRID, 1)
+            best, probs, weight = (
+                part.reshape(GRID, GRID).numpy()
+                for part in (targets.classes, targets.probs, targets.weight)
+            )
             outline = _outline(moved_map)
             mirrored = moved_map.path.is_mirrored
             found.append(
                 Augmentation(
                     picture=moved,
-                    best=targets.classes[:, 0].reshape(GRID, GRID).numpy().astype(np.int64),
-                    probs=targets.probs[:, 0].reshape(GRID, GRID).numpy().astype(np.float64),
-                    shown=(targets.weight > 0).reshape(GRID, GRID).numpy(),
+                    best=best.astype(np.int64),
+                    probs=probs,
+                    shown=weight > 0,
                     outline=outline,
                     mirrored=mirrored,
                     share=_area(outline),

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from tokenlabel.dataset.store import LabelStore, ScoreMap
+from tokenlabel.dataset.score_map import ScoreMap
+from tokenlabel.dataset.store import LabelStore
 from tokenlabel.inspection.names import ClassNames
 from tokenlabel.inspection.overlay import (
     INK,
@@ -15,6 +16,7 @@ from tokenlabel.inspection.overlay import (
     mass_overlay,
     shortened,
 )
+from tokenlabel.inspection.patch_map import Floats, patch_map
 from tokenlabel.inspection.picture_augment import GRID, Augmentation, augmentations
 from tokenlabel.inspection.picture_files import PictureFiles
 from tokenlabel.inspection.picture_legend import (
@@ -24,7 +26,7 @@ from tokenlabel.inspection.picture_legend import (
     draw_colour_bar,
     draw_legend,
 )
-from tokenlabel.inspection.picture_map import Floats, LegendEntry, legend, patch_map, rgb
+from tokenlabel.inspection.picture_map import LegendEntry, legend, rgb
 from tokenlabel.inspection.picture_output import output_file
 
 _MARGIN, _GAP, _PANEL = 32, 28, 600
@@ -64,11 +66,11 @@ def draw_sheet(
     store: LabelStore, key: str, entry: ScoreMap, picture: Image.Image, seed: int = 0
 ) -> Image.Image:
     """The drawing that `save_png` saves."""
-    names = ClassNames(store.attrs.get("class_names"))
+    names = ClassNames(store.classes)
     patches = patch_map(entry)
     best, probs = patches.classes[..., 0], patches.probs[..., 0]
     entries = legend(best, probs)
-    augmented = augmentations(picture, entry, seed=seed)
+    augmented = augmentations(picture, store, key, seed=seed)
     scale = _PANEL / max(picture.size)
     size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
     shown = picture.resize(size, Image.Resampling.LANCZOS)

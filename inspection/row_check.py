@@ -8,6 +8,7 @@ import numpy as np
 
 from tokenlabel.annotate.images import MAX_FILE_BYTES, file_digest
 from tokenlabel.annotate.manifest import Manifest
+from tokenlabel.dataset.score_map import DROPPED, MapLayout
 
 Found = Iterator[tuple[int, str]]
 
@@ -29,8 +30,8 @@ def row_faults(columns: dict[str, Any], attrs: dict[str, Any]) -> Found:
     """Rows with impossible values in the columns.
 
     Args:
-        columns: label, size, error, score_range and extent, each where it could be read.
-        attrs: the root attributes.
+        columns: label, size, error and extent, each where it could be read.
+        attrs: of the shard.
     """
     errors = columns.get("error")
     good = np.array([not error for error in errors]) if errors is not None else None
@@ -50,41 +51,44 @@ def row_faults(columns: dict[str, Any], attrs: dict[str, Any]) -> Found:
             bad |= good & (sizes < 1).any(1)
         for row in np.flatnonzero(bad).tolist():
             yield row, f"width and height must be positive, they are {sizes[row].tolist()}"
-    if "score_range" in columns:
-        low, high = columns["score_range"].T
-        # False for NaN too.
-        bad = ~((low <= high) & np.isfinite(low) & np.isfinite(high))
-        for row in np.flatnonzero(bad if good is None else bad & good).tolist():
-            yield row, f"score_range must be finite, low <= high; it is {[low[row], high[row]]}"
     boxes = columns["extent"] if "extent" in columns else np.array([attrs["extent"]], float)
     x0, y0, x1, y1 = boxes.T
     bad = ~((0 <= x0) & (x0 < x1) & (x1 <= 1) & (0 <= y0) & (y0 < y1) & (y1 <= 1))
     for row in np.flatnonzero(bad).tolist():
-        yield row, f"the extent must be a box in the picture, it is {boxes[row].tolist()}"
+        yield row, f"the extent must be a box in the image, it is {boxes[row].tolist()}"
 
 
-def map_faults(block: dict[str, np.ndarray], good: np.ndarray, num_classes: int) -> Found:
+def map_faults(block: dict[str, np.ndarray], good: np.ndarray, layout: MapLayout) -> Found:
     """Rows of a block whose map cannot be a teacher's.
 
     Args:
-        block: `scores` [b, V, H, W, K], `classes` likewise and `rest` [b, V, H, W], as stored.
+        block: the planes of `layout` by name, [b, *shape] each, as stored.
         good: bool [b], which rows have a map.
-        num_classes: of the teacher.
+        layout: of the map.
     """
-    scores, classes, rest = block["scores"], block["classes"], block["rest"]
-    axes = tuple(range(1, scores.ndim))
-    if scores.dtype != np.uint8:
-        yield from _rows(good & ~np.isfinite(scores).all(axes), "scores must be finite")
-    unsorted = (scores[..., 1:] > scores[..., :-1]).any(axes)
-    yield from _rows(good & unsorted, "the scores of a patch must descend")
-    odd = (np.isnan(rest) | np.isposinf(rest)).any(axes[:-1])
-    yield from _rows(good & odd, "rest must be a number or -inf")
-    yield from _rows(
-        good & (classes.max(axes) >= num_classes), f"class ids must be below {num_classes}"
-    )
-    ordered = np.sort(classes, -1)
-    twice = (ordered[..., 1:] == ordered[..., :-1]).any(axes)
-    yield from _rows(good & twice, "the classes of a patch must be different")
+
+    def rows(flags: np.ndarray, text: str) -> Found:
+        for row in np.flatnonzero(good & flags.reshape(len(good), -1).any(1)).tolist():
+            yield row, text
+
+    codes, classes = block["codes"], block["classes"]
+    dropped = codes == (DROPPED if layout.step else np.inf)
+    yield from rows(np.isnan(codes) | (codes < 0), "codes must be 0 or more")
+    yield from rows(codes[:, :, 1:] < codes[:, :, :-1], "the codes of a cell must not descend")
+    yield from rows(dropped[:, :, 0], "the first class of a cell must not be dropped")
+    yield from rows(dropped & (classes != 0), "dropped classes must be stored as 0")
+    below = f"must be below {layout.num_classes}"
+    yield from rows(classes >= layout.num_classes, f"class ids {below}")
+    # Dropped ones have no class: what they are compared as differs from all others.
+    ids = np.where(dropped, -1 - np.arange(layout.k)[:, None, None], classes.astype(np.int64))
+    ordered = np.sort(ids, 2)
+    yield from rows(ordered[:, :, 1:] == ordered[:, :, :-1], "classes of a cell must be different")
+    if layout.residual:
+        named = block["residual_classes"]
+        yield from rows(named >= layout.num_classes, f"residual classes {below}")
+        yield from rows(named[..., 1:] <= named[..., :-1], "residual classes must ascend")
+    if layout.level:
+        yield from rows(~np.isfinite(block["level"]), "level must be finite")
 
 
 def manifest_faults(
@@ -144,8 +148,3 @@ def _regular_bytes(path: Path) -> bytes:
 def _is_inside(key: str) -> bool:
     path = PurePosixPath(key)
     return bool(key) and not (path.is_absolute() or ".." in path.parts or "\0" in key)
-
-
-def _rows(flags: np.ndarray, text: str) -> Found:
-    for row in np.flatnonzero(flags).tolist():
-        yield row, text

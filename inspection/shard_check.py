@@ -1,10 +1,9 @@
-"""Every check of one shard: its container, its header, its rows, and each of its bytes.
+"""Every check of one shard: its bytes, its header, its rows, and what HDF5 sees in it.
 
-What covers what. The maps: an Adler-32 in each gzip chunk, and the header's sha256 of all decoded
-arrays. HDF5's metadata and attributes up to 4 kB: a checksum in every block, which HDF5 compares on
-reading. The class names, which are larger and which HDF5 therefore stores without one: their sha256
-in `settings`, and its own in the fingerprint. Bytes without content: the comparison with the shard
-written again (`tokenlabel.inspection.rewrite`).
+What covers what. The directory has a CRC, and holds one of all bytes behind it: no flipped bit
+passes. Each column has its own and each map an Adler-32, so that damage is named where it is. The
+header's sha256 of all decoded arrays shows values that were changed with their checksums, and the
+comparison with HDF5's view a file that shows HDF5 something else.
 """
 
 from collections.abc import Iterator
@@ -14,13 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenlabel.annotate.errors import OutputError
 from tokenlabel.annotate.manifest import open_manifest
 from tokenlabel.dataset.errors import FormatError, NewerVersionError
-from tokenlabel.dataset.files import open_h5
-from tokenlabel.dataset.shard import MAPS, OPTIONAL_ROWS, ROWS, ContentDigest, Shard
-from tokenlabel.inspection.header_check import check_types, header_faults, settings_of
-from tokenlabel.inspection.rewrite import compare_with_rewrite
+from tokenlabel.dataset.shard import COLUMNS, ContentDigest, Shard
+from tokenlabel.inspection.hdf5_view import view_difference
+from tokenlabel.inspection.header_check import header_faults, settings_of
 from tokenlabel.inspection.row_check import (
     image_faults,
     key_fault,
@@ -59,12 +56,10 @@ class ShardCheck(NamedTuple):
     Attributes:
         name: of the file.
         faults: at most `LISTED` of them; `more` were left out.
-        header: its root attributes without the class names; empty when it cannot be opened.
+        header: its attributes; empty when it cannot be opened.
         rows: number of rows.
         nbytes: size of the file.
         first_key, last_key: empty when they cannot be read.
-        proven: whether each byte is what the writer wrote; None where another version wrote it, so
-            that bytes without content could not be compared.
     """
 
     name: str
@@ -75,7 +70,6 @@ class ShardCheck(NamedTuple):
     nbytes: int = 0
     first_key: str = ""
     last_key: str = ""
-    proven: bool | None = None
 
 
 def crashed(path: Path) -> ShardCheck:
@@ -93,34 +87,34 @@ def check_shard(path: Path, manifest: Path | None = None, images: Path | None = 
         images: folder of the images, whose digests are then compared; None leaves them out.
 
     Raises:
-        OutputError: there is no room for the copy that proves its bytes.
         PermissionError: it may not be read.
     """
     result = ShardCheck(path.name, [], 0, {})
     faults, more = result.faults, 0
     try:
         with Shard(path) as shard:
-            check_types(shard.attrs)
-            header = {name: value for name, value in shard.attrs.items() if name != "class_names"}
-            result = result._replace(header=header, rows=shard.rows, nbytes=path.stat().st_size)
-            with suppress(FormatError, UnicodeDecodeError):  # said among the faults
-                first, last = (shard.read("key", row)[0].decode() for row in (0, shard.rows - 1))
-                result = result._replace(first_key=first, last_key=last)
+            nbytes = path.stat().st_size
+            result = result._replace(header=shard.attrs, rows=shard.rows, nbytes=nbytes)
+            with suppress(FormatError):  # said among the faults
+                keys = shard.texts("key")
+                result = result._replace(first_key=keys[0], last_key=keys[-1])
             for fault in _faults(shard, manifest, images):
                 if len(faults) < LISTED:
                     faults.append(fault)
                 else:
                     more += 1
             if not any(fault.mended_by_annotate for fault in faults):
-                result = result._replace(proven=_prove(shard, faults))
-    except (OutputError, PermissionError):
+                shard.check_bytes()
+                if text := view_difference(shard):
+                    faults.append(Fault(path.name, None, None, text))
+    except PermissionError:
         raise  # of this machine, and no reason to delete the shard
     except NewerVersionError as error:  # for a later release; not to be deleted
         text = str(error).removeprefix(f"{path} ")
         faults.append(Fault(path.name, None, None, text, False))
     except MemoryError:
         faults.append(Fault(path.name, None, None, "too large for this machine's memory", False))
-    # Damaged or hostile files can make h5py, NumPy and json raise nearly anything.
+    # Damaged or hostile files can make NumPy and json raise nearly anything.
     except Exception as error:
         text = str(error) or type(error).__name__
         faults.append(Fault(path.name, None, None, _without(path, text)))
@@ -162,7 +156,7 @@ def _faults(shard: Shard, manifest: Path | None, images: Path | None) -> Iterato
         for part, array in block.items():
             digest.update(part, array)
         good = np.array([not error for error in errors[start:stop]])
-        found = map_faults(block, good, shard.layout.num_classes)
+        found = map_faults(block, good, shard.layout)
         yield from (fault(start + row, text) for row, text in found)
     if complete and (found_digest := digest.hexdigest()) != shard.attrs["sha256"]:
         text = (
@@ -191,7 +185,7 @@ def _columns(shard: Shard) -> tuple[dict[str, Any], list[str]]:
     """Columns by name, texts decoded, under "raw" as they are; and what cannot be read."""
     columns: dict[str, Any] = {"raw": []}
     faults = []
-    for name in ("key", "label", "size", "digest", "error", "score_range", "extent"):
+    for name in COLUMNS:
         if name not in shard:
             continue
         try:
@@ -209,34 +203,12 @@ def _read_maps(
 ) -> tuple[dict[str, np.ndarray], list[tuple[int, str]]]:
     """Rows of the maps, or the rows that cannot be read."""
     try:
-        return {name: shard.read(name, start, stop) for name in MAPS}, []
+        return {name: shard.read(name, start, stop) for name in shard.layout.planes()}, []
     except FormatError as first:
         bad = []
         for row in range(start, stop):
             try:
-                for name in MAPS:
-                    shard.read(name, row, row + 1)
+                shard.planes(row)
             except FormatError as error:
                 bad.append((row, _without(shard.path, str(error))))
         return {}, bad or [(start, _without(shard.path, str(first)))]
-
-
-def _prove(shard: Shard, faults: list[Fault]) -> bool | None:
-    """Whether each byte of the file is as written; adds the fault where one is not."""
-    with open_h5(shard.path) as file:
-        if set(file) - {*MAPS, *ROWS, *OPTIONAL_ROWS}:
-            return None  # a later release's: this one would leave it out
-    difference = compare_with_rewrite(shard)
-    if difference is None:
-        covered = "class_names" not in shard.attrs or "class_names" in settings_of(shard.attrs)
-        return True if covered else None
-    if not difference.same_writer:
-        return None
-    found = f"0x{difference.found.hex()}" if difference.found else "nothing"
-    expected = f"0x{difference.expected.hex()}" if difference.expected else "the end of the file"
-    text = (
-        f"byte {difference.offset} must be {expected}, it is {found} ({difference.changed} such "
-        "bytes): they were changed, though all maps and columns still have their right values"
-    )
-    faults.append(Fault(shard.path.name, None, None, text))
-    return False

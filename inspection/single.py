@@ -11,6 +11,7 @@ from rich.text import Text
 from tokenlabel.annotate.markup import escape, one_line
 from tokenlabel.dataset.store import LabelStore
 from tokenlabel.inspection.names import ClassNames
+from tokenlabel.inspection.patch_map import patch_map
 
 #: Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
@@ -20,19 +21,16 @@ _LETTERS = "ABCDEFGHIJKL"
 def map_facts(store: LabelStore, key: str) -> dict[str, Any]:
     """One image's map: top-1 class and its probability for each patch, as JSON-able values."""
     entry = store[key]
-    scores = entry.scores[0].astype(np.float64)
-    top = scores.max(-1, keepdims=True)
-    # Of all classes: the stored ones, and what `rest` holds of the others.
-    mass = np.exp(scores - top).sum(-1) + np.exp(entry.rest[0].astype(np.float64) - top[..., 0])
-    names = ClassNames(store.attrs.get("class_names"))
-    best = entry.classes[0, :, :, 0].astype(int)
+    patches = patch_map(entry)
+    names = ClassNames(store.classes)
+    best, probs = patches.classes[..., 0], patches.probs[..., 0].astype(np.float64)
     return {
         "key": key,
         "size": list(entry.size),
         "label": entry.label,
         "label_name": names[entry.label] if _has_name(store, entry.label) else None,
         "classes": best.tolist(),
-        "probs": np.round(1 / mass, 4).tolist(),
+        "probs": np.round(probs, 4).tolist(),
         "names": {int(c): names[int(c)] for c in np.unique(best)},
     }
 

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.store import ScoreMap
+from tokenlabel.inspection.patch_map import PatchMap
 
 _BINS = 1000
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -102,8 +101,8 @@ class MapStatistics:
 
     Attributes:
         images: maps added.
-        mass: of the top k, by patch; `entropy` in nats, by patch, with the mass of the other
-            classes spread evenly over them; `distinct`, different top classes of an image.
+        mass: of the top k, by patch; `entropy` in nats, by patch; `distinct`, different top classes
+            of an image.
         top: patches with each class on top; `labels`, images with each label.
         listed: classes among the top k of any patch.
         labelled: images with a label; of their `labelled_patches`, `hits` have it on top.
@@ -121,75 +120,40 @@ class MapStatistics:
         self.top = np.zeros(num_classes, np.int64)
         self.labels = np.zeros(num_classes, np.int64)
         self.listed = np.zeros(num_classes, bool)
-        self._suspects: list[tuple[float, int, int]] = []
+        self._suspects: list[tuple[float, int, int, int]] = []
 
-    def add(self, rows: list[int], maps: list[ScoreMap]) -> None:
-        """Count some maps, and remember `rows` of those that never contain their label.
+    def add(self, row: int, patches: PatchMap, label: int) -> None:
+        """Count a map, and remember its row if it never contains its label."""
+        best = patches.classes[..., 0].ravel()
+        ids, counts = np.unique(best, return_counts=True)
+        self.images += 1
+        self.mass.add(patches.mass)
+        self.entropy.add(patches.entropy)
+        self.top[ids] += counts
+        self.listed[patches.classes.ravel()] = True
+        self.distinct.add(np.array([len(ids)]))
+        if not self._comparable or not 0 <= label < self._classes:
+            return
+        self.labelled += 1
+        self.labelled_patches += len(best)
+        self.hits += int((best == label).sum())
+        self.labels[label] += 1
+        if (patches.classes == label).any():
+            return
+        self.misses += 1
+        suspect = (int(counts.max()) / len(best), -row, label, int(ids[counts.argmax()]))
+        if len(self._suspects) < SUSPECTS:
+            heapq.heappush(self._suspects, suspect)
+        else:
+            heapq.heappushpop(self._suspects, suspect)
 
-        Raises FormatError for scores that are no numbers.
+    def suspects(self) -> list[tuple[int, int, int, float]]:
+        """(row, label, class, fraction) of images without their label: what most patches show.
+
+        Those with the largest fraction come first.
         """
-        scores = np.stack([entry.scores[0] for entry in maps]).astype(np.float32)
-        rest = np.stack([entry.rest[0] for entry in maps]).astype(np.float32)
-        unusable = ~(np.isfinite(scores).all((1, 2, 3)) & (rest < np.inf).all((1, 2)))
-        if unusable.any():
-            row = rows[int(unusable.argmax())]
-            raise FormatError(
-                f"the map of row {row} holds NaN or infinity. Remedy: `inspect-labels --verify` "
-                "names what is damaged"
-            )
-        # A damaged class id must not become an index out of range.
-        classes = np.stack([entry.classes[0] for entry in maps]).clip(0, self._classes - 1)
-        labels = np.array([entry.label for entry in maps])
-        count, k = len(maps), scores.shape[-1]
-        self.images += count
-        peak = np.maximum(scores.max(-1), rest)[..., None]
-        weights = np.exp(scores - peak)
-        others = np.exp(rest - peak[..., 0])
-        total = weights.sum(-1) + others
-        probs, left = weights / total[..., None], others / total
-        self.mass.add(1 - left)
-        self.entropy.add(_plogp(probs).sum(-1) + _plogp(left) + left * np.log(self._absent(k)))
-        best = classes[..., 0].reshape(count, -1)
-        self.top += np.bincount(best.ravel(), minlength=self._classes)
-        self.listed[np.unique(classes)] = True
-        ordered = np.sort(best, 1)
-        self.distinct.add(1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1))
-        if self._comparable:
-            known = (labels >= 0) & (labels < self._classes)
-            self._add_labelled(rows, known, best, classes.reshape(count, -1), labels, k)
-
-    def _absent(self, k: int) -> int:
-        return max(self._classes - k, 1)
-
-    def _add_labelled(
-        self,
-        rows: list[int],
-        known: np.ndarray,
-        best: np.ndarray,
-        classes: np.ndarray,
-        labels: np.ndarray,
-        k: int,
-    ) -> None:
-        self.labelled += int(known.sum())
-        self.labelled_patches += int(known.sum()) * best.shape[1]
-        self.hits += int((best == labels[:, None])[known].sum())
-        self.labels += np.bincount(labels[known], minlength=self._classes)
-        missing = known & ~(classes == labels[:, None]).any(1)
-        self.misses += int(missing.sum())
-        for image in np.flatnonzero(missing).tolist():
-            ids, counts = np.unique(best[image], return_counts=True)
-            suspect = (int(counts.max()) / best.shape[1], -rows[image], int(ids[counts.argmax()]))
-            if len(self._suspects) < SUSPECTS:
-                heapq.heappush(self._suspects, suspect)
-            else:
-                heapq.heappushpop(self._suspects, suspect)
-
-    def suspects(self) -> list[tuple[int, int, float]]:
-        """(row, class, share) of images without their label: what most patches show instead.
-
-        Those with the largest share come first.
-        """
-        return [(-row, class_id, share) for share, row, class_id in sorted(self._suspects)[::-1]]
+        found = sorted(self._suspects)[::-1]
+        return [(-row, label, class_id, share) for share, row, label, class_id in found]
 
     def frequent(self, count: int) -> list[dict[str, Any]]:
         """The classes most often on top, with their share of the patches."""
@@ -216,9 +180,3 @@ class MapStatistics:
         if self.labelled:
             facts["label_share"] = float(self.labels[class_id] / self.labelled)
         return facts
-
-
-def _plogp(probs: np.ndarray) -> np.ndarray:
-    """-p log p, 0 at 0."""
-    result: np.ndarray = -probs * np.log(np.maximum(probs, np.finfo(np.float32).tiny))
-    return result

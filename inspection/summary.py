@@ -13,6 +13,7 @@ from tokenlabel.dataset.errors import FormatError
 from tokenlabel.dataset.shard import Shard
 from tokenlabel.dataset.store import LabelStore
 from tokenlabel.inspection.names import ClassNames
+from tokenlabel.inspection.patch_map import patch_map
 from tokenlabel.inspection.statistics import MapStatistics
 
 #: Maps read for the statistics of patches, unless all are asked for.
@@ -20,11 +21,10 @@ SAMPLE_IMAGES = 5000
 #: A class is over-predicted when it is on top this many times as often as images have the label.
 TIMES = 5.0
 _LISTED = 10
-_BLOCK = 64
 _MOST_CLASSES = 1 << 24  # a damaged header must not ask for all memory
 _COUNTS = ("labelled", "top1", "top5", "mass", "errors")
 #: Attributes that differ from shard to shard, or that are facts of their own.
-_OWN = ("first_row", "shard", "sha256", "format", "version", *_COUNTS)
+_OWN = ("first_row", "shard", "sha256", "format", "version", "class_names", *_COUNTS)
 Watch = Callable[[int, int], None]
 
 
@@ -54,14 +54,13 @@ def summarise(
     good = rows - int(failed.sum())
     picked = _pick(failed, good, everything)
     found = _statistics(store, picked, watch)
-    names = ClassNames(store.attrs.get("class_names"))
-    attrs = {key: value for key, value in store.attrs.items() if key != "class_names"}
+    names = ClassNames(store.classes)
     never = np.flatnonzero(found.top == 0)
     return {
         "folder": str(root),
-        "attrs": {key: value for key, value in attrs.items() if key not in _OWN},
-        "preprocessing": _object(attrs.get("preprocessing")),
-        "libraries": _object(attrs.get("libraries")),
+        "attrs": {key: value for key, value in store.attrs.items() if key not in _OWN},
+        "preprocessing": _object(store.attrs.get("preprocessing")),
+        "libraries": _object(store.attrs.get("libraries")),
         "images": rows,
         "errors": totals["errors"],
         "error_reasons": reasons,
@@ -97,13 +96,13 @@ def summarise(
         "images_without_their_label_list": [
             {
                 "key": store.keys[row],
-                "label": int(store.labels[row]),
-                "label_name": names[int(store.labels[row])],
+                "label": label,
+                "label_name": names[label],
                 "class": class_id,
                 "name": names[class_id],
                 "share": share,
             }
-            for row, class_id, share in found.suspects()
+            for row, label, class_id, share in found.suspects()
         ],
     }
 
@@ -160,10 +159,14 @@ def _first(flags: np.ndarray) -> list[int]:
 def _statistics(store: LabelStore, rows: np.ndarray, watch: Watch) -> MapStatistics:
     comparable = store.attrs.get("label_space") == "teacher"
     found = MapStatistics(store.grid, store.num_classes, comparable)
-    for start in range(0, len(rows), _BLOCK):
-        part = rows[start : start + _BLOCK].tolist()
-        found.add(part, [store[row] for row in part])
-        watch(start + len(part), len(rows))
+    for done, row in enumerate(rows.tolist(), 1):
+        entry = store[row]
+        try:
+            patches = patch_map(entry)
+        except FormatError as error:
+            raise FormatError(f"row {row} of {store.root}: {error}") from error
+        found.add(row, patches, entry.label)
+        watch(done, len(rows))
     return found
 
 

@@ -14,7 +14,7 @@ _LISTED = 10
 
 
 def print_summary(facts: dict[str, Any], console: Console) -> None:
-    """A summary: what the labels are, how good they look, and what to look at."""
+    """A summary: what the labels are, their quality, and what to check."""
     console.print(f"[bold]{escape(facts['folder'])}[/bold]", soft_wrap=True)
     _print_pairs((*_provenance(facts), *_counts(facts), *_teacher(facts)), console)
     if facts["sampled"]:
@@ -56,12 +56,14 @@ def _plain(value: Any) -> str:
 
 def _counts(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "images", f"{facts['images']:,} in {facts['shards']} shards, {facts['errors']:,} errors"
-    height, width = facts["grid"]
+    (height, width), attrs = facts["grid"], facts["attrs"]
     yield (
         "maps",
         f"{height} x {width} patches, top {facts['k']} of {facts['num_classes']} classes, "
         f"views {' + '.join(facts['views'])}",
     )
+    codes = f"steps of {attrs['step']:g} nat" if attrs["step"] else "float16"
+    yield "stored", f"{codes}, below {attrs['floor']:g} dropped, residual of {attrs['residual']}"
     yield "size", f"{_size(facts['bytes'])}, {facts['bytes_per_image']:,.0f} bytes an image"
 
 
@@ -131,7 +133,7 @@ def _bars(counts: list[int]) -> str:
 
 
 def _print_classes(facts: dict[str, Any], console: Console) -> None:
-    console.print("[bold]most frequent top-1 classes of patches[/bold] (share of images so called)")
+    console.print("[bold]most frequent top-1 classes of patches[/bold] (of images' labels)")
     for entry in facts["frequent_classes"]:
         console.print(_class_line(entry))
     total = facts["num_classes"]
@@ -141,7 +143,7 @@ def _print_classes(facts: dict[str, Any], console: Console) -> None:
     )
     if facts["overpredicted_classes"]:
         console.print(
-            f"[bold]over-predicted[/bold] on top of more than {TIMES:.0f} times their share"
+            f"[bold]over-predicted[/bold] on top of more than {TIMES:.0f} times their fraction"
         )
         for entry in facts["overpredicted_classes"]:
             console.print(_class_line(entry))

@@ -1,5 +1,6 @@
 """`--verify`: is a split complete, undamaged, of one run and in order?"""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,8 @@ from tokenlabel.annotate.manifest import Manifest, open_manifest
 from tokenlabel.dataset.errors import FormatError, NewerVersionError
 from tokenlabel.dataset.index import NAME as INDEX
 from tokenlabel.dataset.shard import parse_shard_name, shard_name
-from tokenlabel.inspection.index_check import index_difference, other_version
+from tokenlabel.inspection.header_check import settings_of
+from tokenlabel.inspection.index_check import index_difference
 from tokenlabel.inspection.shard_check import Fault, ShardCheck, check_shard, crashed
 
 Watch = Callable[[int, int], None]
@@ -77,7 +79,7 @@ def verify(
     Args:
         root: folder of the split.
         images: folder of its images, whose digests are then compared.
-        workers: processes; 0 checks in this one, where a file that crashes HDF5 would end it.
+        workers: processes; 0 checks in this one.
         watch: called with (shards checked, shards).
     """
     paths = sorted(path for path in root.iterdir() if parse_shard_name(path.name))
@@ -99,13 +101,6 @@ def verify(
     result.faults += _order_faults(own)
     if manifest and own:
         _compare_manifest(result, manifest, own)
-    unproven = [check.name for check in checks if not check.faults and check.proven is None]
-    if unproven:
-        result.notes.append(
-            f"{len(unproven)} shards (the first: {unproven[0]}) were written by other versions of "
-            "the software, so their bytes cannot be compared with what this one writes: bits that "
-            "carry no content may differ; all content agrees with its checksums"
-        )
     _check_index(root, paths, result)
     return result
 
@@ -130,7 +125,7 @@ def _checked(
         return
     left, done, alone = set(paths), 0, False
     while left:
-        # Spawned: HDF5 and the progress bar's thread do not survive a fork.
+        # Spawned: the progress bar's thread does not survive a fork.
         count = 1 if alone else min(workers, len(left))
         with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
             tasks: dict[Future[ShardCheck], Path] = {
@@ -207,14 +202,21 @@ def _order_faults(own: list[ShardCheck]) -> Iterator[Fault]:
 
 def _compare_manifest(result: SplitCheck, manifest: Manifest, own: list[ShardCheck]) -> None:
     for check in own:
-        try:
-            wanted = json.loads(check.header["settings"])["manifest"]
-        except (KeyError, RecursionError, TypeError, ValueError):
+        settings = settings_of(check.header)
+        if "manifest" not in settings:
             continue
-        if wanted != manifest.digest:
+        text = ""
+        if (wanted := settings["manifest"]) != manifest.digest:
             text = f"it is not the shards' manifest: its digest is {manifest.digest}, not {wanted}"
+        elif (wanted := settings.get("class_names")) not in (None, _sha256(manifest.class_names)):
+            text = f"its class_names must have the sha256 {wanted} that the shards' settings say"
+        if text:
             result.faults.append(Fault(MANIFEST, None, None, text))
         return
+
+
+def _sha256(names: list[str] | None) -> str:
+    return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
 
 
 def _check_index(root: Path, paths: Sequence[Path], result: SplitCheck) -> None:
@@ -224,12 +226,6 @@ def _check_index(root: Path, paths: Sequence[Path], result: SplitCheck) -> None:
         return
     if not result.ok and (result.missing or any(map(parse_shard_name, result.bad_files))):
         result.notes.append(f"{INDEX} was not compared with the shards, as these have faults")
-        return
-    if version := other_version(path):
-        result.notes.append(
-            f"{INDEX} is of version {version}, of another release: it was not compared, and is "
-            "built anew when it is needed"
-        )
         return
     try:
         difference = index_difference(path, paths)

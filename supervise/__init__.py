@@ -1,9 +1,9 @@
-"""Supervise a student with token targets: loss, mixing in step, students."""
+"""Supervise a student with token targets: loss, mix labels with images, students."""
 
 from tokenlabel.supervise.loss import TokenLabelLoss
 from tokenlabel.supervise.lvvit import LVViT, lvvit_l, lvvit_m, lvvit_s, lvvit_t
 from tokenlabel.supervise.mix_token import MixToken, TokenBox
-from tokenlabel.supervise.mixed import MixedTargets, mix_labels, mix_targets
+from tokenlabel.supervise.mixed import MixedLabels
 from tokenlabel.supervise.mixing import CutMix, MixUp, MixUpOrCutMix
 from tokenlabel.supervise.student import TokenStudent
 
@@ -13,7 +13,7 @@ __all__ = [
     "MixToken",
     "MixUp",
     "MixUpOrCutMix",
-    "MixedTargets",
+    "MixedLabels",
     "TokenBox",
     "TokenLabelLoss",
     "TokenStudent",
@@ -21,6 +21,4 @@ __all__ = [
     "lvvit_m",
     "lvvit_s",
     "lvvit_t",
-    "mix_labels",
-    "mix_targets",
 ]

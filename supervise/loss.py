@@ -1,16 +1,18 @@
-"""`TokenLabelLoss`: the objective of token labeling, straight from sparse targets."""
+"""`TokenLabelLoss`: the objective of token labeling, straight from records."""
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from tokenlabel.dataset import TokenTargets
-from tokenlabel.supervise.cross_entropy import cross_entropy, sparse_target
-from tokenlabel.supervise.loss_inputs import check_inputs
-from tokenlabel.supervise.mixed import MixedTargets
+from tokenlabel.dataset import TokenLabels, TokenTargets, TokenWindows
+from tokenlabel.supervise.cross_entropy import cross_entropy
+from tokenlabel.supervise.mixed import MixedLabels
 
 ClassTarget = Literal["label", "crop", "both"]
+Grid = tuple[int, int]
+Labels = TokenLabels | MixedLabels | TokenTargets
 _CLASS_TARGETS = ("label", "crop", "both")
 
 
@@ -21,25 +23,22 @@ class TokenLabelLoss(nn.Module):
 
     averaged over the batch, where H is the cross entropy with a soft target, `w` is `cls_weight`,
     :math:`\beta` is `dense_weight` and :math:`w_i` is the patch's `weight`. With all weights 1 this
-    is the paper's formula.
-
-    A patch's target gives each listed class its probability and spreads `rest` evenly over the
-    classes that it does not list. No tensor of shape [B, N, C] is made but the gradient.
+    is the paper's formula. The patches' targets are those of `TokenLabels.targets`, with nothing
+    merged or cut; no tensor of shape [B, N, C] is made but the gradient.
 
     Both means, over the N patches and over the B images, divide by the full count, whatever the
-    weights. So each picture area counts the same wherever it is; an image with all weights 0
-    (`missing="ignore"`) is left with the class token's loss; the loss of mixed targets is the
+    weights. So each area of an image counts the same wherever it is; an image with all weights 0
+    (`missing="ignore"`) is left with the class token's loss; the loss of mixed labels is the
     mixture of the losses; and the mean of the gradients of processes with equal batches is the
     gradient of the joined batch.
 
     The class token's target is the image's `label` (unknown, -1: no loss), its `crop` target (where
-    the image has no map: its label), or `both`: the mean of the two losses, or that of the one that
-    is known.
+    the image has no map: its label), or `both`: the mean of the two, or the one that is known.
 
     Args:
         cls_weight: factor of the class token's loss.
-        dense_weight: factor of the patches' loss; with 0 the patch logits are not looked at and
-            get no gradient.
+        dense_weight: factor of the patches' loss; with 0 the patch logits are ignored and get no
+            gradient.
         cls_target: "label", "crop" or "both".
         label_smoothing: mass of the label spread evenly over all classes, as in
             torch.nn.CrossEntropyLoss; the soft targets are left as they are.
@@ -69,65 +68,133 @@ class TokenLabelLoss(nn.Module):
         self.cls_target = cls_target
         self.label_smoothing = label_smoothing
 
-    def forward(
-        self,
-        cls_logits: Tensor,
-        patch_logits: Tensor,
-        targets: TokenTargets | MixedTargets,
-    ) -> Tensor:
+    def forward(self, cls_logits: Tensor, patch_logits: Tensor, labels: Labels) -> Tensor:
         """The mean loss of a batch, in float32 (float64 for float64 logits), also under autocast.
 
         Args:
             cls_logits: [B, C], any floating dtype.
-            patch_logits: [B, N, C], row by row of the grid.
-            targets: a collated batch, plain or mixed, on the logits' device.
+            patch_logits: [B, N, C], row by row of the grid: the one that the records name, else a
+                square.
+            labels: of the batch, plain or mixed, on the logits' device.
 
         Raises:
             TypeError: something is not of the kind or dtype that it must be.
-            ValueError: shapes do not fit together, or a class id is out of range. Ids are checked
+            ValueError: shapes do not fit together, or a label is out of range. Labels are checked
                 where it costs no synchronisation: on the CPU. On a GPU, and in a compiled graph,
                 it is the device's own index check that fails.
         """
-        check_inputs(cls_logits, patch_logits if self.dense_weight else None, targets)
-        dtype = torch.float64 if cls_logits.dtype == torch.float64 else torch.float32
+        patches = patch_logits if self.dense_weight else None
+        grid = _check(cls_logits, patches, labels)
+        dtype = torch.promote_types(cls_logits.dtype, torch.float32)
         with torch.autocast(cls_logits.device.type, enabled=False):
-            loss = self.cls_weight * self._class_token(cls_logits, targets, dtype).mean()
-            if self.dense_weight:
-                rows = _soft(patch_logits, targets.classes, targets.probs, targets.rest, dtype)
-                loss = loss + self.dense_weight * (rows * targets.weight).mean()
+            target = self._class_target(labels, cls_logits.shape[1])
+            rows = -(target * torch.log_softmax(cls_logits, -1, dtype=dtype)).sum(-1)
+            loss = self.cls_weight * rows.mean()
+            if patches is not None:
+                parts = _parts(labels, grid, cls_logits.shape[1])
+                loss = loss + self.dense_weight * cross_entropy(patches, parts).mean()
         return loss
 
-    def _class_token(
-        self, logits: Tensor, targets: TokenTargets | MixedTargets, dtype: torch.dtype
-    ) -> Tensor:
-        """Loss of each image's class token, [B]."""
-        row, num_classes = logits.unsqueeze(1), logits.shape[1]
-        label = targets.label.reshape(len(logits), 1, -1)
-        known = (label >= 0).to(dtype)
-        if isinstance(targets, MixedTargets):
-            known = known * targets.label_probs.unsqueeze(1)
-        smooth = self.label_smoothing * (num_classes - 1) / num_classes
-        by_label = _soft(row, label.clamp(min=0), known * (1 - smooth), known * smooth, dtype)
+    def _class_target(self, labels: Labels, num_classes: int) -> Tensor:
+        """Targets of the class tokens, [B, C]; rows of zeros where nothing is known."""
+        if isinstance(labels, MixedLabels):
+            return labels.mix(self._class_target(labels.labels, num_classes))
+        label = labels.label.unsqueeze(1)
+        known = (label >= 0).float()
+        by_label = known * self.label_smoothing / num_classes + torch.zeros(
+            len(label), num_classes, device=label.device
+        ).scatter_(1, label.clamp(min=0), known * (1 - self.label_smoothing))
         if self.cls_target == "label":
-            return by_label.squeeze(1)
-        by_crop = _soft(
-            row,
-            targets.crop_classes.unsqueeze(1),
-            targets.crop_probs.unsqueeze(1),
-            targets.crop_rest.unsqueeze(1),
-            dtype,
-        )
-        has_map = (targets.weight > 0).any(1, keepdim=True).to(dtype)
+            return by_label
+        crop = _crop(labels, num_classes)
+        has_crop = crop.sum(1, keepdim=True) > 0
         if self.cls_target == "crop":
-            return torch.where(has_map > 0, by_crop, by_label).squeeze(1)
-        # What the label leaves open, the crop decides.
-        to_label = torch.where(has_map > 0, 0.5, 1.0)
-        to_crop = has_map * (1 - 0.5 * known.sum(-1))
-        return (to_label * by_label + to_crop * by_crop).squeeze(1)
+            return torch.where(has_crop, crop, by_label)
+        return (by_label + crop) / (known + has_crop).clamp(min=1)
 
 
-def _soft(
-    logits: Tensor, classes: Tensor, probs: Tensor, rest: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Cross entropy of each row of [B, N, C] with sparse soft targets."""
-    return cross_entropy(logits, sparse_target(classes, probs, rest, logits.shape[2], dtype))
+def _crop(labels: TokenLabels | TokenTargets, num_classes: int) -> Tensor:
+    """Soft targets of the crops, [B, C]; 0 where there is none."""
+    if isinstance(labels, TokenLabels):
+        return labels.crop()
+    crop = labels._replace(  # as an image of one patch
+        classes=labels.crop_classes.unsqueeze(1),
+        probs=labels.crop_probs.unsqueeze(1),
+        rest=labels.crop_rest.unsqueeze(1),
+        weight=labels.weight.amax(1, keepdim=True),
+    )
+    return crop.windows(num_classes).dense().squeeze(1)
+
+
+def _parts(labels: Labels, grid: Grid, num_classes: int) -> list[tuple[TokenWindows, Tensor]]:
+    """What `cross_entropy` takes."""
+    if isinstance(labels, MixedLabels):
+        return labels.parts(grid)
+    if isinstance(labels, TokenLabels):
+        windows = labels.targets(grid)
+    else:
+        windows = labels.windows(num_classes)
+    return [(windows, windows.weight)]
+
+
+def _check(cls_logits: Tensor, patch_logits: Tensor | None, labels: Labels) -> Grid:
+    """Refuse logits and labels that do not fit together. Returns the grid of the patches."""
+    records = labels.labels if isinstance(labels, MixedLabels) else labels
+    if not isinstance(records, TokenLabels | TokenTargets):
+        raise TypeError(
+            f"labels must be TokenLabels, MixedLabels or TokenTargets, got {type(labels).__name__}."
+            " Remedy: pass what a DataLoader over TokenLabelDataset returns, or what MixUp or "
+            "CutMix made of it"
+        )
+    label = records.label
+    if label.ndim != 1:
+        raise ValueError(
+            f"labels must be those of a batch, label [B], got {list(label.shape)}. Remedy: use a "
+            "DataLoader, or torch.utils.data.default_collate on single samples"
+        )
+    patches = 1 if patch_logits is None else patch_logits.shape[1]
+    num_classes, grid = cls_logits.shape[-1], (math.isqrt(patches), math.isqrt(patches))
+    if isinstance(records, TokenTargets):
+        patches = records.weight.shape[1]
+    else:
+        num_classes, grid = records.num_classes, records.grid or grid
+        patches = grid[0] * grid[1]
+    for name, logits, shape in (
+        ("cls_logits [B, C]", cls_logits, (len(label), num_classes)),
+        ("patch_logits [B, N, C]", patch_logits, (len(label), patches, num_classes)),
+    ):
+        if logits is None:
+            continue
+        if logits.shape != shape:
+            raise ValueError(
+                f"{name} must be {list(shape)} for these labels, got {list(logits.shape)}. Remedy: "
+                "pass the labels of these images, build the student with num_classes=store."
+                "num_classes and the dataset with grid=student.grid, and leave class and register "
+                "tokens out; a map [B, C, h, w] goes in as logits.flatten(2).mT"
+            )
+        if not logits.is_floating_point():
+            raise TypeError(
+                f"{name} must be of a floating dtype, got {logits.dtype}. Remedy: pass the output "
+                "of the student's heads"
+            )
+        if logits.device != label.device:
+            raise ValueError(
+                f"labels must be on the logits' device, {logits.device}, got {label.device}. "
+                "Remedy: labels.to(device)"
+            )
+    if label.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_ids(records, num_classes)
+    return grid
+
+
+def _check_ids(labels: TokenLabels | TokenTargets, num_classes: int) -> None:
+    names = ("label", "classes", "crop_classes") if isinstance(labels, TokenTargets) else ("label",)
+    for name in names:
+        ids, lowest = getattr(labels, name), -1 if name == "label" else 0
+        low, high = (int(bound) for bound in torch.aminmax(ids)) if ids.numel() else (0, 0)
+        if low < lowest or high >= num_classes:
+            raise ValueError(
+                f"class ids must be in [{lowest}, {num_classes - 1}] for logits of {num_classes} "
+                f"classes; {name} holds {low if low < lowest else high}. Remedy: build the student "
+                "with num_classes=store.num_classes"
+            )

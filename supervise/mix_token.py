@@ -1,4 +1,4 @@
-"""`MixToken`: a box of patch tokens exchanged between pictures inside the student."""
+"""`MixToken`: a box of patch tokens exchanged between images inside the student."""
 
 import math
 from typing import Any, NamedTuple
@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenlabel.dataset import TokenTargets
-from tokenlabel.supervise.mixed import MixedTargets, mix_labels
+from tokenlabel.dataset import TokenLabels
+from tokenlabel.supervise.mixed import MixedLabels, check_records
 
 __all__ = ["MixToken", "TokenBox"]
 
@@ -15,10 +15,10 @@ Grid = tuple[int, int]
 
 
 class TokenBox(NamedTuple):
-    """The patches that every picture of a batch takes from its partner, the picture before it.
+    """The patches that every image of a batch takes from its partner, the image before it.
 
-    (The first picture takes them from the last: the partners of torchvision's `CutMix`.) Give it to
-    the student, `student(images, box)`, and let it mix the labels: `box.mix_labels(targets)`.
+    (The first image takes them from the last: the partners of torchvision's `CutMix`.) Give it to
+    the student, `student(images, box)`, and let it mix the labels: `box.mix_labels(labels)`.
 
     Attributes:
         mask: bool [h, w], over the student's grid: True where a patch is the partner's. A tensor,
@@ -29,7 +29,7 @@ class TokenBox(NamedTuple):
 
     @property
     def area(self) -> float:
-        """Share of the patches that are the partner's."""
+        """Fraction of the patches that are the partner's."""
         return self.mask.double().mean().item()
 
     def mix(self, tokens: Tensor) -> Tensor:
@@ -45,17 +45,25 @@ class TokenBox(NamedTuple):
         return self._exchange(tokens, 1)
 
     def restore(self, tokens: Tensor) -> Tensor:
-        """Bring mixed tokens back to the pictures they came from: undoes `mix`."""
+        """Bring mixed tokens back to the images they came from: undoes `mix`."""
         return self._exchange(tokens, -1)
 
-    def mix_labels(self, targets: TokenTargets) -> MixedTargets:
-        """Targets for what the student returns: label and crop mixed by area, patches untouched.
+    def mix_labels(self, labels: TokenLabels) -> MixedLabels:
+        """Labels for what the student returns: the class token's are mixed by area, no patch's.
 
         Args:
-            targets: the batch's targets, [B, ...].
+            labels: records of the batch, [B, bytes].
         """
-        partner = torch.arange(len(targets.label), device=targets.label.device).roll(1)
-        return mix_labels(targets, partner, 1 - self.mask.flatten().to(targets.weight))
+        check_records(labels)
+        size, device = len(labels), labels.device
+        own = 1 - self.mask.float().mean().to(device)
+        return MixedLabels(
+            labels,
+            partner=torch.arange(size, device=device).roll(1),
+            blend=own.expand(size),
+            box=torch.zeros(size, 4, device=device),
+            patches=False,
+        )
 
     def _exchange(self, tokens: Tensor, shift: int) -> Tensor:
         scale, shape = self._layout(tokens)
@@ -81,27 +89,27 @@ class TokenBox(NamedTuple):
         raise ValueError(
             "MixToken needs tokens that the grid of its box divides; got tokens of shape "
             f"{tuple(tokens.shape)} and a box over (h, w) = {(height, width)} patches. Remedy: "
-            "mix.sample(student.grid_for(images.shape[-2:])), or CutMix on the pictures"
+            "mix.sample(student.grid_for(images.shape[-2:])), or CutMix on the images"
         )
 
 
 class MixToken:
     """Draws the boxes of MixToken (LV-ViT, Jiang et al., 2021, arXiv 2104.10858).
 
-    CutMix on the pictures lets one patch show parts of two. MixToken exchanges whole tokens after
-    the patch embedding, so every token is of one picture and keeps that picture's target; the
-    student brings its outputs back to the pictures they came from, and only the class token's
+    CutMix on the images lets one patch show parts of two. MixToken exchanges whole tokens after
+    the patch embedding, so every token is of one image and keeps that image's target; the
+    student brings its outputs back to the images they came from, and only the class token's
     target is mixed. For a backbone whose patch embedding sees nothing outside the patch, this
     equals CutMix of a box that ends at patch borders.
 
         mix = MixToken()
         box = mix.sample(student.grid)
         if box is not None:
-            targets = box.mix_labels(targets)
-        loss = criterion(*student(images, box), targets)
+            labels = box.mix_labels(labels)
+        loss = criterion(*student(images, box), labels)
 
     Args:
-        alpha: of the Beta(alpha, alpha) distribution of the share that stays (CutMix: 1, uniform).
+        alpha: of the Beta(alpha, alpha) distribution of the fraction that stays (CutMix: 1).
         prob: probability that a batch is mixed at all.
     """
 
@@ -119,8 +127,8 @@ class MixToken:
     def sample(self, grid: int | Grid) -> TokenBox | None:
         """Draw the box of a batch from torch's generator on the CPU.
 
-        As in CutMix, the box has the picture's shape and a uniform centre, and ends at the
-        picture's border; here its edges are rounded to patches.
+        As in CutMix, the box has the image's shape and a uniform centre, and ends at the
+        image's border; here its edges are rounded to patches.
 
         Args:
             grid: the student's patches, (h, w), or one number for a square.

@@ -1,165 +1,147 @@
-"""Targets of pictures mixed in pairs, sparse still: what each patch shows of either picture."""
+"""`MixedLabels`: the labels of a batch whose images were mixed in pairs."""
 
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenlabel.dataset import TokenTargets
+from tokenlabel.dataset import TokenLabels, TokenTargets, TokenWindows
+
+Grid = tuple[int, int]
+_LEAST = 1e-12
 
 
-class MixedTargets(NamedTuple):
-    """Soft targets of a batch of B pictures, each mixed with a partner from the batch.
+@dataclass(frozen=True, eq=False)
+class MixedLabels:
+    """Labels of B images, each mixed with a partner from the batch: the records, and how they mix.
 
-    The fields of `TokenTargets`, collated, with both pictures' entries side by side: the first K
-    are the picture's own, the last K its partner's, each scaled by what that picture contributes to
-    the patch. A class may occur in both halves; its probabilities add. Each half keeps its own
-    `rest`, mass on the classes that *that half* does not list, so that the target is exactly the
-    mixture of the two dense targets. `probs` and `rest` of a patch sum to 1.
-
-    Where the patches are not mixed (`mix_labels`), `classes`, `probs` and `rest` are those of
-    `TokenTargets`: [B, N, K], [B, N, K] and [B, N].
+    A patch's target is the mixture of both images' targets there, each counted by its fraction of
+    the patch's area times its `weight` (the part of the patch inside image and extent, taken as
+    spread evenly over the patch). Padding, and an image without a map, contribute nothing.
 
     Attributes:
-        label: int64 [B, 2], the classes of the picture and of its partner, -1 if unknown.
-        classes: int32 [B, N, 2K].
-        probs: float32 [B, N, 2K].
-        rest: float32 [B, N, 2].
-        weight: float32 [B, N], share of the patch that shows a picture with a map.
-        crop_classes: int32 [B, 2K], the same for the whole crop.
-        crop_probs: float32 [B, 2K].
-        crop_rest: float32 [B, 2].
-        label_probs: float32 [B, 2], share of the pixels of the picture and of its partner.
+        labels: records of the batch before mixing, [B, bytes].
+        partner: int64 [B], the index of each image's partner.
+        blend: float32 [B], the fraction of each pixel that is the image's own, outside the box.
+        box: float32 [B, 4], (x0, y0, x1, y1) as fractions of the image, where the partner is
+            pasted; empty for none.
+        patches: whether patches are mixed as well. False for MixToken, whose student returns each
+            patch to its image: then only the class token's target is mixed.
     """
 
-    label: Tensor
-    classes: Tensor
-    probs: Tensor
-    rest: Tensor
-    weight: Tensor
-    crop_classes: Tensor
-    crop_probs: Tensor
-    crop_rest: Tensor
-    label_probs: Tensor
+    labels: TokenLabels
+    partner: Tensor
+    blend: Tensor
+    box: Tensor
+    patches: bool = True
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that all fields are on."""
+        return self.labels.device
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "MixedLabels":
+        """The same on another device."""
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "MixedLabels":
+        """The same in page-locked memory."""
+        return self._map(lambda part: part.pin_memory())
+
+    @property
+    def label(self) -> Tensor:
+        """int64 [B, 2], classes of the image and of its partner, -1 where unknown."""
+        label = self.labels.label
+        return torch.stack([label, label[self.partner]], 1)
+
+    @property
+    def label_probs(self) -> Tensor:
+        """float32 [B, 2], fractions of the pixels of the image and of its partner."""
+        own = self.own_area((1, 1))
+        return torch.cat([own, 1 - own], 1)
+
+    def own_area(self, grid: int | Grid) -> Tensor:
+        """Fraction of each patch's area that shows the image itself, float32 [B, N].
+
+        Exact, also where the edges of patches or box cut one another, or pixels.
+        """
+        rows, columns = (grid, grid) if isinstance(grid, int) else grid
+        x0, y0, x1, y1 = self.box.unsqueeze(-1).unbind(1)
+        pasted = _covered(y0, y1, rows).unsqueeze(2) * _covered(x0, x1, columns).unsqueeze(1)
+        return self.blend.unsqueeze(1) * (1 - pasted.flatten(1))
+
+    def parts(self, grid: int | Grid | None = None) -> list[tuple[TokenWindows, Tensor]]:
+        """The patches' targets, each with its coefficient [B, N]: what `cross_entropy` takes.
+
+        Args:
+            grid: as for `TokenLabels.targets`.
+        """
+        windows = self.labels.targets(grid)
+        if not self.patches:
+            return [(windows, windows.weight)]
+        grid = grid or self.labels.grid
+        assert grid is not None  # or there were no targets
+        own, partner = self.own_area(grid), windows.take(self.partner)
+        return [(windows, own * windows.weight), (partner, (1 - own) * partner.weight)]
+
+    def mix(self, rows: Tensor) -> Tensor:
+        """Mix what belongs to whole images, [B, C], by their fractions of the pixels."""
+        own, other = self.label_probs.unsqueeze(-1).unbind(1)
+        return own * rows + other * rows[self.partner]
+
+    def crop(self, pool: str = "logits") -> Tensor:
+        """Soft targets of the mixed crops, [B, C]; as `TokenLabels.crop`."""
+        crop = self.mix(self.labels.crop(pool))
+        return crop / crop.sum(1, keepdim=True).clamp(min=_LEAST)
+
+    def hard_label(self) -> Tensor:
+        """The class of the image that most pixels show, int64 [B]; -1 where unknown."""
+        label = self.labels.hard_label()
+        return torch.where(self.label_probs[:, 0] >= 0.5, label, label[self.partner])
+
+    def sparse(self, grid: int | Grid | None = None, k: int = 10) -> TokenTargets:
+        """The k most probable classes of each mixed patch and crop. Makes a tensor [B, N, C].
+
+        Args:
+            grid: as for `TokenLabels.targets`.
+            k: classes kept for each patch; the mass of the others goes to `rest`.
+        """
+        parts = self.parts(grid)
+        weight = torch.stack([coefficient for _, coefficient in parts]).sum(0)
+        mixed = [windows.dense() * coefficient.unsqueeze(-1) for windows, coefficient in parts]
+        dense = torch.stack(mixed).sum(0) / weight.clamp(min=_LEAST).unsqueeze(-1)
+        return TokenTargets.of(self.hard_label(), weight, dense, self.crop(), k)
+
+    def _map(self, function: Any) -> "MixedLabels":
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: function(v) for k, v in parts.items() if isinstance(v, Tensor)})
 
 
-def mix_targets(targets: TokenTargets, partner: Tensor, share: Tensor | float) -> MixedTargets:
-    """Targets of pictures that were mixed: patches, crop and label.
-
-    A patch's target is the mixture of the two pictures' targets there, each counted by the area it
-    contributes: its share of the patch times its `weight`, that is the part of it that lies inside
-    its picture (taken as spread evenly over the patch). The mixture's `weight` is the sum of the
-    two. So padding, and pictures without a map, contribute nothing: a patch of one picture with a
-    map and one without has the target of the first, at its share as weight.
-
-    Args:
-        targets: the batch's targets before mixing.
-        partner: int64 [B], the index of each picture's partner in the batch.
-        share: each picture's own share of each patch, in [0, 1], broadcast to [B, N]; its
-            partner has the remainder.
-
-    Raises:
-        TypeError, ValueError: `targets` are not those of a collated, unmixed batch.
-    """
-    check_unmixed(targets)
-    own = _own_area(targets, share)
-    area = torch.stack([own, 1 - own], -1)
-    return _mix_image(targets, partner, area)._replace(
-        **_mix_rows(
-            torch.stack([targets.classes, targets.classes[partner]], 2),
-            torch.stack([targets.probs, targets.probs[partner]], 2),
-            torch.stack([targets.rest, targets.rest[partner]], 2),
-            area * _weights(targets, partner),
-            area,
-        ),
-    )
+def _covered(start: Tensor, end: Tensor, patches: int) -> Tensor:
+    """Fraction of each patch's side that [start, end] covers, [B, patches]."""
+    edges = torch.arange(patches + 1, dtype=start.dtype, device=start.device) / patches
+    overlap = torch.minimum(end, edges[1:]) - torch.maximum(start, edges[:-1])
+    return overlap.clamp(min=0) * patches
 
 
-def mix_labels(targets: TokenTargets, partner: Tensor, share: Tensor | float) -> MixedTargets:
-    """The same, with the patches' own targets: for a student that puts mixed patches back.
-
-    Only what concerns the class token is mixed: label and crop, the latter as `mix_targets` mixes
-    patches, summed over them.
-
-    Args:
-        targets: the batch's targets before mixing.
-        partner: int64 [B], the index of each picture's partner in the batch.
-        share: each picture's own share of each patch, in [0, 1], broadcast to [B, N].
-
-    Raises:
-        TypeError, ValueError: `targets` are not those of a collated, unmixed batch.
-    """
-    check_unmixed(targets)
-    own = _own_area(targets, share)
-    return _mix_image(targets, partner, torch.stack([own, 1 - own], -1))
-
-
-def check_unmixed(targets: TokenTargets) -> None:
-    """Refuse what is not a collated batch of `TokenTargets`."""
-    if isinstance(targets, MixedTargets):
+def check_records(labels: object) -> None:
+    """Refuse what is not a batch of `TokenLabels`."""
+    if isinstance(labels, MixedLabels):
         raise TypeError(
-            "a batch can be mixed once; these targets are MixedTargets. Remedy: apply one of "
-            "MixUp, CutMix and MixToken to a batch (MixUpOrCutMix draws one of the first two)"
+            "a batch can be mixed once; these labels are MixedLabels. Remedy: apply one of MixUp, "
+            "CutMix and MixToken to a batch (MixUpOrCutMix draws one of the first two)"
         )
-    if not isinstance(targets, TokenTargets):
+    if not isinstance(labels, TokenLabels):
         raise TypeError(
-            f"targets must be TokenTargets, got {type(targets).__name__}. Remedy: pass on what a "
-            "DataLoader over TokenLabelDataset gives"
+            f"labels must be TokenLabels, got {type(labels).__name__}. Remedy: pass what a "
+            "DataLoader over TokenLabelDataset returns"
         )
-    if targets.label.ndim != 1 or targets.probs.ndim != 3:
+    if labels.ndim != 2:
         raise ValueError(
-            "targets must be collated, label [B] and probs [B, N, K]; got label "
-            f"{list(targets.label.shape)} and probs {list(targets.probs.shape)}. Remedy: mix the "
-            "batches of a DataLoader, or use torch.utils.data.default_collate"
+            f"labels must be a batch [B, bytes], got {list(labels.shape)}. Remedy: mix the batches "
+            "of a DataLoader, or use torch.utils.data.default_collate"
         )
-
-
-def _own_area(targets: TokenTargets, share: Tensor | float) -> Tensor:
-    """Shares as float64 [B, N]."""
-    own = torch.as_tensor(share, dtype=torch.float64, device=targets.weight.device)
-    return own.expand(targets.weight.shape)
-
-
-def _weights(targets: TokenTargets, partner: Tensor) -> Tensor:
-    return torch.stack([targets.weight, targets.weight[partner]], -1).double()
-
-
-def _mix_image(targets: TokenTargets, partner: Tensor, area: Tensor) -> MixedTargets:
-    """Mixed label and crop, and the patches' own targets; `area` is float64 [B, N, 2]."""
-    pixels = area.mean(1)
-    crop = _mix_rows(
-        torch.stack([targets.crop_classes, targets.crop_classes[partner]], 1),
-        torch.stack([targets.crop_probs, targets.crop_probs[partner]], 1),
-        torch.stack([targets.crop_rest, targets.crop_rest[partner]], 1),
-        (area * _weights(targets, partner)).mean(1),
-        pixels,
-    )
-    return MixedTargets(
-        label=torch.stack([targets.label, targets.label[partner]], 1),
-        classes=targets.classes,
-        probs=targets.probs,
-        rest=targets.rest,
-        weight=targets.weight,
-        crop_classes=crop["classes"],
-        crop_probs=crop["probs"],
-        crop_rest=crop["rest"],
-        label_probs=pixels.float(),
-    )
-
-
-def _mix_rows(
-    classes: Tensor, probs: Tensor, rest: Tensor, part: Tensor, fallback: Tensor
-) -> dict[str, Tensor]:
-    """Entries [..., 2, K] and rests [..., 2] of two targets, mixed as the parts [..., 2] are.
-
-    Where both parts are 0 there is no target, and `fallback`, which sums to 1, scales the rests.
-    """
-    weight = part.sum(-1)
-    known = (weight > 0).unsqueeze(-1)
-    scale = torch.where(known, part / weight.where(weight > 0, 1).unsqueeze(-1), fallback)
-    return {
-        "classes": classes.flatten(-2),
-        "probs": (probs * scale.unsqueeze(-1)).float().flatten(-2),
-        "rest": (rest * scale).float(),
-        "weight": weight.float(),
-    }

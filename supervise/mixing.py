@@ -1,21 +1,13 @@
-"""MixUp and CutMix of a batch of pictures and, in step, of their token targets."""
+"""MixUp and CutMix of a batch of images and, with them, of their labels."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torchvision import tv_tensors
 
-from tokenlabel.dataset import TokenTargets
-from tokenlabel.supervise.mixed import MixedTargets, check_unmixed, mix_targets
-from tokenlabel.supervise.mixture import (
-    Grid,
-    Mixture,
-    draw_blend,
-    draw_box,
-    grid_of,
-    mix_images,
-    own_shares,
-)
+from tokenlabel.dataset import TokenLabels
+from tokenlabel.supervise.mixed import MixedLabels, check_records
 
 __all__ = ["CutMix", "MixUp", "MixUpOrCutMix"]
 
@@ -24,20 +16,18 @@ _MODES = ("batch", "pair", "elem")
 
 
 class MixUpOrCutMix(nn.Module):
-    """MixUp or CutMix, drawn anew for each batch, pair or picture, as timm's `Mixup` does.
+    """MixUp or CutMix, drawn anew for each batch, pair or image, as timm's `Mixup` does.
 
-    Called as `images, targets = mix(images, targets)` on the batches of a DataLoader.
+    Called as `images, labels = mix(images, labels)` on the batches of a DataLoader.
 
     Args:
         mixup_alpha: of MixUp's Beta distribution; 0 leaves CutMix only.
         cutmix_alpha: of CutMix's Beta distribution; 0 leaves MixUp only.
         prob: probability of mixing at all.
         switch_prob: probability of CutMix rather than MixUp, where both are on.
-        mode: draw once for the "batch", for each "pair" of pictures (the first and the last of the
+        mode: draw once for the "batch", for each "pair" of images (the first and the last of the
             batch, and so on, mixed with each other), or for each one ("elem"). But for "pair", the
-            partner is the picture before in the batch.
-        grid: patches (h, w), or one number for a square; None, for square
-            pictures: as many rows as columns.
+            partner is the image before in the batch.
 
     Raises:
         ValueError: an option is out of range.
@@ -51,7 +41,6 @@ class MixUpOrCutMix(nn.Module):
         prob: float = 1.0,
         switch_prob: float = 0.5,
         mode: Mode = "batch",
-        grid: int | Grid | None = None,
     ) -> None:
         super().__init__()
         for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
@@ -72,76 +61,73 @@ class MixUpOrCutMix(nn.Module):
         self.prob = prob
         self.switch_prob = switch_prob
         self.mode = mode
-        self.grid: Grid | None = (grid, grid) if isinstance(grid, int) else grid
-        if self.grid is not None and min(self.grid) < 1:
-            raise ValueError(f"grid must be patches (h, w), at least 1 each way, got {grid}")
 
-    def forward(self, images: Tensor, targets: TokenTargets) -> tuple[Tensor, MixedTargets]:
-        """Mix every picture with another one of the batch.
+    def forward(self, images: Tensor, labels: TokenLabels) -> tuple[Tensor, MixedLabels]:
+        """Mix every image with another one of the batch.
 
         Args:
             images: [B, C, H, W]; of a floating dtype, unless only CutMix is on.
-            targets: of the same batch.
+            labels: of the same batch.
 
         Returns:
-            New pictures, and their targets, `MixedTargets` whatever was drawn.
+            New images, and their labels, `MixedLabels` whatever was drawn.
 
         Raises:
-            TypeError: the pictures cannot be blended, or the targets are not `TokenTargets`.
-            ValueError: the two are not of one batch, or it cannot be mixed: a single picture, an
-                odd number in pairs, patches of another grid.
+            TypeError: the images cannot be blended, or the labels are not `TokenLabels`.
+            ValueError: the two are not of one batch, or it cannot be mixed: a single image, or an
+                odd number in pairs.
         """
-        self._check(images, targets)
+        self._check(images, labels)
         size, (height, width) = len(images), images.shape[-2:]
-        # Blended patches need no grid: their shares are all the same.
-        grid: Grid = (1, 1)
-        if self.cutmix_alpha:
-            grid = grid_of(targets.weight.shape[1], self.grid, (height, width))
         own = torch.arange(size)
         partner = own.flip(0) if self.mode == "pair" else own.roll(1)
-        draws = {"batch": 1, "pair": size // 2, "elem": size}[self.mode]
-        mixture = self._draw(draws, height, width)
-        if self.mode == "batch":
-            mixture = Mixture(*(part.expand(size, *part.shape[1:]) for part in mixture))
-        elif self.mode == "pair":
-            mixture = Mixture(*(torch.cat([part, part.flip(0)]) for part in mixture))
-        device = targets.weight.device
-        shares = own_shares(mixture, (height, width), grid).to(device)
-        return (
-            mix_images(images, partner, mixture),
-            mix_targets(targets, partner.to(device), shares),
+        blend, box = self._draw(height, width, {"batch": 1, "elem": size}.get(self.mode, size // 2))
+        if self.mode == "pair":
+            blend, box = torch.cat([blend, blend.flip(0)]), torch.cat([box, box.flip(0)])
+        blend, box = blend.expand(size), box.expand(size, 4)
+        mixed = MixedLabels(
+            labels,
+            partner.to(labels.device),
+            blend.float().to(labels.device),
+            (box / torch.tensor([width, height] * 2)).to(labels.device),
         )
+        return _mix_images(images, partner, blend, box), mixed
 
-    def _draw(self, count: int, height: int, width: int) -> Mixture:
-        """Draw `count` mixtures from torch's global generator."""
+    def _draw(self, height: int, width: int, count: int) -> tuple[Tensor, Tensor]:
+        """Draw `count` blends, float64, and boxes in pixels, [count, 4], as torchvision does."""
         blend = torch.ones(count, dtype=torch.float64)
         box = torch.zeros(count, 4, dtype=torch.int64)
         mixed = _happens(self.prob, count)
         both = self.mixup_alpha > 0 and self.cutmix_alpha > 0
         cut = mixed & _happens(self.switch_prob if both else float(self.cutmix_alpha > 0), count)
         if self.mixup_alpha:
-            blend = draw_blend(self.mixup_alpha, count).where(mixed & ~cut, blend)
+            blend = _draw_blend(self.mixup_alpha, count).where(mixed & ~cut, blend)
         if self.cutmix_alpha:
-            drawn = draw_box(self.cutmix_alpha, count, height, width)
-            box = drawn.where(cut.unsqueeze(1), box)
-        return Mixture(blend, box)
+            half = 0.5 * (1 - _draw_blend(self.cutmix_alpha, count)).sqrt()
+            sides = []
+            for side in (width, height):
+                centre, reach = torch.randint(side, (count,)), (half * side).long()
+                sides.append(((centre - reach).clamp(min=0), (centre + reach).clamp(max=side)))
+            (x0, x1), (y0, y1) = sides
+            box = torch.stack([x0, y0, x1, y1], 1).where(cut.unsqueeze(1), box)
+        return blend, box
 
-    def _check(self, images: Tensor, targets: TokenTargets) -> None:
-        check_unmixed(targets)
+    def _check(self, images: Tensor, labels: TokenLabels) -> None:
+        check_records(labels)
         if images.ndim != 4:
             raise ValueError(
                 f"images must be a batch [B, C, H, W], got {list(images.shape)}. Remedy: mix the "
-                "batches of a DataLoader, not single pictures"
+                "batches of a DataLoader, not single images"
             )
-        if len(images) != len(targets.label):
+        if len(images) != len(labels):
             raise ValueError(
-                f"images and targets must be of one batch, got {len(images)} images and targets of "
-                f"{len(targets.label)}. Remedy: pass what the DataLoader gave together"
+                f"images and labels must be of one batch, got {len(images)} images and labels of "
+                f"{len(labels)}. Remedy: pass what the DataLoader returned together"
             )
         if self.mixup_alpha and not images.is_floating_point():
             raise TypeError(
-                f"MixUp blends pictures of a floating dtype, got {images.dtype}. Remedy: end the "
-                "pipeline of each picture with v2.ToDtype(torch.float32, scale=True)"
+                f"MixUp blends images of a floating dtype, got {images.dtype}. Remedy: end the "
+                "pipeline of each image with v2.ToDtype(torch.float32, scale=True)"
             )
         if len(images) < 2 or (self.mode == "pair" and len(images) % 2):
             rule = "even" if self.mode == "pair" else "2 or more"
@@ -152,20 +138,45 @@ class MixUpOrCutMix(nn.Module):
 
     def extra_repr(self) -> str:
         """The options."""
-        names = ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "mode", "grid")
+        names = ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "mode")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def _happens(prob: float, count: int) -> Tensor:
-    """Bool [count]; what is certain takes no random number, which keeps step with torchvision."""
+    """Bool [count]; what is certain takes no random number, as in torchvision."""
     return torch.rand(count) < prob if 0 < prob < 1 else torch.full((count,), prob == 1)
 
 
-class MixUp(MixUpOrCutMix):
-    """MixUp (Zhang et al., 2018, arXiv 1710.09412) of pictures and token targets.
+def _draw_blend(alpha: float, count: int) -> Tensor:
+    both = torch.full((count,), float(alpha))
+    return torch.distributions.Beta(both, both).sample().double()
 
-    Each picture becomes `lam * picture + (1 - lam) * partner`. For one seed, the pictures are those
-    of torchvision.transforms.v2.MixUp in the mode "batch".
+
+def _mix_images(images: Tensor, partner: Tensor, blend: Tensor, box: Tensor) -> Tensor:
+    """New images: blended with their partners, which are then pasted into the boxes."""
+    originals = images.as_subclass(Tensor)
+    others = originals[partner.to(images.device)]
+    mixed = originals
+    if bool((blend != 1).any()):
+        exact = torch.promote_types(images.dtype, torch.float32)
+        own = blend.to(images.device).view(-1, 1, 1, 1)
+        mixed = (others * (1 - own).to(exact)).add_(originals * own.to(exact)).to(images.dtype)
+    if bool((box[:, 2:] > box[:, :2]).any()):
+        x0, y0, x1, y1 = box.to(images.device).unsqueeze(-1).unbind(1)
+        row, column = (torch.arange(side, device=images.device) for side in images.shape[2:])
+        down, across = (row >= y0) & (row < y1), (column >= x0) & (column < x1)
+        inside = (down.unsqueeze(2) & across.unsqueeze(1)).unsqueeze(1)
+        mixed = torch.where(inside, others, mixed)
+    if mixed is originals:
+        mixed = originals.clone()
+    return tv_tensors.wrap(mixed, like=images) if isinstance(images, tv_tensors.Image) else mixed
+
+
+class MixUp(MixUpOrCutMix):
+    """MixUp (Zhang et al., 2018, arXiv 1710.09412) of images and token labels.
+
+    Each image becomes `lam * image + (1 - lam) * partner`. For one seed, the images are those of
+    torchvision.transforms.v2.MixUp in the mode "batch".
 
     Args:
         alpha: of the Beta(alpha, alpha) distribution of lam.
@@ -180,23 +191,19 @@ class MixUp(MixUpOrCutMix):
 
 
 class CutMix(MixUpOrCutMix):
-    """CutMix (Yun et al., 2019, arXiv 1905.04899) of pictures and token targets.
+    """CutMix (Yun et al., 2019, arXiv 1905.04899) of images and token labels.
 
-    A box of the partner is pasted over each picture. For one seed, the pictures are those of
+    A box of the partner is pasted over each image. For one seed, the images are those of
     torchvision.transforms.v2.CutMix in the mode "batch". A patch's target is the mixture of its own
     and the partner's target there, by the exact areas of the patch outside and inside the box.
 
     Args:
-        alpha: of the Beta(alpha, alpha) distribution of the share left of a picture.
+        alpha: of the Beta(alpha, alpha) distribution of the fraction left of an image.
         mode: as for `MixUpOrCutMix`.
-        grid: patches (h, w), or one number for a square; None, for square
-            pictures: as many rows as columns.
 
     Raises:
         ValueError: an option is out of range.
     """
 
-    def __init__(
-        self, alpha: float = 1.0, *, mode: Mode = "batch", grid: int | Grid | None = None
-    ) -> None:
-        super().__init__(0.0, alpha, mode=mode, grid=grid)
+    def __init__(self, alpha: float = 1.0, *, mode: Mode = "batch") -> None:
+        super().__init__(0.0, alpha, mode=mode)

@@ -1,7 +1,7 @@
-"""Label sets of pictures that the tests paint themselves, with maps that say what is painted."""
+"""Label sets of images that the tests paint themselves, with maps that say what is painted."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ from PIL import Image
 from tests.maps import attrs
 from tokenlabel.annotate.images import file_digest
 from tokenlabel.dataset import LabelStore
-from tokenlabel.dataset.shard import ShardLayout, shard_name, write_shard
+from tokenlabel.dataset.new_file import create, encode_texts
+from tokenlabel.dataset.score_map import MapLayout
+from tokenlabel.dataset.shard import shard_name, write_shard
+from tokenlabel.dataset.store import MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
 
-#: Class ids of the four quadrants, row by row, and their colours in the picture.
+#: Class ids of the four quadrants, row by row, and their colours in the image.
 QUADRANTS = (7, 3, 40, 21)
 PAINT = ((200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30))
 #: (H, W); not square, and twice as fine as what is painted.
@@ -43,21 +46,24 @@ def write_store(
     images: Path,
     pictures: Mapping[str, bytes],
     label: int = 7,
-    logit: float = np.log(0.7),
+    best: float = 0.7,
     **more: Any,
 ) -> LabelStore:
-    """Write pictures below `images` and their label set to `root`; all maps are `painted_map`.
+    """Write images below `images` and their label set to `root`; all maps are `painted_map`.
 
     The top class of each patch has probability 0.7, the second 0.2; the other 48 share the rest.
-    `logit` replaces the top class's in the first patch of the first picture.
+    `best` replaces the top class's in the first patch of the first image.
     """
-    layout = ShardLayout(("identity",), GRID, 2, 50)
+    layout = MapLayout(("identity",), GRID, 2, 50, residual=0, step=0, level=False)
     keys = sorted(pictures)
     count = len(keys)
-    best = np.broadcast_to(painted_map(), (count, 1, *GRID))
-    classes = np.stack([best, (best + 1) % 50], -1)
-    scores = np.broadcast_to(np.log([0.7, 0.2]), classes.shape).astype("f2")
-    scores[0, 0, 0, 0, 0] = logit
+    top = np.broadcast_to(painted_map(), (count, 1, *GRID))
+    probs = np.broadcast_to(np.reshape([0.7, 0.2], (1, 1, 2, 1, 1)), (count, 1, 2, *GRID)).copy()
+    probs[0, 0, 0, 0, 0] = best
+    maps = {
+        "codes": -np.log(probs).astype("f2"),
+        "classes": np.stack([top, (top + 1) % 50], 2).astype("u2"),
+    }
     sizes = []
     for key in keys:
         path = images / key
@@ -68,12 +74,12 @@ def write_store(
     root.mkdir(parents=True, exist_ok=True)
     header = attrs(0, 1, 0, **{"label_space": "teacher", **more})
     with write_shard(root / shard_name(0, 1), layout, keys, [label] * count, header) as writer:
-        writer.append(
-            scores,
-            classes,
-            np.full(best.shape, np.log(0.1), "f2"),
-            np.array(sizes),
-            np.array([file_digest(pictures[key]) for key in keys], "u8"),
-            [""] * count,
-        )
+        digests = np.array([file_digest(pictures[key]) for key in keys], "u8")
+        writer.append(maps, np.array(sizes), digests, [""] * count)
     return LabelStore(root)
+
+
+def write_class_names(root: Path, names: Sequence[str]) -> None:
+    """Give a label set the names of its classes, where `annotate` puts them."""
+    with create(root / MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION, {}) as file:
+        file.add("class_names", encode_texts(names))

@@ -13,7 +13,7 @@ from tests.jobs import SMALL, arguments, config, run
 from tests.maps import write_split
 from tokenlabel.annotate import annotate
 from tokenlabel.cli import main
-from tokenlabel.dataset.shard import ShardLayout
+from tokenlabel.dataset.score_map import MapLayout
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +42,7 @@ def test_summary_of_all_splits(labels: Path) -> None:
     text = invoke("inspect-labels", labels)
     assert str(labels / "train") in text.replace("\n", "")
     assert "18 in 3 shards, 2 errors" in text
-    assert "2 x 2 patches, top 10 of 1000 classes" in text
+    assert "2 x 2 patches, top 16 of 1000 classes" in text
     assert "'n02108422/a [bold]b.jpg': the file is empty" in text, "names are not markup"
     assert re.search(r"\d\.\d%\s+\d+  \w+", text), "frequent classes by name"
 
@@ -101,7 +101,7 @@ def test_one_incomplete_split_does_not_hide_the_others(labels: Path, tmp_path: P
 
 def test_labels_of_another_writer(tmp_path: Path) -> None:
     """The spec asks no writer for statistics; the summary says what it misses."""
-    write_split(tmp_path, ["a.jpg"], ShardLayout(("identity",), (2, 2), 3, 50))
+    write_split(tmp_path, ["a.jpg"], MapLayout(("identity",), (2, 2), 3, 50, residual=4))
     assert "the header lacks labelled, mass, top1, top5" in invoke(
         "inspect-labels", tmp_path, code=1
     )
@@ -115,7 +115,7 @@ def test_annotate_reports_and_says_what_is_next(sample: Path, tmp_path: Path) ->
         assert state in text.replace("\n", " ")
         assert "teacher accuracy" in text and "bytes an image" in text
         assert f"Next: python cli.py inspect-labels {tmp_path}" in text.replace("\n", "")
-    assert "k: 10 there, 5 now" in invoke(*command, "--k", 5, code=1)
+    assert "k: 16 there, 5 now" in invoke(*command, "--k", 5, code=1)
 
 
 def test_too_many_errors_end_with_status_1(sample: Path, tmp_path: Path) -> None:

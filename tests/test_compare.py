@@ -9,13 +9,15 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.maps import write_split
+from tests.maps import attrs, random_rows, write_split
+from tests.pictured import write_class_names
 from tokenlabel.cli import main
-from tokenlabel.dataset.shard import ShardLayout
+from tokenlabel.dataset.score_map import MapLayout
+from tokenlabel.dataset.shard import shard_name, write_shard
 from tokenlabel.inspection.compare import compare
-from tokenlabel.inspection.divergence import Sparse, divergence
+from tokenlabel.inspection.divergence import divergence
 
-LAYOUT = ShardLayout(("identity",), (4, 6), 5, 50)
+LAYOUT = MapLayout(("identity",), (4, 6), 5, 50, residual=8)
 KEYS = [f"a/{n:02d}.jpg" for n in range(14)]
 
 
@@ -26,42 +28,23 @@ def invoke(*command: object, code: int = 0) -> str:
     return result.output
 
 
-def whole(side: Sparse, num_classes: int) -> np.ndarray:
-    """The same distributions over all classes, written plainly."""
-    rows = []
-    for classes, probs, rest in zip(*side, strict=True):
-        listed = dict(zip(classes.tolist(), probs.tolist(), strict=True))
-        listed = {c: p for c, p in listed.items() if p > 0}
-        other = rest / max(num_classes - len(listed), 1)
-        rows.append([listed.get(c, other) for c in range(num_classes)])
-    return np.array(rows)
-
-
 def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / np.maximum(q, 1e-12)), 0).sum(1)
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 6), st.integers(6, 12))
-def test_sparse_divergences_are_the_dense_ones(seed: int, k: int, m: int, classes: int) -> None:
+@given(st.integers(0, 2**32 - 1), st.integers(2, 12))
+def test_divergences_are_their_definitions(seed: int, classes: int) -> None:
     rng = np.random.default_rng(seed)
-
-    def side(count: int) -> Sparse:
-        ids = np.stack([rng.permutation(classes)[:count] for _ in range(8)])
-        scores = rng.normal(0, 3, (8, count))
-        rest = np.full(8, -np.inf) if count == classes else rng.normal(0, 3, 8)
-        return Sparse.of_logits(scores, ids, rest)
-
-    a, b = side(k), side(m)
-    p, q = whole(a, classes), whole(b, classes)
-    np.testing.assert_allclose(p.sum(1), 1)
-    found = divergence(a, b, classes)
+    p, q = rng.dirichlet(np.full(classes, 0.3), (2, 8))
+    p[0] = np.eye(classes)[0]  # no mass at all in some classes
+    found = divergence(p, q)
     np.testing.assert_allclose(found.kl, kl(p, q), atol=1e-9)
     np.testing.assert_allclose(found.reverse, kl(q, p), atol=1e-9)
     middle = (p + q) / 2
     np.testing.assert_allclose(found.js, (kl(p, middle) + kl(q, middle)) / 2, atol=1e-9)
     assert (found.js <= np.log(2) + 1e-9).all()
-    own = divergence(a, a, classes)
-    assert own.same.all() and np.allclose(own.kl, 0) and np.allclose(own.js, 0)
+    own = divergence(p, p)
+    assert np.allclose(own.kl, 0) and np.allclose(own.js, 0)
 
 
 def test_equal_sets_do_not_differ(tmp_path: Path) -> None:
@@ -71,13 +54,6 @@ def test_equal_sets_do_not_differ(tmp_path: Path) -> None:
     assert facts["top1_agreement"] == 1 and facts["kl_a_b"]["mean"] < 1e-12
     assert facts["different"] == [] and facts["common"] == facts["compared"] == 14
     assert "no image differs" in invoke("compare-labels", tmp_path / "a", tmp_path / "b")
-
-
-def test_uint8_costs_little(tmp_path: Path) -> None:
-    write_split(tmp_path / "a", KEYS, LAYOUT)
-    write_split(tmp_path / "b", KEYS, LAYOUT._replace(score_dtype="uint8"))
-    facts = compare(tmp_path / "a", tmp_path / "b")
-    assert 0 < facts["kl_a_b"]["mean"] < 1e-3 and facts["top1_agreement"] > 0.95
 
 
 def test_the_images_that_differ_most_are_named(tmp_path: Path) -> None:
@@ -108,22 +84,17 @@ def test_other_k_grid_and_missing_images(tmp_path: Path) -> None:
 
 def test_a_coarser_grid_is_an_average(tmp_path: Path) -> None:
     """Maps with the same cell everywhere are the same on any grid."""
-    from tests.maps import attrs, random_rows
-    from tokenlabel.dataset.shard import shard_name, write_shard
-
     one = random_rows(LAYOUT._replace(grid=(1, 1)), 1)
     for name, grid in (("a", (4, 6)), ("b", (2, 5))):
         layout = LAYOUT._replace(grid=grid)
+        maps = {
+            plane: np.broadcast_to(one.maps[plane], (1, *shape)).astype(dtype)
+            for plane, (dtype, shape) in layout.planes().items()
+        }
         (tmp_path / name).mkdir()
-        with write_shard(
-            tmp_path / name / shard_name(0, 1), layout, ["x.jpg"], [0], attrs(0, 1, 0)
-        ) as writer:
-            writer.append(
-                np.broadcast_to(one.scores, (1, *layout.map_shape)),
-                np.broadcast_to(one.classes, (1, *layout.map_shape)),
-                np.broadcast_to(one.rest, (1, *layout.map_shape[:3])),
-                *one[3:],
-            )
+        path = tmp_path / name / shard_name(0, 1)
+        with write_shard(path, layout, ["x.jpg"], [0], attrs(0, 1, 0)) as writer:
+            writer.append(maps, *one[1:])
     facts = compare(tmp_path / "a", tmp_path / "b")
     assert facts["grid"] == [2, 5]
     assert facts["js"]["mean"] < 1e-6 and facts["top1_agreement"] == 1
@@ -141,16 +112,18 @@ def test_splits_are_paired_by_name_and_json_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "layout", "more", "message"),
+    ("keys", "layout", "letter", "message"),
     [
-        (KEYS, LAYOUT._replace(num_classes=51), {}, "of the same classes"),
-        (["z.jpg"], LAYOUT, {}, "no image in common"),
-        (KEYS, LAYOUT, {"class_names": [f"c{n}" for n in range(50)]}, "name their classes alike"),
+        (KEYS, LAYOUT._replace(num_classes=51), "n", "of the same classes"),
+        (["z.jpg"], LAYOUT, "n", "no image in common"),
+        (KEYS, LAYOUT, "c", "name their classes alike"),
     ],
 )
 def test_sets_that_cannot_be_compared(
-    tmp_path: Path, keys: list[str], layout: ShardLayout, more: dict, message: str
+    tmp_path: Path, keys: list[str], layout: MapLayout, letter: str, message: str
 ) -> None:
-    write_split(tmp_path / "a", KEYS, LAYOUT, class_names=[f"n{n}" for n in range(50)])
-    write_split(tmp_path / "b", keys, layout, **more)
+    write_split(tmp_path / "a", KEYS, LAYOUT)
+    write_split(tmp_path / "b", keys, layout)
+    for name, first in (("a", "n"), ("b", letter)):
+        write_class_names(tmp_path / name, [f"{first}{number}" for number in range(50)])
     assert message in invoke("compare-labels", tmp_path / "a", tmp_path / "b", code=2)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.utils.data import default_collate
 
 from tests.jobs import config
 from tokenlabel.annotate import annotate
-from tokenlabel.dataset import LabelStore, TokenTargets
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -77,23 +77,11 @@ def execute(block: Block, text: str | None = None) -> tuple[dict[str, Any], int]
     return namespace, len(checks.lines)
 
 
-def dense(targets: TokenTargets, num_classes: int) -> torch.Tensor:
-    """The same targets as [N, C], `rest` spread evenly over the classes that are not stored."""
-    out = torch.empty(len(targets.rest), num_classes)
-    for row, ids, probs, rest in zip(
-        out, targets.classes, targets.probs, targets.rest, strict=True
-    ):
-        ids, probs = ids[probs > 0].long(), probs[probs > 0]
-        row[:] = rest / max(num_classes - len(ids), 1)
-        row[ids] = probs
-    return out
-
-
 @pytest.fixture(scope="module")
 def folder(sample: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Path:
     """What the pages find: the sample, and its labels as `make annotate` makes them."""
     root = tmp_path_factory.mktemp("docs")
-    annotate(config(sample, root / "labels", input_size=320, batch_size=8))
+    annotate(config(sample, root / "labels", input_size=[320, 448], batch_size=8))
     (root / "data").mkdir()
     (root / "data" / "sample").symlink_to(sample)
     return root
@@ -116,10 +104,13 @@ def sections() -> dict[str, list[Block]]:
 
 #: How many statements in comments are checked.
 CHECKED = {
-    "The student and the loss": 3,
+    "The student and the loss": 4,
+    "Your own loss": 1,
+    "Your own crops": 1,
     "The student's grid": 4,
     "Class numbers": 3,
     "Workers, several GPUs, resuming": 2,
+    "The published rule, for comparison": 1,
 }
 
 
@@ -137,9 +128,10 @@ def test_plug_in(section: str, here: Path) -> None:
         if "loss" in namespace:
             assert torch.isfinite(namespace["loss"])
         if "dataset" in namespace:
-            _, targets = namespace["dataset"][0]
-            mass = targets.probs.sum(-1) + targets.rest
-            torch.testing.assert_close(mass, torch.ones_like(mass))
+            _, labels = default_collate([namespace["dataset"][0]])
+            targets = labels.targets(14)
+            mass = targets.dense().sum(-1)
+            torch.testing.assert_close(mass, (targets.weight > 0).float())
     assert checked == CHECKED.get(section, 0)
 
 
@@ -156,24 +148,18 @@ def test_the_diff_leads_from_a_script_that_runs_to_the_one_shown(here: Path) -> 
     (after,) = sections()[diff.section]
     assert sides["+"] == after.text
     added = [line for line in diff.text.splitlines() if re.match(r"\+(?!from|$)", line)]
-    assert len(added) == 4
+    assert len(added) == 3
     execute(diff, sides["-"])
 
 
 def test_the_published_rule_keeps_what_the_page_says(here: Path) -> None:
     (block,) = sections()["The published rule, for comparison"]
-    store = LabelStore("labels/train")
-    moved = {}
-    for k in (10, 64):
-        moved[k] = 0.0
-        for index in range(0, 16, 3):
-            maps = []
-            for classes in (k, store.num_classes):
-                namespace, _ = execute(block, block.text.replace("k=64", f"k={classes}"))
-                torch.manual_seed(index)
-                targets = namespace["dataset"][index][1]
-                maps.append(dense(targets, store.num_classes))
-            moved[k] = max(moved[k], (maps[0] - maps[1]).abs().sum(-1).max().item() / 2)
+    torch.manual_seed(0)
+    labels = execute(block)[0]["labels"]
+    dense = {
+        k: labels.sparse(14, k, rule="published").windows(1000).dense() for k in (10, 64, 1000)
+    }
+    moved = {k: (dense[k] - dense[1000]).abs().sum(-1).max().item() / 2 for k in (10, 64)}
     assert moved[64] < 1e-5
     assert 0.01 < moved[10] < 0.1
 

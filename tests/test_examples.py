@@ -1,4 +1,4 @@
-"""The examples, run as a user runs them, on a few small pictures."""
+"""The examples, run as a user runs them, on a few small images."""
 
 import csv
 import importlib.util
@@ -14,12 +14,11 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
-from torchvision.transforms.v2 import functional as F
 
 from tests.jobs import environment
 from tokenlabel.annotate import annotate
 from tokenlabel.annotate.config import load_config
-from tokenlabel.dataset import LabelStore, TokenLabelMap, ToTokenTargets
+from tokenlabel.dataset import LabelStore
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CIFAR = EXAMPLES / "cifar10"
@@ -72,7 +71,7 @@ def call(path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Non
 
 @pytest.fixture(scope="module")
 def data(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of 32 px pictures, cut from the sample's photographs: 32 of train, 8 of val."""
+    """Two classes of 32 px images, cut from the sample's photographs: 32 of train, 8 of val."""
     root = tmp_path_factory.mktemp("pictures")
     for split in ("train", "val"):
         for number, path in enumerate(sorted((sample / split).rglob("*.jpg"))):
@@ -108,7 +107,7 @@ def work(data: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -
     return work
 
 
-def test_the_pictures_are_exported_once(tmp_path: Path) -> None:
+def test_the_images_are_exported_once(tmp_path: Path) -> None:
     export = load(CIFAR / "prepare.py").export
     pictures = [(PIL.Image.new("RGB", (4, 4), (i, 0, 0)), i % 2) for i in range(7)]
     assert export(pictures, CLASSES, 2, tmp_path / "train") == 4
@@ -122,14 +121,14 @@ def test_the_pictures_are_exported_once(tmp_path: Path) -> None:
 def test_the_fitted_teacher_annotates(work: Path) -> None:
     store = LabelStore(work / "labels" / "train")
     assert (len(store), store.grid, store.num_classes) == (32, (2, 2), 2)
-    assert store.attrs["label_space"] == "teacher" and store.attrs["class_names"] == CLASSES
+    assert store.attrs["label_space"] == "teacher" and store.classes == CLASSES
     assert json.loads((work / "labels" / "val" / "report.json").read_text())["top1"] is not None
 
 
 SMALL = ("--width", 32, "--depth", 1, "--batch-size", 8)
 
 
-def test_the_table_goes_on_where_it_was(data: Path, work: Path) -> None:
+def test_the_table_resumes(data: Path, work: Path) -> None:
     command = (CIFAR / "compare.py", "--data", data, "--work", work, *SMALL, "--seeds", 2)
     command = (*command, "--epochs", 2)
     first = run(*command)
@@ -140,7 +139,7 @@ def test_the_table_goes_on_where_it_was(data: Path, work: Path) -> None:
     results = work / "results.jsonl"
     lines = results.read_text().split("\n")
     assert [json.loads(line)["arm"] for line in lines[1:]] == [*"abcdabcd"]
-    # Killed in the midst of the last line: that arm and seed alone are made again, and the same.
+    # Killed in the midst of the last line: that arm and seed alone are redone, and the same.
     results.write_text("\n".join([*lines[:-1], lines[-1][:40]]))
     second = run(*command)
     assert second.count("epoch 1/2") == 1 and "(d)" in second and "(c) 0" not in second
@@ -173,25 +172,25 @@ def test_settings_are_chosen_on_a_part_of_train(data: Path, work: Path) -> None:
     assert "annotator" not in said and said.count("epoch 1/1") == 1
 
 
-@pytest.mark.parametrize("flipped", [False, True])
-def test_transposed_boxes_show_the_transposed_part(flipped: bool) -> None:
-    """Against the target of the transposed crop of the same map, flipped or not."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(4, 4, 3, generator=generator).sort(descending=True)[0]
-    classes = torch.arange(48).reshape(4, 4, 3)
-    whole = TokenLabelMap.from_scores(scores, classes, torch.zeros(4, 4), canvas_size=(16, 16))
-
-    def crop(left: int, top: int, width: int, height: int) -> Any:
-        part = F.resized_crop(whole, top, left, height, width, [16, 16])
-        return F.horizontal_flip(part) if flipped else part
-
-    _, found = load(CIFAR / "compare.py").BothTargets(4, 12)(
-        torch.zeros(3, 16, 16), crop(2, 5, 12, 8)
-    )
-    for box, targets in (((2, 5, 12, 8), found[0]), ((5, 2, 8, 12), found[1])):
-        expected = ToTokenTargets(4, 12).transform(crop(*box), {})
-        for one, other in zip(targets, expected, strict=True):
-            torch.testing.assert_close(one, other)
+def test_boxes_are_where_the_crops_come_from(data: Path) -> None:
+    """On an image whose colours are coordinates."""
+    module = load(CIFAR / "compare.py")
+    source = module.InMemory(data / "train")
+    y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    source.images = [torch.stack([x, y, x]).mul(8).to(torch.uint8)]
+    source.rows = [0]
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(20):
+        crop, row, box, mirrored = module.Crops(source, [0], 0.2)[0]
+        across, down = crop[0].float().mean(0) / 8, crop[1].float().mean(1) / 8
+        x0, y0, x1, y1 = (box * 32).tolist()
+        start, end = (x1, x0) if mirrored else (x0, x1)
+        points = (torch.arange(32) + 0.5) / 32  # of pixels, whose value stands half a pixel before
+        torch.testing.assert_close(across, start + (end - start) * points - 0.5, atol=0.6, rtol=0)
+        torch.testing.assert_close(down, y0 + (y1 - y0) * points - 0.5, atol=0.6, rtol=0)
+        seen.add((row, mirrored))
+    assert seen == {(0, False), (0, True)}
 
 
 def weights(out: Path) -> dict[str, Any]:
@@ -237,7 +236,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(data: Path, work: Path, tmp_pat
     kill_when(out / "checkpoint.pt", [sys.executable, *map(str, command), "--out", str(out)])
     epoch = weights(out)["epoch"]
     said = run(*command, "--out", out)
-    assert f"going on after epoch {epoch} " in said
+    assert f"resuming after epoch {epoch} " in said
     one, other = weights(tmp_path / "whole"), weights(out)
     for part in ("model", "ema"):
         assert one[part].keys() == other[part].keys()

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -14,13 +13,14 @@ from hypothesis import strategies as st
 
 from tests.jobs import config
 from tests.maps import write_split
+from tests.pictured import painted, write_class_names, write_store
 from tokenlabel.annotate import annotate
 from tokenlabel.cli import main
 from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.shard import ShardLayout
+from tokenlabel.dataset.score_map import MapLayout
 from tokenlabel.dataset.store import LabelStore
 from tokenlabel.inspection import summary
-from tokenlabel.inspection.agreement import SCALES, dense, measure_agreement
+from tokenlabel.inspection.agreement import SCALES, measure_agreement
 from tokenlabel.inspection.names import ClassNames
 from tokenlabel.inspection.statistics import Histogram, LogHistogram
 from tokenlabel.inspection.summary import summarise
@@ -44,7 +44,7 @@ def invoke(*command: object, code: int = 0) -> str:
 
 
 def made_up(folder: Path, rows: int, **more: object) -> Path:
-    layout = ShardLayout(("identity",), (3, 4), 4, 50)
+    layout = MapLayout(("identity",), (3, 4), 4, 50, residual=6)
     keys = [f"{n:05d}.jpg" for n in range(rows)]
     write_split(folder, keys, layout, 8, label_space="teacher", **(COUNTS | more))
     return folder
@@ -57,18 +57,16 @@ def test_statistics_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     mass, entropy, top, distinct, missing, hits = [], [], [], [], [], 0
     for key in store.keys:
         entry = store[key]
-        best = entry.classes[0, ..., 0]
+        classes, probs, _ = entry.probabilities()
+        best = classes[..., 0]
         top += best.ravel().tolist()
         distinct.append(len({*best.ravel().tolist()}))
         hits += int((best == entry.label).sum())
-        if entry.label not in entry.classes[0]:
+        if entry.label not in classes[probs > 0]:
             missing.append(key)
-        for scores, rest in zip(entry.scores[0].reshape(-1, 4), entry.rest[0].ravel(), strict=True):
-            logits = np.array([*scores, rest], float)
-            probs = np.exp(logits) / np.exp(logits).sum()
-            mass.append(probs[:4].sum())
-            whole = np.array([*probs[:4], *[probs[4] / 46] * 46])
-            entropy.append(-(whole * np.log(whole)).sum())
+        for stored, whole in zip(probs.reshape(-1, 4), entry.dense().reshape(-1, 50), strict=True):
+            mass.append(stored.sum())
+            entropy.append(-(whole * np.log(np.maximum(whole, 1e-30))).sum())
     assert facts["sampled"] == facts["images"] == 21
     assert facts["topk_mass_of_patches"]["mean"] == pytest.approx(np.mean(mass), abs=1e-4)
     assert facts["topk_mass_of_patches"]["p50"] == pytest.approx(np.median(mass), abs=2e-3)
@@ -103,7 +101,7 @@ def test_large_sets_are_sampled_evenly_unless_all_is_asked_for(
 
 
 def test_errors_are_counted_by_reason_and_named(tmp_path: Path) -> None:
-    layout = ShardLayout(("identity",), (2, 2), 3, 50)
+    layout = MapLayout(("identity",), (2, 2), 3, 50, residual=4)
     keys = [f"{n:02d}.jpg" for n in range(20)]
     errors = {key: f"truncated after {n} bytes" for n, key in enumerate(keys[:12])}
     errors[keys[15]] = "not an image"
@@ -116,7 +114,7 @@ def test_errors_are_counted_by_reason_and_named(tmp_path: Path) -> None:
 
 
 def test_a_split_without_a_single_map_has_a_summary(tmp_path: Path) -> None:
-    layout = ShardLayout(("identity",), (2, 2), 3, 50)
+    layout = MapLayout(("identity",), (2, 2), 3, 50, residual=4)
     write_split(tmp_path, ["a.jpg"], layout, errors={"a.jpg": "empty"}, **COUNTS)
     facts = summarise(tmp_path)
     assert facts["sampled"] == 0 and facts["entropy"] is None
@@ -125,19 +123,19 @@ def test_a_split_without_a_single_map_has_a_summary(tmp_path: Path) -> None:
 
 
 def test_damaged_values_end_in_a_message(tmp_path: Path) -> None:
-    made_up(tmp_path, 8)
-    (path,) = tmp_path.glob("shard-*")
-    with h5py.File(path, "r+") as file:
-        file["scores"][3, 0, 0, 0, 0] = np.nan
-    with pytest.raises(FormatError, match="row 3 holds NaN"):
-        summarise(tmp_path)
+    store = write_store(
+        tmp_path / "nan", tmp_path / "images", {"a.png": painted()}, best=np.nan, **COUNTS
+    )
+    with pytest.raises(FormatError, match=r"row 0 of .* without NaN"):
+        summarise(store.root)
     made_up(tmp_path / "other", 8, mass="much")
     with pytest.raises(FormatError, match="mass must be a number, got 'much'"):
         summarise(tmp_path / "other")
 
 
 def test_hostile_names_are_not_markup(tmp_path: Path) -> None:
-    made_up(tmp_path, 8, teacher="[red]x[/nothing]", class_names=[f"[b]{n}[/x]" for n in range(50)])
+    made_up(tmp_path, 8, teacher="[red]x[/nothing]")
+    write_class_names(tmp_path, [f"[b]{n}[/x]" for n in range(50)])
     text = invoke("inspect-labels", tmp_path)
     assert "[red]x[/nothing]" in text and "[b]" in text
 
@@ -159,34 +157,49 @@ def test_quantiles_are_within_a_bin(values: list[float], share: float) -> None:
     assert logarithmic.quantile(share) == pytest.approx(want, rel=0.014, abs=1e-9)
 
 
-def test_agreement_of_the_stored_map_is_the_cost_of_storage(labels: Path, sample: Path) -> None:
-    """The only row whose value is known: the map and what the teacher says are of one picture."""
+def test_agreement_knows_the_cost_of_storage_and_the_noise_floors(
+    labels: Path, sample: Path
+) -> None:
+    """The map as stored, and the teacher against itself, are the rows whose order is known."""
     result = measure_agreement(labels, 2, sample)
     assert result["images"] == 2 and result["teacher"] == "tf_efficientnet_lite0"
-    rows = {(tuple(row["scale"]), row["view"]): row for row in result["rows"]}
-    assert len(rows) == 2 * len(SCALES) + 1
-    stored = rows[SCALES[0], "stored"]
-    assert stored["top1"] >= 0.9, "but for ties of float16"
-    assert 0 < stored["kl"] < rows[SCALES[0], "direct"]["kl"] < stored["kl_whole"] + 0.5
-    assert stored["kl"] < min(
-        row["kl"] for key, row in rows.items() if key != (SCALES[0], "stored")
-    )
-    assert all(0 <= row["top1"] <= 1 and row["crops"] == 2 for row in rows.values())
+    rows = {(row["target"], *row["scale"]): row for row in result["rows"]}
+    kinds = {target for target, *_ in rows}
+    assert kinds == {
+        *("stored", "map", "map, mirrored", "one label"),
+        *("teacher", "teacher, mirrored", "teacher, other size"),
+    }
+    assert len(rows) == 6 * len(SCALES) + 1
+    stored = rows["stored", 1.0, 1.0]
+    assert stored["top1"] == 1 and 0 < stored["kl"] < 0.5
+    assert stored["kl"] == min(row["kl"] for key, row in rows.items() if key[0] != "teacher")
+    for scale in SCALES:
+        itself = rows["teacher", *scale]
+        assert itself["kl"] < 1e-5 and itself["tv"] < 1e-5 and itself["top1"] == 1
+        for kind in kinds - {"teacher", "stored"}:
+            row = rows[kind, *scale]
+            assert 0 < row["tv"] < 1 and row["kl"] > 0 and row["label_top1"] in (0, 0.5, 1)
+            # Pinsker's inequality, which holds for means too.
+            assert 2 * row["tv"] ** 2 <= row["kl"]
+    smallest = SCALES[-1]
+    floor = rows["teacher, mirrored", *smallest]["kl"]
+    assert floor < rows["map", *smallest]["kl"] and floor < rows["one label", *smallest]["kl"]
     assert measure_agreement(labels, 2, sample) == result, "the seed decides"
     assert measure_agreement(labels, 2, sample, seed=1) != result
 
 
 def test_with_all_classes_stored_nothing_is_lost(sample: Path, tmp_path: Path) -> None:
     """KL of the stored map is then float16's rounding alone."""
-    annotate(config(sample, tmp_path, split="val", k=1000))
+    annotate(config(sample, tmp_path, split="val", k=1000, precise=True))
     rows = measure_agreement(tmp_path / "val", 1, sample)["rows"]
-    assert rows[0]["view"] == "stored" and rows[0]["kl"] < 1e-5 and rows[0]["top1"] == 1
+    assert rows[0]["target"] == "stored" and rows[0]["kl"] < 1e-5 and rows[0]["top1"] == 1
 
 
 def test_agreement_in_a_terminal_and_as_json(labels: Path, sample: Path) -> None:
     command = ("inspect-labels", labels, "--agreement", 1, "--images", sample)
     text = invoke(*command)
-    assert "stored" in text and "mirrored" in text and "8% to 20%" in text
+    assert "stored" in text and "teacher, mirrored" in text and "8%-20%" in text
+    assert "total variation" in text and "label on top" in text
     (result,) = json.loads(invoke(*command, "--json"))
     assert result["images"] == 1
 
@@ -210,11 +223,3 @@ def test_agreement_finds_the_teacher_or_says_what_is_missing(
     assert "only labels of `annotate`" in invoke(
         "inspect-labels", tmp_path / "made", "--agreement", 1, "--images", sample, code=1
     )
-
-
-def test_dense_targets_sum_to_one() -> None:
-    classes = torch.tensor([[3, 1], [2, 0]])
-    probs, rest = torch.tensor([[0.5, 0.25], [1.0, 0.0]]), torch.tensor([0.25, 0.0])
-    whole = dense(classes, probs, rest, 5)
-    torch.testing.assert_close(whole.sum(1), torch.ones(2))
-    torch.testing.assert_close(whole[0], torch.tensor([0.25 / 3, 0.25, 0.25 / 3, 0.5, 0.25 / 3]))

@@ -1,6 +1,7 @@
 """The loss against the dense definition, in value and gradient; its rules and its errors."""
 
 import copy
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -10,63 +11,87 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from tests.soft_targets import crop_targets, made_up, patch_targets
-from tokenlabel.dataset import TokenTargets
-from tokenlabel.supervise import MixedTargets, TokenLabelLoss, mix_labels, mix_targets
+from tests.records import exact, made_up, with_word
+from tokenlabel.dataset import TokenLabels, TokenTargets, TokenWindows
+from tokenlabel.supervise import CutMix, MixedLabels, MixUp, TokenBox, TokenLabelLoss
+from tokenlabel.supervise.cross_entropy import cross_entropy
 
-B, N, K, C = 4, 9, 5, 30
-Targets = TokenTargets | MixedTargets
+B, N, C = 6, 9, 30
+Labels = TokenLabels | MixedLabels | TokenTargets
 
 
-def logits(dtype: torch.dtype = torch.float32, seed: int = 0, n: int = N) -> tuple[Tensor, Tensor]:
+def logits(
+    dtype: torch.dtype = torch.float32, seed: int = 0, batch: int = B
+) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    shapes = ((B, C), (B, n, C))
+    shapes = ((batch, C), (batch, N, C))
     drawn = [torch.randn(shape, generator=g, dtype=torch.float64).mul(3) for shape in shapes]
     return drawn[0].to(dtype).requires_grad_(), drawn[1].to(dtype).requires_grad_()
 
 
-def mixed(targets: TokenTargets, mix: Callable[..., MixedTargets] = mix_targets) -> MixedTargets:
-    share = torch.rand(B, N, generator=torch.Generator().manual_seed(1))
-    share[:, :3] = torch.tensor([0.0, 1.0, 0.5])
-    return mix(targets, torch.arange(B).roll(1), share)
+def mixed(mix: Callable[..., Any], labels: TokenLabels) -> MixedLabels:
+    torch.manual_seed(1)
+    return mix(torch.rand(len(labels), 1, 32, 32), labels)[1]  # type: ignore[no-any-return]
+
+
+KINDS: dict[str, Callable[[TokenLabels], Labels]] = {
+    "records": lambda labels: labels,
+    "merged": lambda labels: labels.sparse(k=7),
+    "mixup": lambda labels: mixed(MixUp(), labels),
+    "cutmix": lambda labels: mixed(CutMix(mode="elem"), labels),
+    "mixtoken": lambda labels: TokenBox(torch.eye(3) > 0).mix_labels(labels),
+}
+
+
+def parts_of(labels: Labels) -> list[tuple[TokenWindows, Tensor]]:
+    if isinstance(labels, MixedLabels):
+        return labels.parts()
+    windows = labels.targets() if isinstance(labels, TokenLabels) else labels.windows(C)
+    return [(windows, windows.weight)]
 
 
 def dense_loss(
-    cls_logits: Tensor, patch_logits: Tensor, targets: Targets, smoothing: float = 0.0
+    cls_logits: Tensor, patch_logits: Tensor, labels: Labels, smoothing: float = 0.0
 ) -> Tensor:
     """LV-ViT's objective, from dense targets; the class token's by its label(s)."""
-    soft = patch_targets(targets, C)
-    rows = -(soft * patch_logits.log_softmax(-1)).sum(-1)
-    label = targets.label.reshape(B, -1)
-    probs = targets.label_probs if isinstance(targets, MixedTargets) else torch.ones(B, 1)
-    by_label = sum(
+    logs = patch_logits.log_softmax(-1)
+    rows = sum(-(exact(part) * logs).sum(-1) * area for part, area in parts_of(labels))
+    assert isinstance(rows, Tensor)
+    label = labels.label.reshape(len(rows), -1)
+    probs = labels.label_probs if isinstance(labels, MixedLabels) else torch.ones(len(rows), 1)
+    by_label = [
         F.cross_entropy(
             cls_logits, label[:, i], reduction="none", ignore_index=-1, label_smoothing=smoothing
         )
         * probs[:, i]
         for i in range(label.shape[1])
+    ]
+    return torch.stack(by_label).sum(0).mean() + 0.5 * rows.mean()
+
+
+@pytest.mark.parametrize("shrink", [0.0, 0.3])  # one dense distribution an image, or two
+def test_cross_entropy_is_that_of_the_dense_targets(shrink: float) -> None:
+    one, other = (made_up(B, shrink=shrink, seed=seed).targets() for seed in (0, 1))
+    assert one.basis.shape[1] == 1 + (shrink > 0)
+    areas = torch.rand(2, B, N, dtype=torch.float64)
+    patch_logits, scale = logits(torch.float64)[1], torch.rand(B, N, dtype=torch.float64)
+    found = cross_entropy(patch_logits, [(one, areas[0]), (other, areas[1])])
+    target = exact(one) * areas[0, ..., None] + exact(other) * areas[1, ..., None]
+    truth = -(target * patch_logits.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(found, truth, atol=1e-13, rtol=1e-13)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(rows, patch_logits, scale) for rows in (found, truth)),
+        atol=1e-14,
+        rtol=1e-13,
     )
-    assert isinstance(by_label, Tensor)
-    return by_label.mean() + 0.5 * (rows * targets.weight).mean()
-
-
-KINDS: dict[str, Callable[[], Targets]] = {
-    "full": lambda: made_up(B, N, C, K, padded=False),
-    "padded": lambda: made_up(B, N, C, K),
-    "mixed": lambda: mixed(made_up(B, N, C, K)),
-    "labels mixed": lambda: mixed(made_up(B, N, C, K), mix_labels),
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_equals_the_dense_definition(kind: str, smoothing: float) -> None:
-    targets, inputs = KINDS[kind](), logits()
-    torch.testing.assert_close(
-        patch_targets(targets, C).sum(-1), torch.ones(B, N, dtype=torch.float64)
-    )
-    ours = TokenLabelLoss(label_smoothing=smoothing)(*inputs, targets)
-    truth = dense_loss(*(part.double() for part in inputs), targets, smoothing)
+    labels, inputs = KINDS[kind](made_up(B)), logits()
+    ours = TokenLabelLoss(label_smoothing=smoothing)(*inputs, labels)
+    truth = dense_loss(*(part.double() for part in inputs), labels, smoothing)
     assert ours.dtype == torch.float32 and ours.shape == ()
     assert abs(ours.item() - truth.item()) < 1e-5
     for found, expected in zip(
@@ -76,154 +101,162 @@ def test_equals_the_dense_definition(kind: str, smoothing: float) -> None:
 
 
 def test_equals_the_papers_formula_where_all_is_inside() -> None:
-    targets, (cls_logits, patch_logits) = KINDS["full"](), logits(torch.float64)
-    soft = patch_targets(targets, C)
-    beta = 0.5
-    paper = F.cross_entropy(cls_logits, targets.label) + beta * torch.stack(
+    labels, (cls_logits, patch_logits) = made_up(2), logits(torch.float64, batch=2)
+    windows = labels.targets()
+    torch.testing.assert_close(windows.weight, torch.ones(2, N))
+    soft, beta = exact(windows), 0.5
+    torch.testing.assert_close(soft.sum(-1), torch.ones(2, N, dtype=torch.float64))
+    paper = F.cross_entropy(cls_logits, labels.label) + beta * torch.stack(
         [F.cross_entropy(patch_logits[:, i], soft[:, i]) for i in range(N)]
     ).mean(0)
-    torch.testing.assert_close(TokenLabelLoss()(cls_logits, patch_logits, targets), paper)
+    torch.testing.assert_close(TokenLabelLoss()(cls_logits, patch_logits, labels), paper)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cls_target", ["label", "crop", "both"])
 def test_gradcheck(kind: str, cls_target: Any) -> None:
     loss = TokenLabelLoss(cls_target=cls_target, label_smoothing=0.1)
-    targets = KINDS[kind]()
-    targets.label[1] = -1
-    targets.weight[2] = 0
+    labels = KINDS[kind](with_word(with_word(made_up(B), 1, label=-1), 2, state=0))
     inputs = logits(torch.float64)
-    assert torch.autograd.gradcheck(lambda *given: loss(*given, targets), inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *given: loss(*given, labels), inputs, fast_mode=True)
 
 
 def test_gradcheck_entry_by_entry() -> None:
-    targets = mix_targets(made_up(2, 3, 5, 3), torch.tensor([1, 0]), 0.4)
-    inputs = [torch.randn(2, 5), torch.randn(2, 3, 5)]
-    exact = [part.double().requires_grad_() for part in inputs]
+    labels = mixed(MixUp(), made_up(2, 5, grid=(2, 2), k=3, residual=2))
+    inputs = [torch.randn(2, 5), torch.randn(2, 4, 5)]
+    exactly = [part.double().requires_grad_() for part in inputs]
     loss = TokenLabelLoss(cls_target="both")
-    assert torch.autograd.gradcheck(lambda *given: loss(*given, targets), exact)
+    assert torch.autograd.gradcheck(lambda *given: loss(*given, labels), exactly)
 
 
 def test_strided_logits() -> None:
-    targets = made_up(B, N, C, K)
-    wide = torch.randn(B, N + 1, C)
-    given_logits = [wide[:, 0], wide[:, 1:].detach().requires_grad_()]
-    packed = [part.detach().clone().requires_grad_() for part in given_logits]
-    losses = [TokenLabelLoss()(*pair, targets) for pair in (given_logits, packed)]
+    labels, wide = made_up(B), torch.randn(B, N + 1, C)
+    strided = [wide[:, 0], wide[:, 1:].detach().requires_grad_()]
+    packed = [part.detach().clone().requires_grad_() for part in strided]
+    losses = [TokenLabelLoss()(*pair, labels) for pair in (strided, packed)]
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(
         *(
             torch.autograd.grad(loss, pair[1])
-            for loss, pair in zip(losses, (given_logits, packed), strict=True)
+            for loss, pair in zip(losses, (strided, packed), strict=True)
         )
     )
 
 
 def test_a_second_backward_pass_over_a_retained_graph() -> None:
     """The first one uses up what the forward pass kept."""
-    cls_logits, patch_logits = logits(torch.float32)
-    loss = TokenLabelLoss()(cls_logits, patch_logits, made_up(B, N, C, K))
+    cls_logits, patch_logits = logits()
+    loss = TokenLabelLoss()(cls_logits, patch_logits, made_up(B))
     first = torch.autograd.grad(loss, patch_logits, retain_graph=True)
     second = torch.autograd.grad(loss, patch_logits)
     assert torch.equal(first[0], second[0])
 
 
-def test_a_class_listed_twice_has_the_sum() -> None:
-    twice = made_up(B, N, C, K, padded=False)
-    twice.classes[..., 1] = twice.classes[..., 0]
-    twice.crop_classes[..., 1] = twice.crop_classes[..., 0]
-    probs, classes = twice.probs.clone(), twice.classes.clone()
-    probs[..., 0] += probs[..., 1]
-    probs[..., 1], classes[..., 1] = 0, 0
-    once = twice._replace(probs=probs, classes=classes)
+def test_no_second_derivative_instead_of_a_wrong_one() -> None:
     inputs = logits(torch.float64)
-    torch.testing.assert_close(TokenLabelLoss()(*inputs, twice), TokenLabelLoss()(*inputs, once))
-    torch.testing.assert_close(TokenLabelLoss()(*inputs, twice), dense_loss(*inputs, twice))
+    loss = TokenLabelLoss()(*inputs, made_up(B))
+    (gradient,) = torch.autograd.grad(loss, inputs[1], create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.sum().backward()
 
 
-def test_all_classes_listed_leave_no_rest() -> None:
-    targets = made_up(B, N, C, C, padded=False)
-    targets.rest.zero_()
-    targets.probs.div_(targets.probs.sum(-1, keepdim=True))
+def test_all_classes_stored() -> None:
+    """Where nobody is left to take the rest, the mass stays what it is."""
+    labels = made_up(B, C, k=C)
     inputs = logits(torch.float64)
-    torch.testing.assert_close(TokenLabelLoss()(*inputs, targets), dense_loss(*inputs, targets))
+    torch.testing.assert_close(TokenLabelLoss()(*inputs, labels), dense_loss(*inputs, labels))
 
 
-def test_the_loss_of_mixed_targets_is_the_mixture_of_the_losses() -> None:
-    """Also of pictures without a map, and of unknown labels."""
-    targets = made_up(B, N, C, K)
-    targets.weight[1] = 0
-    targets.label[2] = -1
-    partner, lam = torch.arange(B).roll(1), 0.3
-    inputs = logits(torch.float64)
-    loss = TokenLabelLoss()
-    other = TokenTargets(*(part[partner] for part in targets))
-    both = lam * loss(*inputs, targets) + (1 - lam) * loss(*inputs, other)
-    torch.testing.assert_close(loss(*inputs, mix_targets(targets, partner, lam)), both)
+@pytest.mark.parametrize("cls_target", ["label", "crop", "both"])
+def test_the_loss_of_mixed_labels_is_the_mixture_of_the_losses(cls_target: Any) -> None:
+    """Also of images without a map, and of unknown labels."""
+    labels = with_word(with_word(made_up(B), 1, state=0), 2, label=-1)
+    mix = mixed(MixUp(), labels)
+    lam = float(mix.blend[0])
+    assert 0 < lam < 1
+    inputs, loss = logits(torch.float64), TokenLabelLoss(cls_target=cls_target)
+    both = lam * loss(*inputs, labels) + (1 - lam) * loss(*inputs, labels[mix.partner])
+    torch.testing.assert_close(loss(*inputs, mix), both)
 
 
-def test_a_picture_without_a_map_falls_back_on_its_label() -> None:
-    targets = made_up(B, N, C, K)
-    targets.weight.zero_()
+def test_an_image_without_a_map_falls_back_on_its_label() -> None:
+    labels = made_up(B)
+    for row in range(B):
+        labels = with_word(labels, row, state=0)
+    assert not labels.has_map.any()
     cls_logits, patch_logits = inputs = logits(torch.float64)
-    by_label = F.cross_entropy(cls_logits, targets.label)
+    by_label = F.cross_entropy(cls_logits, labels.label)
     for cls_target in ("label", "crop", "both"):
-        loss = TokenLabelLoss(cls_target=cls_target)(*inputs, targets)  # type: ignore[arg-type]
+        loss = TokenLabelLoss(cls_target=cls_target)(*inputs, labels)  # type: ignore[arg-type]
         torch.testing.assert_close(loss, by_label)
         (gradient,) = torch.autograd.grad(loss, patch_logits)
         assert not gradient.any()
 
 
-def test_unknown_labels() -> None:
-    targets = made_up(B, N, C, K)
-    targets.label[1:] = -1
+@pytest.mark.parametrize("merged", [False, True])
+def test_unknown_labels(merged: bool) -> None:
+    records = made_up(B)
+    for row in range(1, B):
+        records = with_word(records, row, label=-1)
+    labels: Labels = records.sparse(k=C) if merged else records
     cls_logits, patch_logits = logits(torch.float64)
-    soft = -(crop_targets(targets, C) * cls_logits.log_softmax(-1)).sum(-1)
-    hard = F.cross_entropy(cls_logits[:1], targets.label[:1])
+    soft = -(records.crop() * cls_logits.log_softmax(-1)).sum(-1)
+    hard = F.cross_entropy(cls_logits[:1], records.label[:1])
     for cls_target, expected in {
         "label": hard / B,
         "crop": soft.mean(),
         "both": ((hard + soft[0]) / 2 + soft[1:].sum()) / B,
     }.items():
         loss = TokenLabelLoss(cls_target=cls_target, dense_weight=0)  # type: ignore[arg-type]
-        torch.testing.assert_close(loss(cls_logits, patch_logits, targets), expected)
+        found = loss(cls_logits, patch_logits, labels)
+        torch.testing.assert_close(found, expected)
+        assert torch.autograd.grad(found, patch_logits, allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_logits_are_summed_in_float32(dtype: torch.dtype) -> None:
-    targets, inputs = KINDS["mixed"](), logits(dtype)
+    labels, inputs = KINDS["cutmix"](made_up(B)), logits(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = TokenLabelLoss()(*inputs, targets)
+        loss = TokenLabelLoss()(*inputs, labels)
     assert loss.dtype == torch.float32
-    exact = [part.detach().double().requires_grad_() for part in inputs]
-    truth = dense_loss(*exact, targets)
+    exactly = [part.detach().double().requires_grad_() for part in inputs]
+    truth = dense_loss(*exactly, labels)
     assert abs(loss.item() - truth.item()) < 1e-5
-    for found, expected, eps in zip(
-        torch.autograd.grad(loss, inputs),
-        torch.autograd.grad(truth, exact),
-        [torch.finfo(dtype).eps] * 2,
-        strict=True,
+    for found, expected in zip(
+        torch.autograd.grad(loss, inputs), torch.autograd.grad(truth, exactly), strict=True
     ):
         assert found.dtype == dtype
         # Rounded once, at the end.
+        eps = torch.finfo(dtype).eps
         torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0.6 * eps)
 
 
 def test_large_logits_lose_nothing() -> None:
-    targets, (cls_logits, patch_logits) = KINDS["padded"](), logits()
+    labels, (cls_logits, patch_logits) = made_up(B), logits()
     apart = (patch_logits * 64).round() / 8  # exact in float32, also with the offset
-    near = TokenLabelLoss()(cls_logits, apart, targets)
-    far = TokenLabelLoss()(cls_logits, apart + 4096, targets)
+    near = TokenLabelLoss()(cls_logits, apart, labels)
+    far = TokenLabelLoss()(cls_logits, apart + 4096, labels)
     torch.testing.assert_close(near, far, atol=0, rtol=1e-6)
-    assert torch.isfinite(TokenLabelLoss()(cls_logits, patch_logits * 1e4, targets))
+    assert torch.isfinite(TokenLabelLoss()(cls_logits, patch_logits * 1e4, labels))
 
 
-@pytest.mark.parametrize(("backend", "kind"), [("eager", "padded"), ("aot_eager", "mixed")])
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [
+        ("eager", "records"),
+        ("aot_eager", "merged"),
+        pytest.param(
+            "inductor",
+            "cutmix",
+            marks=pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a compiler"),
+        ),
+    ],
+)
 def test_compiles_as_one_graph(backend: str, kind: str) -> None:
-    targets, inputs = KINDS[kind](), logits()
+    labels, inputs = KINDS[kind](made_up(B)), logits()
     loss = TokenLabelLoss(cls_target="both", label_smoothing=0.1)
     compiled = torch.compile(copy.deepcopy(loss), backend=backend, fullgraph=True)
-    found, expected = compiled(*inputs, targets), loss(*inputs, targets)
+    found, expected = compiled(*inputs, labels), loss(*inputs, labels)
     torch.testing.assert_close(found, expected)
     for one, other in zip(
         torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True
@@ -231,57 +264,61 @@ def test_compiles_as_one_graph(backend: str, kind: str) -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_no_second_derivative_instead_of_a_wrong_one() -> None:
-    targets, inputs = KINDS["padded"](), logits(torch.float64)
-    (gradient,) = torch.autograd.grad(
-        TokenLabelLoss()(*inputs, targets), inputs[1], create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        gradient.sum().backward()
-
-
 def test_ends_in_nothing_learned_at_the_target() -> None:
     """Cross entropy is least, and its gradient 0, where the student says what the teacher says."""
-    targets = made_up(B, N, C, K)
-    patch_logits = patch_targets(targets, C).log().clamp(min=-100).requires_grad_()
-    loss = TokenLabelLoss(cls_weight=0)(logits(torch.float64)[0], patch_logits, targets)
+    labels = made_up(B)
+    patch_logits = exact(labels.targets()).log().clamp(min=-100).requires_grad_()
+    loss = TokenLabelLoss(cls_weight=0)(logits(torch.float64)[0], patch_logits, labels)
     (gradient,) = torch.autograd.grad(loss, patch_logits)
     assert gradient.abs().max() < 1e-9
 
 
-def bad(name: str, value: Any) -> Targets:
-    return made_up(B, N, C, K)._replace(**{name: value})
+def test_the_grid_is_that_of_the_records_or_a_square() -> None:
+    (cls_logits, patch_logits), loss = logits(), TokenLabelLoss()
+    said = loss(cls_logits, patch_logits, made_up(B))
+    torch.testing.assert_close(loss(cls_logits, patch_logits, made_up(B, grid=None)), said)
+    flat = loss(cls_logits, patch_logits, made_up(B, grid=(1, 9)))
+    assert abs(flat - said) > 1e-3
 
 
-ONE = TokenTargets(*(part[0] for part in made_up(B, N, C, K)))
+def test_takes_what_a_loader_collates() -> None:
+    labels, inputs = made_up(B), logits()
+    again = default_collate([labels[i] for i in range(B)])
+    assert torch.equal(TokenLabelLoss()(*inputs, again), TokenLabelLoss()(*inputs, labels))
+
+
+PLAIN = made_up(B)
+MERGED = PLAIN.sparse()
 CLS, PATCH = (part.detach() for part in logits())
-META = torch.zeros(B, dtype=torch.int64, device="meta")
+ONES = MERGED._replace(classes=torch.full_like(MERGED.classes, C))
 CASES: list[tuple[type[Exception], str, tuple[Any, ...]]] = [
-    (ValueError, "cls_logits have 30, patch_logits 31", (CLS, torch.zeros(B, N, 31), ...)),
-    (ValueError, "student has 10 patches, the targets have 9", (CLS, torch.zeros(B, 10, C), ...)),
-    (ValueError, "4 images, patch_logits 3", (CLS, PATCH[:3], ...)),
-    (ValueError, "logits hold 3 images, the targets 4", (CLS[:3], PATCH[:3], ...)),
-    (ValueError, r"cls_logits must be \[B, C\]", (PATCH, CLS, ...)),
-    (ValueError, r"patch_logits must be \[B, N, C\]", (CLS, PATCH[..., None], ...)),
-    (TypeError, "cls_logits must be of a floating dtype", (CLS.long(), PATCH, ...)),
-    (TypeError, "must be TokenTargets or MixedTargets, got Tensor", (CLS, PATCH, torch.zeros(B))),
-    (ValueError, "targets must be collated", (CLS, PATCH, ONE)),
-    (TypeError, "targets.label holds class ids", (CLS, PATCH, bad("label", torch.zeros(B)))),
-    (TypeError, "targets.rest must be of a floating", (CLS, PATCH, bad("rest", CLS.long()))),
-    (ValueError, r"\[-1, 29\].*label holds 30", (CLS, PATCH, bad("label", torch.full((B,), 30)))),
-    (ValueError, r"\[-1, 29\].*holds -2", (CLS, PATCH, bad("label", torch.full((B,), -2)))),
-    (ValueError, "targets.classes holds 29", (CLS[:, :29], PATCH[..., :29], ...)),
-    (ValueError, "the logits' device, cpu, got meta", (CLS, PATCH, bad("label", META))),
+    (ValueError, r"patch_logits \[B, N, C\] must be \[6, 9, 30\].*got \[6, 9, 31\]",
+     (CLS, torch.zeros(B, N, 31), PLAIN)),
+    (ValueError, r"must be \[6, 9, 30\].*got \[6, 10, 30\]", (CLS, torch.zeros(B, 10, C), PLAIN)),
+    (ValueError, r"must be \[6, 9, 30\].*got \[6, 10, 30\]",
+     (CLS, torch.zeros(B, 10, C), made_up(B, grid=None))),
+    (ValueError, r"must be \[6, 9, 30\].*got \[6, 10, 30\]", (CLS, torch.zeros(B, 10, C), MERGED)),
+    (ValueError, r"must be \[6, 9, 30\].*got \[5, 9, 30\]", (CLS, PATCH[:5], PLAIN)),
+    (ValueError, r"cls_logits \[B, C\] must be \[6, 30\].*got \[5, 30\]",
+     (CLS[:5], PATCH[:5], PLAIN)),
+    (ValueError, r"must be \[6, 30\].*got \[6, 29\]", (CLS[:, :29], PATCH[..., :29], PLAIN)),
+    (ValueError, r"must be \[6, 30\].*got \[6, 9, 30\]", (PATCH, CLS, PLAIN)),
+    (ValueError, r"must be \[6, 9, 30\].*got \[6, 9, 30, 1\]", (CLS, PATCH[..., None], PLAIN)),
+    (TypeError, "must be of a floating dtype, got torch.int64", (CLS.long(), PATCH, PLAIN)),
+    (TypeError, "must be TokenLabels, MixedLabels or TokenTargets, got Tensor",
+     (CLS, PATCH, torch.zeros(B))),
+    (ValueError, r"those of a batch, label \[B\], got \[\]", (CLS, PATCH, PLAIN[0])),
+    (ValueError, r"\[-1, 29\].*label holds 30", (CLS, PATCH, with_word(PLAIN, 2, label=30))),
+    (ValueError, r"\[-1, 29\].*holds -2", (CLS, PATCH, with_word(PLAIN, 2, label=-2))),
+    (ValueError, r"\[0, 29\].*classes holds 30", (CLS, PATCH, ONES)),
+    (ValueError, "the logits' device, meta, got cpu", (CLS.to("meta"), PATCH, PLAIN)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "message", "arguments"), CASES)
 def test_errors(kind: type[Exception], message: str, arguments: tuple[Any, ...]) -> None:
-    targets = made_up(B, N, C, K)
-    targets.classes[0, 1, 0] = 29
-    targets.label.zero_()
     with pytest.raises(kind, match=message) as caught:
-        TokenLabelLoss()(*(targets if part is ... else part for part in arguments))
+        TokenLabelLoss()(*arguments)
     assert "Remedy" in str(caught.value)
 
 
@@ -297,12 +334,3 @@ def test_errors(kind: type[Exception], message: str, arguments: tuple[Any, ...])
 def test_options_are_checked(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(option))} must be"):
         TokenLabelLoss(**option)
-
-
-def test_takes_what_a_loader_collates() -> None:
-    batch = made_up(B, N, C, K)
-    single = [TokenTargets(*(part[i] for part in batch)) for i in range(B)]
-    inputs = logits()
-    assert torch.equal(
-        TokenLabelLoss()(*inputs, default_collate(single)), TokenLabelLoss()(*inputs, batch)
-    )

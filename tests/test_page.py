@@ -14,16 +14,17 @@ from PIL import Image
 
 from tests.jobs import config
 from tests.maps import write_split
-from tests.pictured import GRID, painted, painted_map, write_store
+from tests.pictured import GRID, painted, painted_map, write_class_names, write_store
 from tokenlabel.annotate import annotate
 from tokenlabel.annotate.errors import ConfigError, OutputError
 from tokenlabel.dataset import FormatError, LabelStore, MissingMapError
-from tokenlabel.dataset.shard import ShardLayout
+from tokenlabel.dataset.score_map import MapLayout
 from tokenlabel.inspection.names import ClassNames
 from tokenlabel.inspection.page import PageReport, save_page
 from tokenlabel.inspection.page_data import PICTURE_BYTES, SplitData, jpeg
+from tokenlabel.inspection.patch_map import patch_map
 from tokenlabel.inspection.picture_files import PictureError
-from tokenlabel.inspection.picture_map import patch_map, viridis
+from tokenlabel.inspection.picture_map import viridis
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -69,7 +70,7 @@ def data(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stores(data: Path, ray_here: None) -> list[LabelStore]:
     """A split of 3 x 5 patches, and one of 4 x 6 over a part of each picture, other classes."""
     out = data.parent / "labels"
-    annotate(config(data, out, input_size=[96, 160], max_errors=1))
+    annotate(config(data, out, input_size=[[96, 160]], max_errors=1))
     pictures = {f"painted/{side}.png": painted((side, 90)) for side in (80, 200, 400)}
     val = write_store(out / "val", data / "val", pictures, extent=[0.2, 0.1, 0.9, 1.0])
     return [LabelStore(out / "train"), val]
@@ -140,26 +141,19 @@ def watch(browser: Any, report: PageReport) -> Iterator[Any]:
     assert [watched.faults for watched in opened] == [[] for _ in opened]
 
 
-def probabilities(store: LabelStore, key: str, row: int, column: int) -> list[tuple[str, float]]:
-    """(name, probability) of a patch, from the stored logits themselves."""
-    entry, names = store[key], ClassNames(store.attrs.get("class_names"))
-    logits = np.append(entry.scores[0, row, column], entry.rest[0, row, column]).astype("f8")
-    chances = np.exp(logits) / np.exp(logits).sum()
-    ids = entry.classes[0, row, column].tolist()
-    return [(names[class_id], chance) for class_id, chance in zip(ids, chances, strict=False)]
-
-
 def check_patch(page: Any, store: LabelStore, key: str, row: int, column: int) -> None:
-    """What the page tells of a patch is what the label set holds."""
+    """What the page says of a patch is what the label set holds."""
     assert page.inner_text("#patch-title") == f"Patch in row {row + 1}, column {column + 1}"
-    want = probabilities(store, key, row, column)
+    names = ClassNames(store.classes)
+    classes, probs, _ = (part[row, column] for part in store[key].probabilities())
+    want = [(names[int(c)], p) for c, p in zip(classes, probs, strict=True) if p > 0][:10]
     lines = [line.split("\n") for line in page.locator("#patch li").all_inner_texts()]
     assert len(lines) == len(want) + 1
     for (name, chance), (shown, percent) in zip(want, lines, strict=False):
         assert re.sub(r" \(\d+\)$", "", shown) == name
         assert float(percent.strip("<%")) == pytest.approx(100 * chance, abs=0.11)
     rest = 100 * (1 - sum(chance for _, chance in want))
-    assert lines[-1][0] == f"{store.num_classes - store.k} other classes together"
+    assert lines[-1][0] == f"{store.num_classes - len(want)} other classes together"
     assert float(lines[-1][1].strip("<%")) == pytest.approx(rest, abs=0.15)
     best = page.locator(".cell.here").get_attribute("aria-label")
     assert best.startswith(f"row {row + 1}, column {column + 1}: {want[0][0]}")
@@ -248,7 +242,7 @@ def test_overlay_opacity_and_highlight(watch: Any, stores: list[LabelStore]) -> 
     watched.open(MASTIFF)
     page = watched.page
     fills = "[...document.querySelectorAll('.cell i')].map((fill) => getComputedStyle(fill).{})"
-    best = stores[0][MASTIFF].classes[0, ..., 0].ravel()
+    best = stores[0][MASTIFF].classes[0, 0].ravel()
     colours = page.evaluate(fills.format("backgroundColor"))
     frequent = {c for c in best.tolist() if (best == c).sum() > 1}
     assert len({colours[i] for i in range(15) if best[i] in frequent}) == len(frequent)
@@ -273,7 +267,7 @@ def test_overlay_opacity_and_highlight(watch: Any, stores: list[LabelStore]) -> 
     lit = page.evaluate(
         "[...document.querySelectorAll('.cell.match')].map((c) => +c.dataset.patch)"
     )
-    names = ClassNames(stores[0].attrs["class_names"])
+    names = ClassNames(stores[0].classes)
     name = first.locator("span:nth-child(2)").inner_text().removesuffix(" (the label)")
     assert lit == [i for i in range(15) if names[int(best[i])] == name] != []
     first.click()
@@ -299,7 +293,7 @@ def test_search_and_sort(watch: Any, stores: list[LabelStore]) -> None:
     for key in watched.keys():
         entry = next(store[key] for store in stores if key in store)
         known = entry.label >= 0
-        shares.append((entry.classes[0, ..., 0] == entry.label).mean() if known else np.inf)
+        shares.append((entry.classes[0, 0] == entry.label).mean() if known else np.inf)
     assert shares == sorted(shares) and np.isinf(shares[-1]) and not np.isinf(shares[0])
     page.fill("#search", "BULL mastiff")
     assert MASTIFF in watched.keys() and len(watched.keys()) < 8
@@ -481,7 +475,7 @@ def test_a_picture_that_changed_is_listed_not_shown(tmp_path: Path) -> None:
 
 def test_a_damaged_map_is_listed_not_shown(tmp_path: Path) -> None:
     pictures = {f"{name}.png": painted((50, 40)) for name in "ab"}
-    store = write_store(tmp_path / "labels", tmp_path / "images", pictures, logit=np.nan)
+    store = write_store(tmp_path / "labels", tmp_path / "images", pictures, best=np.nan)
     report = save_page([store], tmp_path / "a.html", tmp_path / "images")
     (error,) = embedded(report.path)["errors"]
     assert error["key"] == "a.png" and "without NaN" in error["error"]
@@ -491,9 +485,10 @@ def test_a_damaged_map_is_listed_not_shown(tmp_path: Path) -> None:
 
 def test_class_names_from_the_file_are_data_too(tmp_path: Path) -> None:
     names = [f"</script><b>{number}</b>" for number in range(50)]
-    store = write_store(
-        tmp_path / "labels", tmp_path / "images", {"a.png": painted()}, class_names=names
-    )
+    root = tmp_path / "labels"
+    write_store(root, tmp_path / "images", {"a.png": painted()})
+    write_class_names(root, names)
+    store = LabelStore(root)
     report = save_page([store], tmp_path / "a.html", tmp_path / "images")
     (split,) = embedded(report.path)["splits"]
     assert [7, names[7]] in split["classes"]
@@ -506,7 +501,7 @@ def test_200_images_fit_into_20_megabytes_whatever_they_show(tmp_path: Path) -> 
     """Noise, under a map of 4000 random classes."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 900, 3), np.uint8))
     assert len(jpeg(noise)) <= PICTURE_BYTES
-    write_split(tmp_path, ["a.jpg"], ShardLayout(("identity",), (20, 20), 10, 1000))
+    write_split(tmp_path, ["a.jpg"], MapLayout(("identity",), (20, 20), 10, 1000))
     split = SplitData(LabelStore(tmp_path), "train")
     assert split.listed == 10
     record = split.image("a.jpg", noise)
@@ -515,5 +510,5 @@ def test_200_images_fit_into_20_megabytes_whatever_they_show(tmp_path: Path) -> 
     assert picture <= 4 * PICTURE_BYTES / 3 + 40
     assert 200 * (largest + 100) < 20e6
     finer = tmp_path / "finer"
-    write_split(finer, ["a.jpg"], ShardLayout(("identity",), (40, 40), 10, 1000))
+    write_split(finer, ["a.jpg"], MapLayout(("identity",), (40, 40), 10, 1000))
     assert SplitData(LabelStore(finer), "train").listed == 2, "finer maps list fewer classes"

@@ -11,8 +11,9 @@ from torchvision.transforms.v2 import functional as F
 
 from tests.pictured import GRID, PAINT, QUADRANTS, painted, painted_map, write_store
 from tokenlabel.annotate.errors import ConfigError, OutputError
-from tokenlabel.dataset import LabelStore, MissingMapError, TokenLabelMap
+from tokenlabel.dataset import LabelStore, MissingMapError
 from tokenlabel.inspection.overlay import class_overlay, mass_overlay, printable, shortened
+from tokenlabel.inspection.patch_map import patch_map
 from tokenlabel.inspection.picture_augment import GRID as PATCHES
 from tokenlabel.inspection.picture_augment import _angle, _outline, augmentations
 from tokenlabel.inspection.picture_files import PictureError, PictureFiles
@@ -21,7 +22,6 @@ from tokenlabel.inspection.picture_map import (
     legend,
     letters_of,
     map_facts,
-    patch_map,
     rgb,
     viridis,
 )
@@ -43,7 +43,7 @@ def images(store: LabelStore) -> Path:
 
 def test_targets_name_what_the_augmented_picture_shows(store: LabelStore, images: Path) -> None:
     picture = PictureFiles(store, images).read(KEY)
-    found = augmentations(picture, store[KEY], count=6, seed=3)
+    found = augmentations(picture, store, KEY, count=6, seed=3)
     assert {augmentation.mirrored for augmentation in found} == {True, False}
     for augmentation in found:
         pixels = np.asarray(augmentation.picture).astype(int)
@@ -66,10 +66,7 @@ def test_targets_name_what_the_augmented_picture_shows(store: LabelStore, images
 @pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("angle", [-20.0, 12.0])
 def test_turns_are_named_as_they_look(store: LabelStore, mirror: bool, angle: float) -> None:
-    entry = store[KEY]
-    moved = TokenLabelMap.from_scores(
-        entry.scores[0], entry.classes[0], entry.rest[0], canvas_size=(100, 180)
-    )
+    moved = store.leaf(0, (100, 180))
     moved = F.resized_crop(moved, 10, 20, 60, 100, [224, 224])
     moved = F.horizontal_flip(moved) if mirror else moved
     moved = F.rotate(moved, angle)  # counter-clockwise, says torchvision
@@ -80,7 +77,7 @@ def test_probabilities_and_facts(store: LabelStore) -> None:
     patches = patch_map(store[KEY])
     assert np.array_equal(patches.classes[..., 0], painted_map())
     assert np.allclose(patches.probs, [0.7, 0.2], atol=1e-3)
-    facts = map_facts(patches, 7, 50)
+    facts = map_facts(patches, 7)
     dense = np.full((*GRID, 50), 0.1 / 48)
     np.put_along_axis(dense, patches.classes, patches.probs, -1)
     assert facts.mass == pytest.approx(0.9, abs=1e-3)
@@ -89,11 +86,11 @@ def test_probabilities_and_facts(store: LabelStore) -> None:
     assert facts.label_prob == pytest.approx(0.7 / 4, abs=1e-3)
     assert facts.seen == 7
     assert facts.suspicion == pytest.approx(0, abs=1e-3), "four classes, equally probable"
-    wrong = map_facts(patches, 49, 50)  # not in the map at all
+    wrong = map_facts(patches, 49)  # not in the map at all
     assert wrong.seen == 3
     assert (wrong.agreement, wrong.label_prob) == (0, 0)
     assert wrong.suspicion == pytest.approx(0.7 / 4, abs=1e-3)
-    unknown = map_facts(patches, -1, 50)
+    unknown = map_facts(patches, -1)
     assert unknown.agreement is unknown.label_prob is unknown.suspicion is None
 
 

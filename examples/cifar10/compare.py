@@ -4,8 +4,8 @@
 
 For each seed, the students of all arms start from the same weights and are trained side by side,
 on the same crops in the same order. Results are lines of WORK/results.jsonl; a table that was
-killed goes on with the arms and seeds that are not there, from their last finished epoch. DATA/val
-is looked at once, at the end. To choose settings, take `--held-out`: it tests on a part of train.
+killed resumes with the arms and seeds that are not there, from their last finished epoch. DATA/val
+is used once, at the end. To choose settings, take `--held-out`: it tests on a part of train.
 """
 
 import argparse
@@ -23,19 +23,11 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
-from tokenlabel.dataset import (
-    LabelStore,
-    TokenLabelDataset,
-    TokenLabelError,
-    TokenLabelMap,
-    TokenTargets,
-    ToTokenTargets,
-)
+from tokenlabel.dataset import LabelStore, TokenLabelError, TokenLabels
 from tokenlabel.supervise import TokenLabelLoss, TokenStudent
 
 SIZE, PATCH = 32, 4
@@ -57,45 +49,45 @@ def loss_of(arm: str, dense_weight: float) -> TokenLabelLoss:
     return TokenLabelLoss(dense_weight=0, cls_target="both" if arm == "b" else "label")
 
 
-def transpose_box(score_map: TokenLabelMap) -> TokenLabelMap:
-    """What the published code does to a crop: its box (x0, y0, x1, y1) is read as (y0, x0, y1, x1).
-
-    The target is then that of another part of the picture than the crop shows.
-
-    Args:
-        score_map: the map after crop, flip and resize; no other geometry.
-    """
-    height, width = score_map.canvas_size
-    step_x, _, start, _, step_y, y0, *_ = score_map.path.matrix  # to normalised source points
-    end, y1 = start + step_x * width, y0 + step_y * height
-    x0, y0, x1, y1 = y0, min(start, end), y1, max(start, end)
-    start, end = (x0, x1) if step_x > 0 else (x1, x0)  # mirrored if the picture is
-    matrix = ((end - start) / width, 0.0, start, 0.0, (y1 - y0) / height, y0, 0.0, 0.0, 1.0)
-    return score_map.moved(score_map.path._replace(matrix=matrix), score_map.canvas_size)
-
-
-class BothTargets(ToTokenTargets):
-    """Turns the map of a crop into two targets: its own, and that of the transposed box."""
-
-    def transform(self, inpt: TokenLabelMap, params: dict[str, Any]) -> Any:
-        """Both targets of one map."""
-        own = super().transform(inpt, params)
-        return own, super().transform(transpose_box(inpt), params)
-
-
 class InMemory(Dataset[tuple[Tensor, int]]):
-    """An ImageFolder decoded once; `root` and `samples` tell TokenLabelDataset each file's key."""
+    """An ImageFolder decoded once, and the row of each file's map in a label set, if given."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, store: LabelStore | None = None) -> None:
         files = ImageFolder(str(folder))
-        self.root, self.samples = files.root, files.samples
-        self.pictures = [F.pil_to_tensor(picture) for picture, _ in files]
+        self.images = [F.pil_to_tensor(image) for image, _ in files]
+        self.classes = files.targets
+        keys = [Path(path).relative_to(folder).as_posix() for path, _ in files.samples]
+        self.rows = [store.row(key) for key in keys] if store else []
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return tv_tensors.Image(self.pictures[index]), self.samples[index][1]
+        return self.images[index], self.classes[index]
+
+
+class Crops(Dataset[tuple[Tensor, int, Tensor, bool]]):
+    """Random crops of some images, and where they come from.
+
+    A sample is the crop, uint8 [3, SIZE, SIZE]; the row of the image's map; the crop's box
+    (x0, y0, x1, y1), normalised to the whole image; and whether the crop was mirrored after that.
+    """
+
+    def __init__(self, source: InMemory, indices: Sequence[int], min_scale: float) -> None:
+        self.source, self.indices, self.scale = source, indices, (min_scale, 1.0)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor, bool]:
+        number = self.indices[index]
+        image = self.source.images[number]
+        top, left, h, w = RandomResizedCrop.get_params(image, list(self.scale), [3 / 4, 4 / 3])
+        crop = F.resized_crop(image, top, left, h, w, [SIZE, SIZE], antialias=True)
+        mirrored = bool(torch.rand(()) < 0.5)
+        height, width = image.shape[-2:]
+        box = torch.tensor([left / width, top / height, (left + w) / width, (top + h) / height])
+        return crop.flip(-1) if mirrored else crop, self.source.rows[number], box, mirrored
 
 
 def new_student(args: argparse.Namespace, num_classes: int) -> TokenStudent:
@@ -135,9 +127,9 @@ class Arm:
             step_on_epochs=False,
         )
 
-    def train(self, images: Tensor, targets: TokenTargets, step: int) -> float:
+    def train(self, images: Tensor, labels: TokenLabels, step: int) -> float:
         """Take one step and return the loss."""
-        loss = self.loss(*self.student(images), targets)
+        loss = self.loss(*self.student(images), labels)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
@@ -147,24 +139,12 @@ class Arm:
 
 
 def run(
-    names: Sequence[str], seed: int, train: Dataset[Any], test: Dataset[Any], args: Any
+    names: Sequence[str], seed: int, train: Crops, test: Dataset[Any], store: LabelStore, args: Any
 ) -> dict[str, float]:
     """Train a student for each arm, side by side, and return their top-1 on `test`."""
-    store = LabelStore(args.work / "labels" / "train")
-    crop = v2.RandomResizedCrop(SIZE, (args.min_scale, 1.0), antialias=True)
     order = torch.Generator()
     loader = DataLoader(
-        TokenLabelDataset(
-            train,
-            store,
-            transform=v2.Compose([crop, v2.RandomHorizontalFlip()]),
-            to_targets=BothTargets(SIZE // PATCH, store.k),
-        ),
-        args.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=1,
-        generator=order,
+        train, args.batch_size, shuffle=True, drop_last=True, num_workers=1, generator=order
     )
     arms = {name: Arm(name, seed, len(loader), store.num_classes, args) for name in names}
     settings = {**settings_of(args), "arms": "".join(names)}
@@ -179,10 +159,14 @@ def run(
     for epoch in range(first, args.epochs):
         start, totals = time.monotonic(), dict.fromkeys(names, 0.0)
         order.manual_seed(1000 * seed + epoch)  # of the order and, through the worker, of the crops
-        for step, (pictures, targets) in enumerate(loader, epoch * len(loader) + 1):
-            images = NORMALISE(pictures)
+        for step, (crops, rows, boxes, mirrored) in enumerate(loader, epoch * len(loader) + 1):
+            images, labels = NORMALISE(crops), store.labels(rows, boxes, mirrored)
+            # What the published code does: the box is read as (y0, x0, y1, x1), so the target is
+            # that of another part of the image than the crop shows.
+            transposed = store.labels(rows, boxes[:, [1, 0, 3, 2]], mirrored)
             for name, arm in arms.items():
-                totals[name] += arm.train(images, targets[name == "d"], step) / len(loader)
+                own = transposed if name == "d" else labels
+                totals[name] += arm.train(images, own, step) / len(loader)
         print(
             f"seed {seed}, epoch {epoch + 1}/{args.epochs}, {time.monotonic() - start:.0f} s: loss",
             ", ".join(f"({name}) {total:.3f}" for name, total in totals.items()),
@@ -199,7 +183,7 @@ def run(
 
 @torch.inference_mode()
 def accuracy(student: nn.Module, test: Dataset[Any]) -> float:
-    """Top-1 on untouched pictures."""
+    """Top-1 on untouched images."""
     student.eval()
     batches = DataLoader(test, 200)
     right = [student(NORMALISE(images)).argmax(1) == classes for images, classes in batches]
@@ -257,15 +241,15 @@ def arguments() -> argparse.Namespace:
     add("--lr", type=float, default=1e-3)
     add("--width", type=int, default=64, help="of the student, in multiples of 32")
     add("--depth", type=int, default=4, help="layers of the student")
-    add("--min-scale", type=float, default=0.2, help="smallest crop, as a share of the picture")
+    add("--min-scale", type=float, default=0.2, help="smallest crop, as a fraction of the image")
     add("--dense-weight", type=float, default=1.0, help="beta, the weight of the patches' loss")
     add("--threads", type=int, default=1, help="CPU threads of the students")
     add(
         "--held-out",
         type=float,
         default=0.0,
-        metavar="SHARE",
-        help="test on this share of train, left out of training, instead of val",
+        metavar="FRACTION",
+        help="test on this fraction of train, left out of training, instead of val",
     )
     args = parser.parse_args()
     if not args.arms or set(args.arms) - set(ARMS):
@@ -276,7 +260,7 @@ def arguments() -> argparse.Namespace:
     if args.width < 32 or args.width % 32:
         parser.error(f"--width must be a multiple of 32, got {args.width}")
     if not 0 <= args.held_out < 1:
-        parser.error(f"--held-out is a share below 1, got {args.held_out}")
+        parser.error(f"--held-out is a fraction below 1, got {args.held_out}")
     return args
 
 
@@ -286,17 +270,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     settings = settings_of(args)
     path = args.work / "results.jsonl"
-    train: Dataset[Any] = InMemory(args.data / "train")
-    if args.held_out:
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1)).tolist()
-        count = round(args.held_out * len(order))
-        train, test = Subset(train, order[count:]), Subset(train, order[:count])
-    else:
-        test = InMemory(args.data / "val")
+    store = LabelStore(args.work / "labels" / "train")
+    source = InMemory(args.data / "train", store)
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(1)).tolist()
+    count = round(args.held_out * len(order))
+    train = Crops(source, order[count:], args.min_scale)
+    test = Subset(source, order[:count]) if count else InMemory(args.data / "val")
     for seed in range(args.seeds) if args.only_seed is None else [args.only_seed]:
         done = read_results(path, settings)
         missing = [arm for arm in dict.fromkeys(args.arms) if (arm, seed) not in done]
-        found = run(missing, seed, train, test, args) if missing else {}
+        found = run(missing, seed, train, test, store, args) if missing else {}
         for arm, top1 in found.items():
             row = {"arm": arm, "seed": seed, "top1": top1, "settings": settings}
             with open(path, "a") as file:

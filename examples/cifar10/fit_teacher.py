@@ -3,12 +3,12 @@
     python examples/cifar10/fit_teacher.py --data DATA --out WORK
 
 The trunk of an EfficientNet-Lite0 (ImageNet weights of the extra `sample`; nothing is downloaded)
-stays frozen, so a random crop of each picture passes it once and its features are kept in WORK. The
+stays frozen, so a random crop of each image passes it once and its features are kept in WORK. The
 last stage and a new classifier are then trained on these features, on DATA/train alone, and saved
 as WORK/teacher.pth: a plain timm checkpoint, which `cli.py annotate` takes by `--weights`.
 
-A killed run goes on with the crops that are done. For another network, change MODEL and where
-`trunk` ends; for classes and pictures of your own, change nothing.
+A killed run resumes with the crops that are done. For another network, change MODEL and where
+`trunk` ends; for classes and images of your own, change nothing.
 """
 
 import argparse
@@ -47,11 +47,11 @@ class ToPatches(nn.Module):
 
 
 def features(trunk: nn.Module, folder: Path, view: int, size: int, path: Path) -> Tensor:
-    """Features of one random crop of each picture, float16 [n, C, H, W]; made once, kept in `path`.
+    """Features of one random crop of each image, float16 [n, C, H, W]; made once, kept in `path`.
 
     Args:
-        trunk: the frozen layers; normalised pictures [B, 3, size, size] to features.
-        folder: of the pictures, read as an ImageFolder.
+        trunk: the frozen layers; normalised images [B, 3, size, size] to features.
+        folder: of the images, read as an ImageFolder.
         view: number of the crop: its seed.
         size: side of the trunk's input in pixels.
         path: a .npy file.
@@ -82,10 +82,10 @@ def features(trunk: nn.Module, folder: Path, view: int, size: int, path: Path) -
 def fit(
     tail: nn.Module, views: list[Tensor], labels: Tensor, args: argparse.Namespace
 ) -> nn.Module:
-    """Train the last stage and the classifier; an epoch takes one of the crops of each picture.
+    """Train the last stage and the classifier; an epoch takes one of the crops of each image.
 
-    Half of the loss is that of the picture's logits, half that of the logits of each patch by
-    itself. Without the latter, patches are sure of a class that the picture as a whole outvotes.
+    Half of the loss is that of the image's logits, half that of the logits of each patch by
+    itself. Without the latter, patches are sure of a class that the image as a whole outvotes.
 
     Args:
         tail: features to the logits of each patch [B, classes, H, W].
@@ -124,7 +124,7 @@ def fit(
 
 @torch.inference_mode()
 def accuracy(tail: nn.Module, inputs: Tensor, labels: Tensor) -> float:
-    """Top-1 on one crop of each picture."""
+    """Top-1 on one crop of each image."""
     device = next(tail.parameters()).device
     found = [
         tail(part.to(device).float()).mean((2, 3)).argmax(1).cpu() for part in inputs.split(200)
@@ -142,7 +142,7 @@ def main() -> None:
     add("--data", type=Path, required=True, help="folder with train/CLASS/*")
     add("--out", type=Path, required=True, help="folder to write to")
     add("--size", type=int, default=256, help="side of the teacher's input in pixels")
-    add("--views", type=int, default=1, help="crops of each picture")
+    add("--views", type=int, default=1, help="crops of each image")
     add("--epochs", type=int, default=4)
     add("--batch-size", type=int, default=100)
     add("--lr", type=float, default=1e-3)
@@ -151,8 +151,8 @@ def main() -> None:
         "--held-out",
         type=float,
         default=0.0,
-        metavar="SHARE",
-        help="leave out this share of train and test on it, to choose settings; saves no teacher",
+        metavar="FRACTION",
+        help="test on this fraction of train, left out, to choose settings; saves no teacher",
     )
     args = parser.parse_args()
     if not (args.data / "train").is_dir():
@@ -160,7 +160,9 @@ def main() -> None:
             f"--data must hold a folder train with a folder a class; no {args.data / 'train'}"
         )
     if min(args.views, args.epochs, args.batch_size) < 1 or not 0 <= args.held_out < 1:
-        parser.error("--views, --epochs and --batch-size start at 1; --held-out is a share below 1")
+        parser.error(
+            "--views, --epochs and --batch-size start at 1; --held-out is a fraction below 1"
+        )
     teacher = args.out / "teacher.pth"
     if teacher.exists() and not args.held_out:
         print(f"{teacher} is there already; to fit it anew, delete it")
@@ -169,11 +171,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     folder = args.data / "train"
-    pictures = ImageFolder(folder)
-    labels = torch.tensor(pictures.targets)
+    images = ImageFolder(folder)
+    labels = torch.tensor(images.targets)
     model: Any = build_model(MODEL, "sample").eval()
     torch.manual_seed(0)
-    model.reset_classifier(len(pictures.classes))
+    model.reset_classifier(len(images.classes))
     model.to(device, memory_format=torch.channels_last)
     trunk = nn.Sequential(model.conv_stem, model.bn1, *model.blocks[:-1])
     # The classifier at each location: averaged over them, it is the network's answer.
@@ -186,10 +188,8 @@ def main() -> None:
         path = args.out / f"features-{args.size}-{view}.npy"
         views.append(features(trunk, folder, view, args.size, path))
         if len(views[-1]) != len(labels):
-            sys.exit(
-                f"{path} is of {len(views[-1])} pictures, {folder} has {len(labels)}: delete it"
-            )
-        print(f"crop {view}/{args.views} of {len(labels)} pictures", flush=True)
+            sys.exit(f"{path} is of {len(views[-1])} images, {folder} has {len(labels)}: delete it")
+        print(f"crop {view}/{args.views} of {len(labels)} images", flush=True)
 
     if args.held_out:
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
@@ -201,7 +201,7 @@ def main() -> None:
         )
         return
     fit(tail, views, labels, args)
-    (args.out / "classes.txt").write_text("".join(f"{name}\n" for name in pictures.classes))
+    (args.out / "classes.txt").write_text("".join(f"{name}\n" for name in images.classes))
     torch.save(model.state_dict(), teacher.with_suffix(".tmp"))
     teacher.with_suffix(".tmp").replace(teacher)
     print(f"saved {teacher} and {args.out / 'classes.txt'}")

@@ -2,7 +2,7 @@
 
     python examples/cifar10/prepare.py --out DATA
 
-Downloads CIFAR-10 (170 MB) with torchvision and writes the first pictures of each class as files.
+Downloads CIFAR-10 (170 MB) with torchvision and writes the first images of each class as files.
 Not needed where you have image folders already, of these classes or any others.
 """
 
@@ -16,13 +16,13 @@ from PIL.Image import Image
 from torchvision.datasets import CIFAR10
 
 
-def export(pictures: Iterable[tuple[Image, int]], names: list[str], count: int, to: Path) -> int:
-    """Write the first `count` pictures of each class as files; return how many there are.
+def export(images: Iterable[tuple[Image, int]], names: list[str], count: int, to: Path) -> int:
+    """Write the first `count` images of each class as files; return how many there are.
 
     Args:
-        pictures: (picture, class) pairs.
+        images: (image, class) pairs.
         names: of the classes, by number.
-        count: pictures a class, 0 for all.
+        count: images a class, 0 for all.
         to: folder to make; it appears when it is complete.
     """
     if to.exists():
@@ -32,9 +32,9 @@ def export(pictures: Iterable[tuple[Image, int]], names: list[str], count: int, 
     for name in names:
         (half / name).mkdir(parents=True)
     written: Counter[int] = Counter()
-    for picture, label in pictures:
+    for image, label in images:
         if not count or written[label] < count:
-            picture.save(half / names[label] / f"{written[label]:05d}.png")
+            image.save(half / names[label] / f"{written[label]:05d}.png")
             written[label] += 1
     half.rename(to)
     return written.total()
@@ -49,13 +49,13 @@ def main() -> None:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write train/ and val/ to")
     add("--download", type=Path, default=Path("data/download"), help="where to keep the download")
-    add("--train", type=int, default=1000, help="training pictures a class; 0: all 5000")
-    add("--val", type=int, default=200, help="validation pictures a class; 0: all 1000")
+    add("--train", type=int, default=1000, help="training images a class; 0: all 5000")
+    add("--val", type=int, default=200, help="validation images a class; 0: all 1000")
     args = parser.parse_args()
     for split, count in (("train", args.train), ("val", args.val)):
-        pictures = CIFAR10(str(args.download), train=split == "train", download=True)
-        total = export(pictures, pictures.classes, count, args.out / split)
-        print(f"{args.out / split}: {total} pictures")
+        images = CIFAR10(str(args.download), train=split == "train", download=True)
+        total = export(images, images.classes, count, args.out / split)
+        print(f"{args.out / split}: {total} images")
 
 
 if __name__ == "__main__":

@@ -48,11 +48,12 @@ function mapOf(image) {
   image.map = {
     mass: Array.from(numbers(image.masses), (step) => step / 65535),
     top: (patch, rank = 0) => image.classes[ranks[patch * listed + rank]],
+    // Probability 0: no class is stored.
     patch: (patch) =>
       Array.from({ length: listed }, (_, rank) => [
         image.classes[ranks[patch * listed + rank]],
         probs[patch * listed + rank] / 65535,
-      ]),
+      ]).filter(([, chance]) => chance > 0),
   };
   return image.map;
 }

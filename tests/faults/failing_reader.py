@@ -11,8 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
+from tests.shards import digest
 from tokenlabel.dataset.errors import FormatError
 from tokenlabel.dataset.store import LabelStore
 
@@ -37,7 +36,7 @@ class Rules:
         return int(struct.unpack_from("<Q", self._counts, 16 * rule + 8)[0])
 
 
-def read_all(folder: Path, right: list[tuple[object, ...]], found: Counter[str]) -> None:
+def read_all(folder: Path, right: list[str], found: Counter[str]) -> None:
     """Read every map from files opened anew."""
     try:
         store = LabelStore(folder)
@@ -50,17 +49,14 @@ def read_all(folder: Path, right: list[tuple[object, ...]], found: Counter[str])
         except (FormatError, OSError) as error:
             check(error, folder, found)
             continue
-        for one, other in zip(got, want, strict=True):
-            np.testing.assert_array_equal(one, other)
+        assert digest(got) == want
         found["maps"] += 1
 
 
 def check(error: Exception, folder: Path, found: Counter[str]) -> None:
     """A disk that fails must not be taken for a damaged file, which one deletes."""
     assert isinstance(error, OSError) and "Input/output error" in str(error), error
-    assert str(folder / "shard-00001-") in str(error) or str(folder / "index.h5") in str(error), (
-        error
-    )
+    assert str(folder / "shard-00001-") in str(error) or str(folder / "index") in str(error), error
     found["named"] += 1
 
 
@@ -70,7 +66,8 @@ def main() -> None:
     rules, found = Rules(state), Counter[str]()
     for rule in (INDEX, SHARD, SHORT):
         rules.never(rule)
-    right = [tuple(LabelStore(copy)[row]) for row in range(len(LabelStore(copy)))]
+    store = LabelStore(copy)
+    right = [digest(store[row]) for row in range(len(store))]
     for rule, name in ((INDEX, "index"), (SHARD, "shard")):
         calls = 0
         while True:

@@ -6,6 +6,7 @@ read, follow from that number and the seed alone, so that whatever is found can 
 
 import argparse
 import contextlib
+import copy
 import faulthandler
 import json
 import os
@@ -15,13 +16,14 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.faults.hdf5 import Block, checksummed, repair
+from tests.faults.attacks import parsed, with_directory, with_text
 from tests.faults.targets import KINDS, VERDICTS, Seed, Wrong, make_seeds, read
 
 #: Bytes that a process may take for a hostile file of some kilobytes, beyond what it has.
@@ -76,10 +78,77 @@ _CHANGES: dict[str, Callable[[random.Random, bytearray, int, int], None]] = {
     "splice": _splice,
     "number": _number,
 }
-#: How a file is changed. "repaired": parts of HDF5's own structure, whose checksums are then made
-#: right again, so that the change reaches the code behind them.
-MUTATIONS = (*_CHANGES, "cut", "repaired")
-_WEIGHTS = (3, 2, 2, 2, 4, 1, 14)
+#: How a file is changed. Of the last three the checksums are made right again, so that the change
+#: reaches the code behind them: the directory's text, what it says, and the values behind it.
+MUTATIONS = (*_CHANGES, "cut", "text", "forged", "values")
+_WEIGHTS = (3, 2, 2, 2, 4, 1, 5, 12, 5)
+_VALUES: tuple[Any, ...] = (
+    *(-1, 0, 1, 2, 255, 2**31, 2**32, 2**40, 2**62, 2**63, 2**64, 10**40, 0.25, -0.5, 1e308),
+    *(float("nan"), float("inf"), True, False, None, "", "|u1", "|S1", "|S999999", "<u8", "<f8"),
+    *("identity", "f" * 64, [], {}, [0], [[]], [-1], [3], [3, 2], [1 << 40], {"": 1}),
+)
+
+
+def _forged(rng: random.Random, data: bytes) -> bytes:
+    """The file with some other values in its directory."""
+    found: Any = parsed(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        place = found
+        while True:
+            keys = list(place) if isinstance(place, dict) else range(len(place))
+            if not keys:
+                break
+            key = rng.choice(keys)
+            inner = place[key]
+            if isinstance(inner, dict | list) and inner and rng.random() < 0.9:
+                place = inner
+                continue
+            if rng.random() < 0.1:
+                del place[key]
+            elif type(inner) is int and rng.random() < 0.6:
+                near = (inner + 1, inner - 1, 2 * inner, inner + 8, -inner, inner + len(data))
+                place[key] = rng.choice(near)
+            elif rng.random() < 0.3:
+                place[key] = copy.deepcopy(place[rng.choice(keys)])
+            else:
+                place[key] = copy.deepcopy(rng.choice(_VALUES))
+            break
+    return with_directory(data, found)
+
+
+def _text(rng: random.Random, data: bytes) -> bytes:
+    """The file with some other bytes in its directory."""
+    text = bytearray(json.dumps(parsed(data)).encode())
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        change = rng.choice((_bits, _bytes, _run, _splice))
+        change(rng, text, 0, len(text))
+    if rng.random() < 0.1:
+        del text[rng.randrange(len(text)) :]
+    return with_text(data, bytes(text))
+
+
+def _forged_values(rng: random.Random, data: bytearray) -> bytes:
+    """The file with other values in its columns, or with streams that inflate to another size."""
+    found = parsed(data)
+    columns, maps = list(found["columns"].values()), found.get("maps")
+    if maps and rng.random() < 0.4:
+        place, most = maps["offset"], maps["offset"] + maps["size"]
+        starts = [at for at in range(place, most) if data[at : at + 2] == b"\x78\x5e"]
+        place, limit = rng.choice(starts), 400
+    else:
+        column = rng.choice(columns)
+        place, limit = column["offset"], max(column["size"], 1)
+    if rng.random() < 0.5:
+        packed = zlib.compress(bytes(rng.choice((0, 1, 11, 12, 13, 24, 200, 1 << 20))))
+        data[place : place + len(packed)] = packed
+    else:
+        change = rng.choice((_bits, _bytes, _run, _number, _splice))
+        change(rng, data, place, min(place + limit, len(data)))
+    del data[found["size"] :]
+    for column in columns:
+        column["crc"] = zlib.crc32(data[column["offset"] : column["offset"] + column["size"]])
+    found["crc"] = zlib.crc32(data[found["block"] :])
+    return with_directory(bytes(data), found)
 
 
 class Case(NamedTuple):
@@ -96,7 +165,6 @@ class Fuzzer:
     def __init__(self, seeds: list[Seed], start: int) -> None:
         self._seeds, self._start = seeds, start
         self._weights = [seed.weight for seed in seeds]
-        self._blocks: dict[str, list[Block]] = {seed.name: checksummed(seed.data) for seed in seeds}
 
     def case(self, number: int) -> Case:
         """Case `number`, always the same."""
@@ -109,13 +177,12 @@ class Fuzzer:
             del data[place:]
             more = rng.randrange(4096)
             data += rng.choice((b"", bytes(more), seed.data[:more]))
-        elif mutation == "repaired":
-            for _ in range(rng.choice((1, 1, 1, 2, 3))):
-                block = rng.choice(self._blocks[seed.name])
-                for _ in range(rng.choice((1, 1, 2, 3))):
-                    change = rng.choice((_bits, _bytes, _run, _number, _number, _splice))
-                    change(rng, data, *block.content)
-                repair(data, block)
+        elif mutation == "text":
+            data = bytearray(_text(rng, seed.data))
+        elif mutation == "forged":
+            data = bytearray(_forged(rng, seed.data))
+        elif mutation == "values":
+            data = bytearray(_forged_values(rng, data) if seed.truth else _text(rng, seed.data))
         else:
             _CHANGES[mutation](rng, data, 0, len(data))
         return Case(seed, mutation, bytes(data))
@@ -168,7 +235,7 @@ def _keep(folder: Path, case: Case, number: int, verdict: str, text: str) -> Non
     found = folder.parent / "found"
     found.mkdir(exist_ok=True)
     name = f"{number}-{verdict}-{case.seed.name}-{case.mutation}"
-    (found / f"{name}.h5").write_bytes(case.data)
+    (found / f"{name}.file").write_bytes(case.data)
     (found / f"{name}.txt").write_text(text)
 
 
@@ -255,7 +322,7 @@ def run(folder: Path, cases: int, start: int, workers: int, seconds: float) -> d
         },
         "peak": int(tallies["peak"].max()),
         "peak_at": int(tallies[tallies["peak"].argmax()]["peak_at"]),
-        "found": sorted(path.name for path in folder.glob("found/*.h5")),
+        "found": sorted(path.name for path in folder.glob("found/*.file")),
         "broken": broken,
     }
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.jobs import environment
+from tests.shards import digest
 from tokenlabel.dataset import LabelStore, MissingMapError, TokenLabelDataset
 from tokenlabel.dataset.errors import FormatError
 from tokenlabel.dataset.index import build_index
@@ -43,9 +44,7 @@ def content(store: LabelStore) -> str:
         except MissingMapError as error:
             total.update(str(error).encode())
             continue
-        for part in entry[:3]:
-            total.update(part.tobytes())
-        total.update(repr(entry[3:]).encode())
+        total.update(digest(entry).encode())
     return total.hexdigest()
 
 
@@ -146,7 +145,7 @@ def rebuild(root: Path, count: int, rounds: int) -> dict[str, Any]:
 
     Half of them build the index again and again while the others open it.
     """
-    index = root / "index.h5"
+    index = root / "index"
     build_index(root)
     want, files = index.read_bytes(), sorted(path.name for path in root.iterdir())
     gate, results = _FORK.Barrier(count + 1), _FORK.SimpleQueue()

@@ -6,23 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
 
 from tests.faults.attacks import ATTACKS, attack
-from tests.maps import write_split
+from tests.maps import attrs, random_rows, write_split
 from tokenlabel.annotate.manifest import build_manifest, open_manifest
 from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.handles import _OpenShard
 from tokenlabel.dataset.index import NAME, _load, build_index, find_shards
-from tokenlabel.dataset.shard import MAPS, OPTIONAL_ROWS, ROWS, Shard, ShardLayout, shard_name
+from tokenlabel.dataset.score_map import MapLayout
+from tokenlabel.dataset.shard import COLUMNS, Shard, shard_name, write_shard
 from tokenlabel.dataset.store import LabelStore, MissingMapError
 
 KINDS = ("shard", "index", "split", "manifest")
 #: What may come of reading: all as it was written, other content, an error that says so.
 VERDICTS = ("equal", "changed", "refused")
-#: Changes that HDF5's and our checksums must notice wherever they carry content.
-NOTICED = ("bits", "bytes", "run", "number", "cut")
+#: Changes that checksums must notice wherever they carry content.
+NOTICED = ("bits", "bytes", "run", "splice", "number", "cut")
 _ROWS_READ = 6
 
 
@@ -37,8 +36,7 @@ class Seed(NamedTuple):
         name: of the seed; `kind` says how it is read.
         file: its name in the folder.
         folder: what it is read with.
-        truth: what an undamaged one gives.
-        checked: whether damage to any of its content shows: not where chunks have no checksum.
+        truth: what an undamaged one gives; nothing for what is refused as it is.
         weight: how often it is taken, relative to the others.
     """
 
@@ -48,7 +46,6 @@ class Seed(NamedTuple):
     folder: Path
     data: bytes
     truth: Any
-    checked: bool
     weight: float
 
     def place(self, folder: Path) -> None:
@@ -59,74 +56,49 @@ class Seed(NamedTuple):
 def make_seeds(folder: Path) -> list[Seed]:
     """All seeds, made anew in `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
-    small = ShardLayout(("identity",), (2, 3), 2, 10)
+    first = shard_name(0, 1)
+    small = MapLayout(("identity",), (2, 3), 2, 10, residual=3)
     keys = ["a/b.jpg", "b/ü.png", "c/d.webp"]
     seeds = []
 
-    def add(
-        name: str, kind: str = "shard", file: str = "shard-00000-of-00001.h5", weight: float = 1
-    ) -> None:
+    def add(name: str, kind: str = "shard", file: str = first, weight: float = 1) -> None:
         path = folder / name / file
-        seeds.append(
-            Seed(
-                name,
-                kind,
-                file,
-                path.parent,
-                path.read_bytes(),
-                content(kind, path),
-                name != "hdf5",
-                weight,
-            )
-        )
+        truth = content(kind, path)
+        seeds.append(Seed(name, kind, file, path.parent, path.read_bytes(), truth, weight))
 
-    write_split(folder / "float16", keys, small, errors={keys[1]: "cut short"})
-    add("float16", weight=3)
-    two = ShardLayout(("identity", "hflip"), (2, 2), 3, 70_000, "uint8")
-    write_split(folder / "uint8", keys, two)
-    add("uint8", weight=2)
-    names = [f"n{number:08d}" for number in range(600)]
-    write_split(folder / "names", keys, small, class_names=names, settings="{}" * 99)
-    add("names")
-    write_split(folder / "hdf5", keys, small)
-    _store_otherwise(folder / "hdf5" / "shard-00000-of-00001.h5")
-    add("hdf5", weight=2)
-    for name, kind, weight in (("index", "index", 2), ("split", "split", 0.1)):
+    write_split(folder / "small", keys, small, errors={keys[1]: "cut short"})
+    add("small", weight=3)
+    precise = MapLayout(("identity", "hflip"), (2, 2), 3, 70_000, residual=0, step=0.0, level=False)
+    write_split(folder / "precise", keys, precise)
+    add("precise", weight=2)
+    (folder / "extents").mkdir()
+    boxes = np.random.default_rng(0).random((3, 4))
+    header = attrs(0, 1, 0, settings="{}" * 99)
+    with write_shard(folder / "extents" / first, small, keys, [0, 1, 2], header, boxes) as writer:
+        writer.append(*random_rows(small, 3))
+    add("extents", weight=2)
+    for name, kind, weight in (("index", "index", 2), ("split", "split", 0.3)):
         write_split(folder / name, [*keys, "e.jpg", "f.jpg"], small, shard_size=3)
         build_index(folder / name)
         add(name, kind, NAME, weight)
-    # What is near them is as bad. Two hold a time or unset bytes, so they differ from run to run.
-    for name in sorted(ATTACKS.keys() - {"named_type", "virtual"}):
+    # A store's shard, damaged after it was indexed.
+    shutil.copytree(folder / "split", folder / "shard of a split")
+    add("shard of a split", "split", shard_name(1, 2), 0.3)
+    # What is near them is as bad.
+    for name in ATTACKS:
         write_split(folder / name, keys, small)
-        path = folder / name / shard_name(0, 1)
-        attack(path, name, folder / "float16" / shard_name(0, 1))
-        seeds.append(
-            Seed(name, "shard", path.name, path.parent, path.read_bytes(), {}, False, 0.05)
-        )
-    pictures = folder / "pictures" / "a"
-    pictures.mkdir(parents=True)
+        path = folder / name / first
+        attack(path, name)
+        seeds.append(Seed(name, "shard", first, path.parent, path.read_bytes(), {}, 0.02))
+    images = folder / "images" / "a"
+    images.mkdir(parents=True)
     for number in range(5):
-        (pictures / f"{number}.jpg").write_bytes(b"")
+        (images / f"{number}.jpg").write_bytes(b"")
     (folder / "manifest").mkdir()
-    build_manifest(folder / "pictures", folder / "manifest" / "manifest.h5", None, None)
-    add("manifest", "manifest", "manifest.h5", 2)
+    names = [f"n{number:08d}" for number in range(60)]
+    build_manifest(folder / "images", folder / "manifest" / "manifest", names, None)
+    add("manifest", "manifest", "manifest", 2)
     return seeds
-
-
-def _store_otherwise(path: Path) -> None:
-    """Every storage that HDF5 has for a dataset, and that a writer may choose."""
-    storages: dict[str, dict[str, Any]] = {
-        "scores": {"chunks": (1, 1, 2, 3, 2), "fletcher32": True},
-        "classes": {"chunks": (2, 1, 2, 3, 2), "compression": "gzip"},
-        "rest": {"chunks": (1, 1, 2, 3)},
-        "label": {},
-        "size": {"chunks": (1, 2), "compression": "gzip"},
-    }
-    with h5py.File(path, "r+", libver=("v110", "v110")) as file:
-        for name, storage in storages.items():
-            data = file[name][:]
-            del file[name]
-            file.create_dataset(name, data=data, **storage)
 
 
 def content(kind: str, path: Path) -> Any:
@@ -139,40 +111,30 @@ def _shard(path: Path) -> dict[str, Any]:
         parts: dict[str, Any] = {
             name: value for name, value in shard.attrs.items() if len(str(value)) < 4000
         }
-        for name in (*ROWS, *OPTIONAL_ROWS):
+        for name in COLUMNS:
             if name in shard:
                 parts[name] = shard.read(name)
-        for name in MAPS:
+        for name in shard.layout.planes():
             parts[name] = shard.read(name, 0, _ROWS_READ)
-        places = [shard.chunk_places(name) for name in MAPS]
-        chunks = shard.chunk_file()
         for row in range(min(shard.rows, _ROWS_READ)):
-            if chunks is None or not all(size[row] for _, size in places):
-                continue
-            try:
-                direct = chunks.read(
-                    *([int(c[row]) for c in column] for column in zip(*places, strict=True))
-                )
-            except ValueError as error:
-                raise FormatError(str(error)) from error
-            for name, found in zip(MAPS, direct, strict=True):
-                if found.tobytes() != parts[name][row].tobytes():
-                    raise Wrong(f"{name} of row {row} is another by its place")
-        parts["map"], parts["extent of row 0"] = shard.map(0), shard.extent(0)
+            found = shard.map(row)
+            for name in shard.layout.planes():
+                if getattr(found, name).tobytes() != parts[name][row].tobytes():
+                    raise Wrong(f"{name} of row {row} is another in the map")
+            parts[f"extent of row {row}"] = shard.extent(row)
     return parts
 
 
 def _index(path: Path) -> dict[str, Any]:
     shards = find_shards(path.parent)
     index = _load(path, shards)
-    parts: dict[str, Any] = {"rows": len(index.keys)}
-    row = 0
+    parts: dict[str, Any] = {"keys": list(index.keys)}
     for number, shard in enumerate(shards):
-        opened = _OpenShard(shard, index, number)
-        for row in range(*index.shard_rows[number : number + 2].tolist()):
-            found = opened.chunks and opened.read(row)
-            parts[f"map {row}"] = (found or opened.read_hdf5(row))[:3]
-    parts["keys"] = list(index.keys)
+        with Shard(shard) as opened:
+            parts[f"fits {number}"] = index.fits(opened, number)
+            if not parts[f"fits {number}"]:
+                raise FormatError("and the index do not agree")
+    parts["shards"] = [index.shard(row) for row in range(len(index.keys))]
     parts["found"] = [index.keys.find(key) for key in parts["keys"]]
     for name in ("labels", "sizes", "failed"):
         parts[name] = getattr(index, name).copy()
@@ -181,19 +143,19 @@ def _index(path: Path) -> dict[str, Any]:
 
 def _split(path: Path) -> dict[str, Any]:
     store = LabelStore(path.parent)
-    maps = {key: store[key][:3] for key in store.keys}
+    maps = {key: tuple(store[key]) for key in store.keys}
     return {**maps, "labels": store.labels.copy(), "sizes": store.sizes.copy()}
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     found = open_manifest(path, verify=True)
-    found = open_manifest(path)
     return {
         "keys": list(found.keys),
         "found": [found.keys.find(key) for key in ("a/0.jpg", "a/4.jpg", "b")],
         "labels": found.labels.copy(),
         "digest": found.digest,
         "space": found.label_space,
+        "names": found.class_names,
     }
 
 
@@ -222,7 +184,7 @@ def read(seed: Seed, folder: Path, data: bytes, mutation: str) -> str:
     different = [name for name in seed.truth if not _same(seed.truth[name], found.get(name))]
     if not different:
         return "equal"
-    if mutation in NOTICED and seed.checked:
+    if mutation in NOTICED:
         raise Wrong(f"changed without notice: {', '.join(different)}")
     return "changed"
 

@@ -17,13 +17,14 @@ from tests.faults.readers import Readers, content, rebuilt
 from tests.jobs import arguments, digests, environment, repeat_images, run
 from tests.maps import Rows, attrs, write_split
 from tokenlabel.cli import main
-from tokenlabel.dataset.shard import ShardLayout, shard_name, write_shard
+from tokenlabel.dataset.score_map import MapLayout
+from tokenlabel.dataset.shard import shard_name, write_shard
 from tokenlabel.dataset.store import LabelStore
 from tokenlabel.inspection.verify import verify
 
 IMAGES, SHARDS, READERS = 32, 8, 8
 OPTIONS = {"shard_size": 4, "batch_size": 4}
-LAYOUT = ShardLayout(("identity", "hflip"), (3, 5), 4, 1000)
+LAYOUT = MapLayout(("identity", "hflip"), (3, 5), 4, 1000, residual=6)
 KEYS = [f"class/{number:03d}.jpg" for number in range(24)]
 
 Observed = Callable[[str, int, str, str], None]
@@ -108,7 +109,7 @@ def test_readers_while_a_job_extends_the_split(
         readers = Readers(folder, data / "train", READERS, pause=0.5)
         time.sleep(0.6)  # there is no folder yet
         folder.mkdir(parents=True)
-        for name in ("manifest.h5", *(shard_name(n, SHARDS) for n in range(0, SHARDS, 2))):
+        for name in ("manifest", *(shard_name(n, SHARDS) for n in range(0, SHARDS, 2))):
             shutil.copy(finished / name, folder / name)
         job = start(data, folder.parent)
         while not (folder / ".lock").exists():
@@ -219,7 +220,7 @@ def test_a_read_only_file_system(tmp_path: Path, observed: Observed) -> None:
         assert {text for reader in seen for text in reader["contents"]} == {
             content(LabelStore(root))
         }
-        assert not (root / "index.h5").exists()
+        assert not (root / "index").exists()
     finally:
         subprocess.run(["umount", str(root)], check=True)
     observed(

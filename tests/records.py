@@ -1,0 +1,74 @@
+"""Made-up records, for tests of what is taught with them."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from tokenlabel.dataset import MapLayout, TokenLabelMap, TokenLabels, TokenWindows
+from tokenlabel.dataset.label_map import shuffled
+from tokenlabel.dataset.token_labels import WORDS
+
+SIZE = (32, 32)
+
+
+def made_up(
+    batch: int,
+    num_classes: int = 30,
+    *,
+    grid: tuple[int, int] | None = (3, 3),
+    cells: tuple[int, int] = (5, 5),
+    k: int = 5,
+    residual: int = 4,
+    shrink: float = 0.0,
+    seed: int = 0,
+) -> TokenLabels:
+    """Records of a batch: maps of random classes, some dropped; crops, some flipped or padded."""
+    rng = np.random.default_rng(seed)
+    layout = MapLayout(("identity",), cells, k, num_classes, residual)
+    leaves = []
+    for index in range(batch):
+        codes = np.sort(rng.integers(1, 30, (1, k, *cells)), 1)
+        codes[:, 1:][rng.random((1, k - 1, *cells)) < 0.2] = 255
+        planes = {
+            "codes": np.sort(codes, 1),
+            "classes": rng.random((1, num_classes, *cells)).argsort(1)[:, :k],
+            "residual_classes": np.sort(rng.permutation(num_classes)[:residual])[None],
+            "residual_codes": rng.integers(25, 60, (1, residual)),
+            "level": rng.normal(10, 1, (1, *cells)),
+        }
+        data = b"".join(
+            shuffled(planes[name].astype(dtype)) for name, (dtype, _) in layout.planes().items()
+        )
+        label = int(rng.integers(num_classes))
+        leaf = TokenLabelMap(data, layout, canvas_size=(40, 48), label=label)
+        top, left = (int(side) for side in rng.integers(0, 20, 2))
+        leaf = F.resized_crop(leaf, top, left, 20, 28, SIZE)
+        leaf = F.horizontal_flip(leaf) if index % 2 else leaf
+        leaf = F.crop(leaf, -6, 3, *SIZE) if index % 3 == 2 else leaf
+        leaves.append(leaf)
+    return TokenLabels.collate(leaves, grid, shrink)
+
+
+def with_word(labels: TokenLabels, row: int, **words: int) -> TokenLabels:
+    """The records with words of one header replaced: `label`, or `state` (0: no map)."""
+    changed = labels.clone()
+    for name, value in words.items():
+        changed.as_subclass(Tensor).view(torch.int32)[row, WORDS.index(name)] = value
+    return changed
+
+
+def exact(windows: TokenWindows) -> Tensor:
+    """The targets by their definition, [B, N, C] in float64: one class of one cell at a time."""
+    *_, num_classes = windows.basis.shape
+    batch, patches, cells = windows.window.shape
+    target = torch.zeros(batch, patches, num_classes, dtype=torch.float64)
+    for b in range(batch):
+        for n in range(patches):
+            for m in range(cells):
+                cell = windows.origin[b, n] + windows.offsets[m]
+                values = windows.values[b, cell].double() * windows.window[b, n, m].double()
+                for c, value in zip(windows.classes[b, cell], values, strict=True):
+                    target[b, n, c] += value
+            target[b, n] += windows.share[b, n].double() @ windows.basis[b].double()
+    return target
