@@ -115,14 +115,14 @@ class TokenLabels(Tensor):
         """The records of a batch, [B, bytes], from the leaves that followed its images."""
         heads = [_head(leaf, grid, shrink) for leaf in leaves]
         nothing = bytes(planes_size(leaves[0].map_layout))
-        rows = [
-            (head, leaf.planes or nothing, tail)
-            for (head, tail), leaf in zip(heads, leaves, strict=True)
-        ]
-        longest = max(sum(map(len, row)) for row in rows)
+        pieces = []
+        longest = max(len(head) + len(nothing) + len(tail) for head, tail in heads)
         longest += -longest % _ALIGNED
-        data = bytearray(b"".join(b"".join(row).ljust(longest, b"\0") for row in rows))
-        labels = torch.frombuffer(data, dtype=torch.uint8).view(len(rows), longest).as_subclass(cls)
+        for (head, tail), leaf in zip(heads, leaves, strict=True):
+            padding = bytes(longest - len(head) - len(nothing) - len(tail))
+            pieces += [head, leaf.planes or nothing, tail, padding]
+        data = torch.frombuffer(bytearray().join(pieces), dtype=torch.uint8)
+        labels = data.view(len(heads), longest).as_subclass(cls)
         labels._layout = _layout(labels)
         return labels
 
@@ -332,8 +332,9 @@ def _kept(result: Any, given: Sequence[TokenLabels]) -> Any:
         return type(result)([_kept(part, given) for part in result])
     if not isinstance(result, TokenLabels):
         return result
-    if not given or result.dtype != torch.uint8 or result.shape[-1:] != given[0].shape[-1:]:
-        return result.as_subclass(Tensor)
+    with DisableTorchFunctionSubclass():
+        if not given or result.dtype != torch.uint8 or result.shape[-1:] != given[0].shape[-1:]:
+            return result.as_subclass(Tensor)
     # A part of a batch reaches no further than the whole. Of several batches, nothing is known.
     layout = given[0]._layout
     result._layout = layout if all(other._layout == layout for other in given[1:]) else None
