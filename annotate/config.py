@@ -114,7 +114,7 @@ class AnnotateConfig(BaseModel):
     threads: Annotated[int, Field(ge=0)] = Field(
         0,
         description="CPU threads an actor; 0: the machine's cores shared among its actors (another "
-        "number can change the last unit of a score)",
+        "number changes a code by one here and there)",
     )
     window: Annotated[int, Field(ge=1, le=64)] = Field(
         3, description="batches decoded ahead of each actor"

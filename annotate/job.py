@@ -228,8 +228,8 @@ def _finish(
         kinds = {name: sorted({str(one.get(name)) for one in report.libraries}) for name in names}
         differ = [f"{name}: {'; '.join(k)}" for name, k in sorted(kinds.items()) if len(k) > 1]
         _log.warning(
-            "the shards were made on %d kinds of machines, so here and there a score differs in "
-            "its last unit from what one of them alone would have given (%s)",
+            "the shards were made on %d kinds of machines, so here and there a code differs by one "
+            "from what one of them alone would have given (%s)",
             len(report.libraries),
             ", ".join(differ),
         )

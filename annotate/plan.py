@@ -29,12 +29,12 @@ class Identity:
         num_classes: number of classes.
         class_names: their names, None where unknown.
         device: "cpu" or "cuda".
-        dense_rule: how the dense logits are had, and `dense_exact` whether their mean must be
+        dense_rule: how the dense logits are computed, and `dense_exact` whether their mean must be
             the pooled logits; `dense_error` is the largest difference met on the first images.
         notes: warnings from building the teacher, to be shown to the user.
         libraries: versions of the libraries on its node, and its `processor`. Other ones give
-            scores that differ in the last unit of some cells, so shards record them; they are not
-            in the fingerprint, so a job may resume on another machine.
+            codes that differ by one in rare cells, so shards record them; they are not in the
+            fingerprint, so a job may resume on another machine.
     """
 
     model: str

@@ -28,14 +28,14 @@ class Report:
         shards: of the split; `written` by this run, `skipped` because they were there,
             `failed` as {number: reason}.
         labelled: images whose ground truth is a class of the teacher.
-        top1, top5: share of these that the teacher gets right, from its pooled logits; None
-            without ground truth.
-        mass: mean probability mass of the top k, over all patches.
+        top1, top5: fraction of these that the teacher gets right, from the pooled logits of its
+            first pass; None without ground truth.
+        mass: mean probability mass of the stored classes, over all patches.
         bytes_per_image: size of the shards over the number of rows.
         dense_rule, dense_exact, dense_error: the teacher's per-patch form, whether the mean of
             its logits must be the pooled ones, and the largest difference on the first images.
         seconds: of this run; `images_per_second` from the teachers' first batch to their last.
-        busy: share of that time the teachers computed.
+        busy: fraction of that time the teachers computed.
         lost_actors: teacher actors that died and were replaced.
         max_errors_exceeded: whether the errors are too many for the job to be a success.
         libraries: the different `libraries` of the shards: versions and processors that made them.

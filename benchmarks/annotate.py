@@ -30,7 +30,7 @@ from tokenlabel.annotate.cluster import ray_session
 from tokenlabel.annotate.images import DecodedBatch, decode_batch
 from tokenlabel.annotate.manifest import scan
 from tokenlabel.annotate.sample import sample_folder
-from tokenlabel.annotate.teacher import Teacher
+from tokenlabel.annotate.teacher import Teacher, TeacherOutput
 from tokenlabel.annotate.worker import build_teacher
 
 
@@ -50,34 +50,37 @@ class Batches(Dataset[DecodedBatch]):
     def __init__(self, root: Path, teacher: Teacher, size: int) -> None:
         keys = [key.decode() for key in scan(root)]
         self._keys = [keys[start : start + size] for start in range(0, len(keys), size)]
-        self._root, self._size = str(root), teacher.input_size
+        self._root, self._sizes = str(root), teacher.input_sizes
         self._interpolation = teacher.interpolation
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def __getitem__(self, number: int) -> DecodedBatch:
-        return decode_batch(self._root, self._keys[number], self._size, self._interpolation)
+        return decode_batch(self._root, self._keys[number], self._sizes, self._interpolation)
 
 
-def bare(teacher: Teacher, batches: list[DecodedBatch], images: int) -> float:
+Annotate = Callable[[DecodedBatch], TeacherOutput]
+
+
+def bare(annotate_batch: Annotate, batches: list[DecodedBatch], images: int) -> float:
     """Images a second of the teacher alone."""
     start, done = time.perf_counter(), 0
     for batch in cycle(batches):
-        teacher.annotate(batch.images)
+        annotate_batch(batch)
         done += len(batch.errors)
         if done >= images:
             return done / (time.perf_counter() - start)
     raise AssertionError
 
 
-def plain_loop(teacher: Teacher, data: Batches, workers: int) -> float:
+def plain_loop(annotate_batch: Annotate, data: Batches, workers: int) -> float:
     """Images a second of a DataLoader loop that keeps its results."""
     loader = DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=3)
     kept, start = [], 0.0
     for batch in loader:
         start = start or time.perf_counter()
-        kept.append((teacher.annotate(batch.images), len(batch.errors)))
+        kept.append((annotate_batch(batch), len(batch.errors)))
     return sum(count for _, count in kept) / (time.perf_counter() - start)
 
 
@@ -86,7 +89,12 @@ def measure_time(options: argparse.Namespace, data: Path) -> None:
     teacher = build_teacher(config)
     batches = Batches(data / "train", teacher, config.batch_size)
     ready = [batches[number] for number in range(min(4, len(batches)))]
-    bare(teacher, ready, 2 * config.batch_size)  # warm up
+    layout = config.layout(teacher.grid, teacher.num_classes)
+
+    def one(batch: DecodedBatch) -> TeacherOutput:
+        return teacher.annotate(batch.images, layout, config.floor)
+
+    bare(one, ready, 2 * config.batch_size)  # warm up
     busy: list[float] = []
 
     def job() -> float:
@@ -97,8 +105,8 @@ def measure_time(options: argparse.Namespace, data: Path) -> None:
         return report.images_per_second
 
     ways: dict[str, Callable[[], float]] = {
-        "bare teacher": lambda: bare(teacher, ready, options.images),
-        "plain DataLoader loop": lambda: plain_loop(teacher, batches, options.threads),
+        "bare teacher": lambda: bare(one, ready, options.images),
+        "plain DataLoader loop": lambda: plain_loop(one, batches, options.threads),
         "job on Ray": job,
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -171,7 +179,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with train/ (default: the sample)")
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--input-size", type=int, default=320)
+    parser.add_argument("--input-size", type=int, nargs="+", default=[320, 448], help="passes")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--memory", action="store_true", help="memory at 500 and 5,000 images")

@@ -1,11 +1,11 @@
-"""LV-ViT learns from label maps: its parameters, and 20 steps with MixToken on 8 real pictures.
+"""LV-ViT learns from label maps: its parameters, and 20 steps with MixToken on 8 real images.
 
     make annotate SPLIT=train
     python benchmarks/lvvit.py --images data/sample/train --labels labels/train
 
 Trains LV-ViT-S at 224 px in batches of 2, with AdamW, MixToken and the token labeling loss, and
 prints the loss of every step; three minutes of CPU time. Mixed labels leave a floor that differs
-from box to box, so the loss of the 8 pictures, unmixed, before and after is printed too.
+from box to box, so the loss of the 8 images, unmixed, before and after is printed too.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tokenlabel.supervise import (
     lvvit_t,
 )
 
-PICTURES, BATCH = 8, 2
+IMAGES, BATCH = 8, 2
 #: Makers, the resolution of the published figure, the figure in millions.
 SIZES = {
     "T": (lvvit_t, 224, 8.53),
@@ -64,31 +64,31 @@ def main() -> None:
     dataset = TokenLabelDataset(
         options.images, options.labels, transform=transform, grid=model.grid
     )
-    rows = torch.linspace(0, len(dataset) - 1, PICTURES).long().tolist()
+    rows = torch.linspace(0, len(dataset) - 1, IMAGES).long().tolist()
     samples = [dataset[row] for row in rows]
     batches = [
         torch.utils.data.default_collate(samples[start : start + BATCH])
-        for start in range(0, PICTURES, BATCH)
+        for start in range(0, IMAGES, BATCH)
     ]
     criterion, mix = TokenLabelLoss(), MixToken()
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05)
 
     def unmixed() -> float:
         with torch.no_grad():
-            losses = [criterion(*model(images), targets) for images, targets in batches]
+            losses = [criterion(*model(images), labels) for images, labels in batches]
         return float(torch.stack(losses).mean())
 
-    print(f"\n8 pictures, unmixed: {unmixed():.3f}\nstep  box    loss")
+    print(f"\n8 images, unmixed: {unmixed():.3f}\nstep  box    loss")
     for step in range(options.steps):
-        images, targets = batches[step % len(batches)]
+        images, labels = batches[step % len(batches)]
         box = mix.sample(model.grid)
         outputs = model(images, box)
-        loss = criterion(*outputs, targets if box is None else box.mix_labels(targets))
+        loss = criterion(*outputs, labels if box is None else box.mix_labels(labels))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         print(f"{step:4}  {0 if box is None else box.area:.3f}  {loss.item():.3f}", flush=True)
-    print(f"8 pictures, unmixed: {unmixed():.3f}")
+    print(f"8 images, unmixed: {unmixed():.3f}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ _METRICS = {
     "kl": ("KL(teacher || target), nats", ".3f"),
     "tv": ("total variation", ".3f"),
     "top1": ("same top-1 class", ".1%"),
-    "label_top1": ("the image's label on top of the crop's mean target", ".1%"),
+    "label_top1": ("label on top of the mean target", ".1%"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Draw what a map says over its picture."""
+"""Draw what a map says over its image."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -65,14 +65,14 @@ def class_overlay(
     extent: Box,
     shown: npt.NDArray[np.bool_] | None = None,
 ) -> Image.Image:
-    """The picture under the colour and the letter of each patch's class.
+    """The image under the colour and the letter of each patch's class.
 
     Args:
         picture: RGB.
         best: int [H, W], the class of each patch.
         probs: [H, W], its probability.
         entries: the classes that have a colour and a letter.
-        extent: box (x0, y0, x1, y1) of the picture, normalised, that the patches cover.
+        extent: box (x0, y0, x1, y1) of the image, normalised, that the patches cover.
         shown: bool [H, W]; patches without a target are hatched.
     """
     colours = {entry.class_id: rgb(entry.colour) for entry in entries}
@@ -90,7 +90,7 @@ def class_overlay(
 
 
 def mass_overlay(picture: Image.Image, mass: Floats, extent: Box) -> Image.Image:
-    """The picture in grey under the colour of each patch's top-k mass, [H, W]."""
+    """The image in grey under the colour of each patch's top-k mass, [H, W]."""
     grey = picture.convert("L").convert("RGB")
     return _tinted(grey, mass.shape, extent, lambda r, c: viridis(float(mass[r, c])), 0.75)
 

@@ -32,7 +32,7 @@ class PageReport(NamedTuple):
     Attributes:
         path: the file.
         shown: images on it, of `total` that have a map.
-        errors: images without a map, and those whose picture or map cannot be read.
+        errors: images without a map, and those whose file or map cannot be read.
         size: of the file, in bytes.
     """
 
@@ -52,7 +52,7 @@ def save_page(
     keys: Sequence[str] | None = None,
     watch: Callable[[int, int], None] | None = None,
 ) -> PageReport:
-    """Write a page with pictures and label maps to browse.
+    """Write a page with images and label maps to browse.
 
     Args:
         stores: label sets, one for each split.
@@ -65,7 +65,7 @@ def save_page(
     Raises:
         ConfigError: the images are not found, or there is nothing to show.
         MissingMapError: one of `keys` is unknown or has no map.
-        PictureError, FormatError: there is none whose picture and map can be read; with others,
+        PictureError, FormatError: there is none whose file and map can be read; with others,
             those that cannot are listed on the page.
         OutputError: the file cannot be written.
     """

@@ -1,4 +1,4 @@
-"""What a page of labels holds: pictures, quantised maps and facts, as JSON-able values."""
+"""What a page of labels holds: images, quantised maps and facts, as JSON-able values."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from tokenlabel.inspection.names import ClassNames
 from tokenlabel.inspection.patch_map import patch_map
 from tokenlabel.inspection.picture_map import legend, map_facts
 
-#: Longer side of a picture on the page, in pixels.
+#: Longer side of an image on the page, in pixels.
 PICTURE_SIDE = 480
 #: Of its JPEG: with the map's, what keeps 200 images under 20 MB, whatever they show.
 PICTURE_BYTES = 52_000
@@ -43,7 +43,7 @@ class SplitData:
         return self._places.setdefault(class_id, len(self._places))
 
     def image(self, key: str, picture: Image.Image) -> dict[str, Any]:
-        """One image: its picture, its map and what the map says."""
+        """One image: its pixels, its map and what the map says."""
         entry = self.store[key]
         patches = patch_map(entry)
         label = entry.label if self._comparable else -1
@@ -89,7 +89,7 @@ def _quantised(values: np.ndarray) -> bytes:
 
 
 def jpeg(picture: Image.Image) -> bytes:
-    """A picture small enough for a page, in at most `PICTURE_BYTES`."""
+    """An image small enough for a page, in at most `PICTURE_BYTES`."""
     side = PICTURE_SIDE
     while True:
         small = picture.copy()

@@ -82,7 +82,7 @@ def augmentations(
 
 
 def _outline(label_map: TokenLabelMap) -> Floats:
-    """Where the corners of the augmented picture's content lie in the source, [4, 2]."""
+    """Where the corners of the augmented image's content lie in the source, [4, 2]."""
     height, width = label_map.canvas_size
     x = np.array([0.0, width, width, 0.0])
     y = np.array([0.0, 0.0, height, height])

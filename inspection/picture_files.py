@@ -24,12 +24,12 @@ class PictureError(TokenLabelError):
 
 
 class PictureFiles:
-    """The pictures of a label set, by key.
+    """The images of a label set, by key.
 
     Args:
         store: the label set.
         images: folder of its split, or the folder of the data set, which holds a folder for each
-            split. None: only the embedded sample's pictures are found by themselves.
+            split. None: only the embedded sample's images are found by themselves.
 
     Raises:
         ConfigError: the images are not there, or not where None looks for them.
@@ -58,12 +58,12 @@ class PictureFiles:
         if Path(self._example).match(_SAMPLE_NAME) and self._example in _sample_pictures():
             return _sample_pictures()
         raise ConfigError(
-            f"the pictures must be found to be shown, and {self._store.root} does not record where "
+            f"the images must be found to be shown, and {self._store.root} does not record where "
             "its images are. Remedy: name their folder with --images"
         )
 
     def read(self, key: str) -> Image.Image:
-        """The picture in RGB, as the student sees it (EXIF orientation not applied).
+        """The image in RGB, as the student sees it (EXIF orientation not applied).
 
         Raises:
             MissingMapError: the label set has no such key.
@@ -74,30 +74,30 @@ class PictureFiles:
         digest, annotated = file_digest(data), int(self._digests[row])
         if annotated not in (0, digest):  # 0: of a label set that does not record digests
             raise PictureError(
-                f"{name!r} must be the picture that was annotated, with digest "
+                f"{name!r} must be the image that was annotated, with digest "
                 f"{annotated:016x}; its digest is {digest:016x}. Remedy: name the folder that was "
                 "annotated with --images, or annotate these images"
             )
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # odd EXIF and large pictures are no news here
+                warnings.simplefilter("ignore")  # odd EXIF and large images are no news here
                 with Image.open(io.BytesIO(data), formats=FORMATS) as file:
                     picture = file.convert("RGB")
         except Exception as error:  # decoders raise nearly anything
-            raise PictureError(f"cannot decode the picture {name!r}: {error}") from error
+            raise PictureError(f"cannot decode the image {name!r}: {error}") from error
         if picture.size != (size := tuple(self._store.sizes[row].tolist())):
             raise PictureError(
-                f"{name!r} must be the picture that was annotated, of {size} pixels; it has "
+                f"{name!r} must be the image that was annotated, of {size} pixels; it has "
                 f"{picture.size}. Remedy: name the folder that was annotated with --images"
             )
         return picture
 
     def _bytes(self, key: str) -> tuple[bytes, str]:
-        """Of a picture's file, and the file's name."""
+        """Of an image's file, and the file's name."""
         if self._embedded is not None:
             if key not in self._embedded:
                 raise PictureError(
-                    f"{key!r} is none of the embedded sample's pictures. Remedy: name the folder "
+                    f"{key!r} is none of the embedded sample's images. Remedy: name the folder "
                     "that was annotated with --images"
                 )
             return self._embedded[key], key
@@ -110,7 +110,7 @@ class PictureFiles:
             return path.read_bytes(), str(path)
         except OSError as error:
             raise PictureError(
-                f"cannot read the picture {str(path)!r}: {error}. Remedy: name the folder that was "
+                f"cannot read the image {str(path)!r}: {error}. Remedy: name the folder that was "
                 "annotated with --images"
             ) from error
 

@@ -1,4 +1,4 @@
-"""One image's label map as a PNG: what the teacher saw, and how labels move with the picture."""
+"""One image's label map as a PNG: what the teacher saw, and how labels move with the image."""
 
 import math
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ def draw_sheet(
     draw = ImageDraw.Draw(sheet)
     _header(draw, store, names, key, entry)
     panels = [
-        ("The picture, and the three views below", _framed(shown, augmented)),
+        ("The image, and the three views below", _framed(shown, augmented)),
         (
             "Most probable class of each patch",
             class_overlay(shown, best, probs, entries, entry.extent),
@@ -125,7 +125,7 @@ def _header(
 
 
 def _framed(picture: Image.Image, augmented: Sequence[Augmentation]) -> Image.Image:
-    """The picture with the outline and the number of each augmentation."""
+    """The image with the outline and the number of each augmentation."""
     drawn = picture.copy()
     draw = ImageDraw.Draw(drawn)
     outlines = [augmentation.outline * picture.size for augmentation in augmented]
@@ -143,7 +143,7 @@ def _framed(picture: Image.Image, augmented: Sequence[Augmentation]) -> Image.Im
 def _free_place(
     outline: Floats, size: tuple[int, int], taken: Sequence[tuple[float, float]]
 ) -> tuple[float, float]:
-    """Where to number a frame: at the corner that the augmented picture shows at its top left.
+    """Where to number a frame: at the corner that the augmented image shows at its top left.
 
     Farther along the frame's upper side where other numbers are in the way.
     """
@@ -166,7 +166,7 @@ def _pair(
     augmentation: Augmentation,
     entries: Sequence[LegendEntry],
 ) -> None:
-    """An augmented picture beside its targets."""
+    """An augmented image beside its targets."""
     left, top = at
     draw_badge(draw, (left + 15, top + 13), str(number + 1), _FRAMES[number])
     side = "left" if augmentation.angle >= 0 else "right"

@@ -133,7 +133,7 @@ def _bars(counts: list[int]) -> str:
 
 
 def _print_classes(facts: dict[str, Any], console: Console) -> None:
-    console.print("[bold]most frequent top-1 classes of patches[/bold] (of images' labels)")
+    console.print("[bold]most frequent top-1 classes of patches[/bold] (of the labels)")
     for entry in facts["frequent_classes"]:
         console.print(_class_line(entry))
     total = facts["num_classes"]
@@ -143,7 +143,7 @@ def _print_classes(facts: dict[str, Any], console: Console) -> None:
     )
     if facts["overpredicted_classes"]:
         console.print(
-            f"[bold]over-predicted[/bold] on top of more than {TIMES:.0f} times their fraction"
+            f"[bold]over-predicted[/bold] on top more than {TIMES:.0f} times as often as labelled"
         )
         for entry in facts["overpredicted_classes"]:
             console.print(_class_line(entry))
@@ -159,8 +159,8 @@ def _print_suspects(facts: dict[str, Any], console: Console) -> None:
     if not of:
         return
     console.print(
-        f"[bold]label nowhere[/bold] in {count:,} of {of:,} images no patch has the label in "
-        f"its top {facts['k']}" + (": mislabelled, or too hard for the teacher" * (count > 0))
+        f"[bold]likely mislabels[/bold] {count:,} of {of:,} images lack their label in every "
+        f"patch's top {facts['k']}" + (": mislabelled, or too hard for the teacher" * (count > 0))
     )
     found = facts["images_without_their_label_list"]
     for entry in found[:_LISTED]:

@@ -24,7 +24,7 @@ class Backbone(NamedTuple):
         num_classes: width of the model's classifier; 0 if it has none.
         reset_classifier: (model, number of classes) puts a new classifier in; None if the family
             has no place for one, so that the student must add it.
-        embedding: the module that turns pictures into patch tokens, before any position is added.
+        embedding: the module that turns images into patch tokens, before any position is added.
         dense: whether `features` gives patch logits instead, from a patch head of the model's own.
     """
 
@@ -41,7 +41,7 @@ def as_map(features: Tensor, image_size: Grid, prefix: int = 0, *, channels_last
 
     Args:
         features: tokens, or a map [B, h, w, D] or [B, D, h, w].
-        image_size: (H, W) of the pictures.
+        image_size: (H, W) of the images.
         prefix: number of class, distillation and register tokens in front.
         channels_last: whether a feature map is [B, h, w, D].
 
@@ -66,7 +66,7 @@ def as_map(features: Tensor, image_size: Grid, prefix: int = 0, *, channels_last
 
 
 def grid_of(tokens: int, image_size: Grid) -> Grid:
-    """Find the (h, w) of square patches on a picture from their number.
+    """Find the (h, w) of square patches on an image from their number.
 
     Raises:
         ValueError: if no such grid has that many patches.
@@ -83,7 +83,7 @@ def grid_of(tokens: int, image_size: Grid) -> Grid:
         if fits and width * (rows - 1) < height * (columns + 1):
             return rows, columns
     raise ValueError(
-        f"patch tokens must fill a grid; {tokens} tokens of a picture of (H, W) = {image_size} do "
+        f"patch tokens must fill a grid; {tokens} tokens of an image of (H, W) = {image_size} do "
         f"not. Remedy: turn off what drops or merges tokens in the backbone. {OVERRIDE}"
     )
 

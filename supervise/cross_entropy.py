@@ -12,7 +12,7 @@ from tokenlabel.dataset import TokenWindows
 #: Images at a time, so that the entries of the windows, expanded, stay small beside the logits.
 #: On a CPU a few fit its cache, and one alone would cost its threads too many barriers; measured at
 #: [64, 196, 1000] on one thread: 50 ms for 1 to 8 images, 96 ms for all 64.
-CPU_IMAGES, ACCELERATOR_IMAGES = 4, 32
+CPU_IMAGES, ACCELERATOR_IMAGES = 4, 16
 
 
 def cross_entropy(logits: Tensor, parts: Sequence[tuple[TokenWindows, Tensor]]) -> Tensor:
@@ -103,7 +103,7 @@ def _some(
     entries = values.flatten(0, 1).index_select(0, rows).view(*cells.shape, k)
     entries = entries.mul_(window.unsqueeze(-1)).flatten(2)
     logs = torch.log_softmax(logits, -1, dtype=window.dtype)
-    loss = -(logs.gather(-1, ids) * entries).sum(-1) - (logs @ basis.mT * share).sum(-1)
-    mass = entries.sum(-1, keepdim=True) + share @ basis.sum(-1, keepdim=True)
+    loss = -logs.gather(-1, ids).mul_(entries).sum(-1) - (logs @ basis.mT * share).sum(-1)
+    mass = (entries.sum(-1) + (share * basis.sum(-1).unsqueeze(1)).sum(-1)).unsqueeze(-1)
     gradient = logs.exp_().mul_(mass).scatter_add_(-1, ids, entries.neg_())
     return loss, gradient.baddbmm_(share, basis, alpha=-1)

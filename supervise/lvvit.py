@@ -1,7 +1,7 @@
 """LV-ViT (Jiang et al., 2021, "All Tokens Matter", arXiv 2104.10858): T, S, M and L.
 
 A ViT whose stem is four convolutions, whose residual branches are scaled down, and which classifies
-every patch as well as the picture.
+every patch as well as the image.
 """
 
 from typing import Any
@@ -26,13 +26,13 @@ class LVViT(nn.Module):
     it gives class logits, to which the largest logit over the patches is added, for each class,
     `patch_vote` times. (The published weights are evaluated so, with 0.5.)
 
-    Any picture of at least one patch each way will do: position embeddings are interpolated from
-    `image_size`'s grid to the picture's. For pictures of 32 px: `patch_size=4, image_size=32`.
+    Any image of at least one patch each way will do: position embeddings are interpolated from
+    `image_size`'s grid to the image's. For images of 32 px: `patch_size=4, image_size=32`.
 
     Args:
         image_size: the default input (H, W) in pixels, or one number for a square.
         patch_size: side of a patch in pixels; even, because the stem's first layer halves.
-        in_channels: channels of the pictures.
+        in_channels: channels of the images.
         num_classes: number of classes C.
         width: of the tokens.
         depth: number of transformer layers.
@@ -44,11 +44,11 @@ class LVViT(nn.Module):
         patch_vote: weight of the patches' maximum in evaluation; 0 for the class token alone.
 
     Attributes:
-        grid: (h, w) of the patches at `image_size`; N = h * w, row by row. For pictures of another
+        grid: (h, w) of the patches at `image_size`; N = h * w, row by row. For images of another
             size: `grid_for`.
 
     Raises:
-        ValueError: for sizes that do not go together, or when called, for a picture smaller than a
+        ValueError: for sizes that do not go together, or when called, for an image smaller than a
             patch, or with a box in evaluation.
     """
 
@@ -106,7 +106,7 @@ class LVViT(nn.Module):
         Args:
             images: [B, in_channels, H, W].
             box: from `MixToken.sample`, in training only: these patches are exchanged after the
-                stem and brought back at the end. Targets: `box.mix_labels(targets)`.
+                stem and brought back at the end. Labels: `box.mix_labels(labels)`.
         """
         if box is not None and not self.training:
             raise ValueError("MixToken is for training. Remedy: model.train(), or box=None")
@@ -123,7 +123,7 @@ class LVViT(nn.Module):
         height, width = self.grid_for((images.shape[-2], images.shape[-1]))
         if not height * width:
             raise ValueError(
-                f"a picture must be at least one patch of {self.patch_size} pixels each way, got "
+                f"an image must be at least one patch of {self.patch_size} pixels each way, got "
                 f"(H, W) = {tuple(images.shape[-2:])}"
             )
         embedded = self.stem(images)
@@ -159,7 +159,7 @@ class LVViT(nn.Module):
         return self.grid_for(self.image_size)
 
     def grid_for(self, image_size: int | Grid) -> Grid:
-        """(h, w) of the patches of pictures of (H, W) pixels: `grid_for(images.shape[-2:])`."""
+        """(h, w) of the patches of images of (H, W) pixels: `grid_for(images.shape[-2:])`."""
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         half = self.patch_size // 2
         return (height + 1) // 2 // half, (width + 1) // 2 // half

@@ -13,7 +13,7 @@ class Block(nn.Module):
         heads: attention heads.
         hidden: width inside the MLP.
         residual_scale: what the branches are divided by.
-        drop_path_rate: probability that a picture skips a branch in training.
+        drop_path_rate: probability that an image skips a branch in training.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """`MixedLabels`: the labels of a batch whose images were mixed in pairs."""
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -116,9 +117,10 @@ class MixedLabels:
         dense = torch.stack(mixed).sum(0) / weight.clamp(min=_LEAST).unsqueeze(-1)
         return TokenTargets.of(self.hard_label(), weight, dense, self.crop(), k)
 
-    def _map(self, function: Any) -> "MixedLabels":
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: function(v) for k, v in parts.items() if isinstance(v, Tensor)})
+    def _map(self, move: Callable[[Any], Any]) -> "MixedLabels":
+        return MixedLabels(
+            move(self.labels), move(self.partner), move(self.blend), move(self.box), self.patches
+        )
 
 
 def _covered(start: Tensor, end: Tensor, patches: int) -> Tensor:

@@ -1,6 +1,6 @@
 """MixUp and CutMix of a batch of images and, with them, of their labels."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from tokenlabel.supervise.mixed import MixedLabels, check_records
 __all__ = ["CutMix", "MixUp", "MixUpOrCutMix"]
 
 Mode = Literal["batch", "pair", "elem"]
-_MODES = ("batch", "pair", "elem")
 
 
 class MixUpOrCutMix(nn.Module):
@@ -54,8 +53,8 @@ class MixUpOrCutMix(nn.Module):
         for name, value in (("prob", prob), ("switch_prob", switch_prob)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
-        if mode not in _MODES:
-            raise ValueError(f"mode must be one of {_MODES}, got {mode!r}")
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")
         self.mixup_alpha = mixup_alpha
         self.cutmix_alpha = cutmix_alpha
         self.prob = prob

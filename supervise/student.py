@@ -14,7 +14,7 @@ __all__ = ["TokenStudent"]
 
 
 class TokenStudent(nn.Module):
-    """A backbone that answers for the picture and, in training, for each of its patches.
+    """A backbone that answers for the image and, in training, for each of its patches.
 
     Takes models of timm (ViT, DeiT with or without its distillation token, EVA, VOLO, Swin,
     ConvNeXt, ResNet, …), torchvision (ViT, Swin, ConvNeXt, ResNet) and Hugging Face
@@ -46,7 +46,7 @@ class TokenStudent(nn.Module):
         model: the backbone.
         num_classes: C.
         image_size: (H, W) of the default input.
-        grid: (h, w) of the patches at `image_size`; N = h * w, row by row. For pictures of another
+        grid: (h, w) of the patches at `image_size`; N = h * w, row by row. For images of another
             size: `grid_for`.
 
     Raises:
@@ -141,8 +141,8 @@ class TokenStudent(nn.Module):
             images: [B, channels, H, W].
             box: from `MixToken.sample`, in training only: these patches are exchanged after the
                 patch embedding and brought back at the end, so that patch logits are those of
-                `images`' own patches. The class logits are of the mixed pictures:
-                `box.mix_labels(targets)`.
+                `images`' own patches. The class logits are of the mixed images:
+                `box.mix_labels(labels)`.
         """
         if not self.training:
             if box is not None:
@@ -159,7 +159,7 @@ class TokenStudent(nn.Module):
         if self._exchange is None:
             raise ValueError(
                 f"MixToken needs a patch embedding; {type(self.model).__name__} has none. Remedy: "
-                "CutMix on the pictures, or override `patch_embedding` in a subclass"
+                "CutMix on the images, or override `patch_embedding` in a subclass"
             )
         self._exchange.box = box
         try:
@@ -179,7 +179,7 @@ class TokenStudent(nn.Module):
         return self.grid_for(self.image_size)
 
     def grid_for(self, image_size: int | Grid) -> Grid:
-        """(h, w) of the patches of pictures of (H, W) pixels: `grid_for(images.shape[-2:])`."""
+        """(h, w) of the patches of images of (H, W) pixels: `grid_for(images.shape[-2:])`."""
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         size = (int(height), int(width))
         if size not in self._grids:
@@ -188,7 +188,7 @@ class TokenStudent(nn.Module):
 
     @torch.no_grad()
     def _probe(self, size: Grid) -> tuple[Tensor, Tensor]:
-        """Run the features of one empty picture, so that shapes are those it really has."""
+        """Run the features of one empty image, so that shapes are those it really has."""
         weight = next(self.model.parameters())
         convolutions = [m for m in self.model.modules() if isinstance(m, nn.Conv2d)]
         channels = convolutions[0].in_channels if convolutions else 3

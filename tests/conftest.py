@@ -12,7 +12,7 @@ from tests.faults.table import ROWS, write_table
 from tokenlabel.annotate.cluster import ray_session
 from tokenlabel.annotate.sample import sample_folder
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 # CI tries the same examples each time; elsewhere they differ from run to run.
 hypothesis.settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("default")

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from tokenlabel.annotate.config import AnnotateConfig, load_config
 from tokenlabel.annotate.errors import ConfigError
 from tokenlabel.cli import main
+from tokenlabel.dataset.score_map import MapLayout
 
 SHIPPED = ["sample", "nfnet_f6", "efficientnetv2_l"]
 
@@ -23,10 +24,24 @@ def test_shipped_files_load_by_name_and_path(name: str) -> None:
 
 
 def test_options_win_over_the_file() -> None:
-    config = load_config("nfnet_f6", {"k": 5, "input_size": [288, 384]})
+    config = load_config("nfnet_f6", {"k": 5, "input_size": 288})
     assert (config.model, config.k, config.batch_size) == ("dm_nfnet_f6.dm_in1k", 5, 32)
-    assert config.height_width == (288, 384)
+    assert config.input_size == 288
     assert load_config(None).folder == Path("labels/train")
+
+
+def test_what_is_stored() -> None:
+    views = ("identity",)
+    assert load_config(None).layout((2, 3), 1000) == MapLayout(views, (2, 3), 16, 1000, 64, 0.25)
+    assert load_config(None).floor == 0.003
+    few = load_config(None, {"level": False}).layout((2, 3), 10)
+    assert few == MapLayout(views, (2, 3), 10, 10, 10, 0.25, False)
+    compact, precise = (load_config(None, {name: True}) for name in ("compact", "precise"))
+    assert (compact.step, compact.floor) == (0.25, 0.01)
+    assert (precise.step, precise.floor) == (0, 0)
+    assert load_config(None, {"compact": True, "floor": 0.02}).floor == 0.02
+    with pytest.raises(ConfigError, match="compact and precise exclude each other"):
+        load_config(None, {"compact": True, "precise": True})
 
 
 @pytest.mark.parametrize(
@@ -34,13 +49,17 @@ def test_options_win_over_the_file() -> None:
     [
         ("kk: 5", "kk: unknown key (value 5). Remedy: did you mean 'k'?"),
         ("zzzz: 5", "zzzz: unknown key (value 5). Remedy: one of data, split"),
-        ("k: ten", "k: Input should be a valid integer, got 'ten'. Remedy: set k: scores to keep"),
+        ("k: ten", "k: Input should be a valid integer, got 'ten'. Remedy: set k: classes to"),
         ("k: '10'", "k: Input should be a valid integer, got '10'. Remedy: set k: "),
         ("k: 0", "k: Input should be greater than or equal to 1, got 0. Remedy: set k: "),
         ("batch_size: 1.5", "batch_size: Input should be a valid integer"),
         ("channels_last: 1", "channels_last: Input should be a valid boolean, got 1"),
         ("precision: fp8", "precision: Input should be 'float32', 'bfloat16' or 'float16'"),
-        ("input_size: [1, 2, 3]", "input_size: must be one number or [height, width], got"),
+        ("input_size: [[1, 2, 3]]", "input_size: must be a side, or a list of sides and pairs"),
+        ("input_size: []", "input_size: must be a side, or a list of sides and pairs"),
+        ("step: 0.01", "step: must be 0 or from 0.0625 to 1, got 0.01. Remedy: set step: nats"),
+        ("floor: 1", "floor: Input should be less than 1, got 1"),
+        ("compact: 1", "compact: Input should be a valid boolean, got 1"),
         ("views: [hflip]", "views: must be [identity] or [identity, hflip], got ['hflip']"),
         ("split: ../x", "split: must be a folder inside `data`, such as train, got '../x'"),
         ("model: ''", "model: must not be empty"),
@@ -99,12 +118,28 @@ def test_every_option_is_on_the_command_line() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "value"),
+    [("64", 64), ("64,96", [64, 96]), ("[64, 96]", [64, 96]), ("[[64, 96]]", [[64, 96]])],
+)
+def test_sizes_on_the_command_line_are_those_of_the_file(
+    tmp_path: Path, text: str, value: object
+) -> None:
+    (tmp_path / "mine.yaml").write_text(f"input_size: {value}")
+    option = next(
+        option for option in main.commands["annotate"].params if option.name == "input_size"
+    )
+    given = option.type.convert(text, option, None)
+    assert load_config(None, {"input_size": given}) == load_config(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--k", "0"], "option k: Input should be greater than or equal to 1, got 0"),
         (["--k", "many"], "option k: Input should be a valid integer, got 'many'"),
         (["--views", "hflip"], "option views: must be [identity] or [identity, hflip]"),
-        (["--input-size", "1,2,3"], "option input_size: must be one number or"),
+        (["--input-size", "[[1,2,3]]"], "option input_size: must be a side, or a list"),
+        (["--input-size", "[1"], "'[1' is not a value"),
         (["--precision", "int4"], "'int4' is not one of 'float32', 'bfloat16', 'float16'"),
         (["--data", "/nowhere"], "no folder /nowhere/train: `data` must hold a folder a split"),
         (["--config", "nope"], "no configuration 'nope'"),

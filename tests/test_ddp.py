@@ -1,16 +1,15 @@
 """Two processes on halves of a batch have the gradients of one on the whole."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.soft_targets import made_up
-from tokenlabel.dataset import TokenTargets
-from tokenlabel.supervise import MixedTargets, TokenLabelLoss, mix_targets
+from tests.records import made_up, with_word
+from tokenlabel.dataset import TokenLabels
+from tokenlabel.supervise import MixedLabels, TokenLabelLoss
 
 B, N, C, WIDTH = 6, 9, 20, 8
 
@@ -27,18 +26,21 @@ class Student(nn.Module):
         return self.head(features.mean(1)), self.patch_head(features)
 
 
-def batch(mixed: bool) -> tuple[Tensor, Any]:
-    """Tokens and targets; the second half has fewer weights, maps and labels than the first."""
-    targets = made_up(B, N, C, 4)
-    targets.weight[3:] *= 0.3
-    targets.weight[4] = 0
-    targets.label[5] = -1
-    tokens = torch.randn(B, N, WIDTH, generator=torch.Generator().manual_seed(0))
-    return tokens, mix_targets(targets, torch.arange(B).roll(1), 0.3) if mixed else targets
+def batch(mixed: bool, rows: slice) -> tuple[Tensor, TokenLabels | MixedLabels]:
+    """Rows of the batch: tokens and labels; the second half has fewer maps and labels."""
+    labels = with_word(with_word(made_up(B, C), 4, state=0), 5, label=-1)[rows]
+    tokens = torch.randn(B, N, WIDTH, generator=torch.Generator().manual_seed(0))[rows]
+    if not mixed:
+        return tokens, labels
+    # Partners are in the same half, as where each process mixes its own batch.
+    partner = torch.tensor([1, 2, 0, 4, 5, 3])[rows] - (rows.start or 0)
+    blend = torch.linspace(0.2, 0.8, B)[rows]
+    return tokens, MixedLabels(labels, partner, blend, torch.zeros(len(blend), 4))
 
 
-def loss_of(model: nn.Module, tokens: Tensor, targets: TokenTargets | MixedTargets) -> Tensor:
-    loss: Tensor = TokenLabelLoss(cls_target="both")(*model(tokens), targets)
+def loss_of(model: nn.Module, mixed: bool, rows: slice) -> Tensor:
+    tokens, labels = batch(mixed, rows)
+    loss: Tensor = TokenLabelLoss(cls_target="both")(*model(tokens), labels)
     return loss
 
 
@@ -49,8 +51,7 @@ def train(rank: int, store: str, out: str) -> None:
     for mixed in (False, True):
         torch.manual_seed(0)
         model = DistributedDataParallel(Student())
-        tokens, targets = batch(mixed)
-        loss_of(model, tokens[half], type(targets)(*(part[half] for part in targets))).backward()
+        loss_of(model, mixed, half).backward()
         torch.save([p.grad for p in model.parameters()], f"{out}-{mixed}-{rank}")
     distributed.destroy_process_group()
 
@@ -65,7 +66,7 @@ def test_gradients_are_those_of_the_joined_batch(
     for mixed in (False, True):
         torch.manual_seed(0)
         model = Student()
-        loss_of(model, *batch(mixed)).backward()
+        loss_of(model, mixed, slice(None)).backward()
         for rank in (0, 1):
             gradients = torch.load(f"{out}-{mixed}-{rank}")
             for found, parameter in zip(gradients, model.parameters(), strict=True):

@@ -161,7 +161,7 @@ def test_the_published_rule_keeps_what_the_page_says(here: Path) -> None:
     }
     moved = {k: (dense[k] - dense[1000]).abs().sum(-1).max().item() / 2 for k in (10, 64)}
     assert moved[64] < 1e-5
-    assert 0.01 < moved[10] < 0.1
+    assert 0.05 < moved[10] < 0.15
 
 
 def test_the_readme_reads_labels(here: Path) -> None:

@@ -72,7 +72,7 @@ def call(path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Non
 @pytest.fixture(scope="module")
 def data(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes of 32 px images, cut from the sample's photographs: 32 of train, 8 of val."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     for split in ("train", "val"):
         for number, path in enumerate(sorted((sample / split).rglob("*.jpg"))):
             picture = PIL.Image.open(path).resize((64, 64))

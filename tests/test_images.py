@@ -1,4 +1,4 @@
-"""Decoding: the pictures that ImageFolder shows the student, and a row for each bad file."""
+"""Decoding: the images that ImageFolder shows the student, and a row for each bad file."""
 
 import io
 import os
@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 from torchvision.datasets.folder import pil_loader
 
-from tokenlabel.annotate import images
+from tokenlabel.annotate import images as decoding
 from tokenlabel.annotate.images import decode_batch, file_digest, join_batches
 
 
-def picture(mode: str, size: tuple[int, int] = (40, 30)) -> Image.Image:
+def image(mode: str, size: tuple[int, int] = (40, 30)) -> Image.Image:
     rng = np.random.default_rng(0)
     if mode.startswith("I;16"):
         return Image.fromarray(rng.integers(0, 65536, size[::-1], dtype="u2"))
@@ -25,7 +25,7 @@ def rotated_jpeg() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = io.BytesIO()
-    picture("RGB").save(data, "JPEG", exif=exif)
+    image("RGB").save(data, "JPEG", exif=exif)
     return data.getvalue()
 
 
@@ -46,23 +46,25 @@ def rotated_jpeg() -> bytes:
         ("P", "GIF"),
     ],
 )
-def test_readable_pictures_are_what_the_student_sees(tmp_path: Path, mode: str, kind: str) -> None:
+def test_readable_images_are_what_the_student_sees(tmp_path: Path, mode: str, kind: str) -> None:
     path = tmp_path / "a.jpg"  # the ending does not decide
-    picture(mode).save(path, kind)
-    batch = decode_batch(str(tmp_path), ["a.jpg"], (24, 20), "bicubic")
+    image(mode).save(path, kind)
+    batch = decode_batch(str(tmp_path), ["a.jpg"], [(24, 20), (9, 30)], "bicubic")
     assert batch.errors == [""]
     assert batch.sizes.tolist() == [[40, 30]]
-    assert batch.images.shape == (1, 24, 20, 3)
-    want = pil_loader(str(path)).resize((20, 24), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(batch.images[0], np.asarray(want))
+    assert [images.shape for images in batch.images] == [(1, 24, 20, 3), (1, 9, 30, 3)]
+    for images, size in zip(batch.images, [(20, 24), (30, 9)], strict=True):
+        want = pil_loader(str(path)).resize(size, Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(images[0], np.asarray(want))
     assert batch.digests[0] == file_digest(path.read_bytes())
 
 
 def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(rotated_jpeg())
-    batch = decode_batch(str(tmp_path), ["a.jpg"], (30, 40), "nearest")
+    batch = decode_batch(str(tmp_path), ["a.jpg"], [(30, 40)], "nearest")
     assert batch.sizes.tolist() == [[40, 30]]
-    np.testing.assert_array_equal(batch.images[0], np.asarray(pil_loader(str(tmp_path / "a.jpg"))))
+    want = np.asarray(pil_loader(str(tmp_path / "a.jpg")))
+    np.testing.assert_array_equal(batch.images[0][0], want)
 
 
 def test_bad_files_become_rows_and_their_neighbours_stay(
@@ -78,7 +80,7 @@ def test_bad_files_become_rows_and_their_neighbours_stay(
     (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "pipe.jpg")
     Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(images, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(decoding, "MAX_FILE_BYTES", 100_000)
     (tmp_path / "huge.jpg").write_bytes(good + b"\0" * 100_000)
     reasons = {
         "bomb.png": "too many pixels: Image size (400000000 pixels) exceeds limit",
@@ -92,21 +94,22 @@ def test_bad_files_become_rows_and_their_neighbours_stay(
         "script.jpg": "not an image, or its header is damaged",
         "text.jpg": "not an image, or its header is damaged",
     }
-    batch = decode_batch(str(tmp_path), list(reasons), (8, 8), "bicubic")
+    batch = decode_batch(str(tmp_path), list(reasons), [(8, 8)], "bicubic")
     for error, (name, reason) in zip(batch.errors, reasons.items(), strict=True):
         assert error.startswith(reason) and bool(error) == bool(reason), name
         assert str(tmp_path) not in error and "0x" not in error
-    again = decode_batch(str(tmp_path), list(reasons), (8, 8), "bicubic")
+    again = decode_batch(str(tmp_path), list(reasons), [(8, 8)], "bicubic")
     assert again.errors == batch.errors, "error texts belong to the bytes of a shard"
-    alone = [decode_batch(str(tmp_path), [name], (8, 8), "bicubic") for name in reasons]
-    for got, want in zip(join_batches(alone), batch, strict=True):
+    alone = [decode_batch(str(tmp_path), [name], [(8, 8)], "bicubic") for name in reasons]
+    joined = join_batches(alone)
+    for got, want in zip((*joined.images, *joined[1:]), (*batch.images, *batch[1:]), strict=True):
         np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
 def test_damaged_bytes_never_raise(tmp_path: Path, kind: str) -> None:
     data = io.BytesIO()
-    picture("RGB").save(data, kind)
+    image("RGB").save(data, kind)
     rng = np.random.default_rng(1)
     names = []
     for number in range(60):
@@ -115,11 +118,11 @@ def test_damaged_bytes_never_raise(tmp_path: Path, kind: str) -> None:
             damaged[place] = int(rng.integers(0, 256))
         names.append(f"{number}.jpg")
         (tmp_path / names[-1]).write_bytes(damaged)
-    batch = decode_batch(str(tmp_path), names, (8, 8), "bilinear")
+    batch = decode_batch(str(tmp_path), names, [(8, 8)], "bilinear")
     for size, error in zip(batch.sizes, batch.errors, strict=True):
         assert bool(error) != bool(size.any())
 
 
 def test_a_node_without_the_images_is_no_bad_image(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"is not there on this node. Remedy: mount it"):
-        decode_batch(str(tmp_path / "nope"), ["a.jpg"], (8, 8), "bicubic")
+        decode_batch(str(tmp_path / "nope"), ["a.jpg"], [(8, 8)], "bicubic")

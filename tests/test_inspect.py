@@ -30,7 +30,7 @@ COUNTS = {"labelled": 8, "top1": 4, "top5": 6, "mass": 4.0}
 
 @pytest.fixture(scope="session")
 def labels(sample: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Path:
-    """Labels of the sample's 4 validation pictures by the real job, with 3 x 3 maps."""
+    """Labels of the sample's 4 validation images by the real job, with 3 x 3 maps."""
     out = tmp_path_factory.mktemp("inspect")
     annotate(config(sample, out, split="val", input_size=96, k=5))
     return out / "val"
@@ -218,7 +218,7 @@ def test_agreement_finds_the_teacher_or_says_what_is_missing(
     images = Path(shutil.copytree(sample / "val", tmp_path / "val"))
     for path in images.rglob("*.jpg"):
         path.write_bytes(path.read_bytes() + b"\0")
-    assert "must be the picture that was annotated" in invoke(*command, "--images", images, code=1)
+    assert "must be the image that was annotated" in invoke(*command, "--images", images, code=1)
     made_up(tmp_path / "made", 8)
     assert "only labels of `annotate`" in invoke(
         "inspect-labels", tmp_path / "made", "--agreement", 1, "--images", sample, code=1

@@ -24,6 +24,7 @@ from tokenlabel.annotate.errors import (
 from tokenlabel.annotate.lock import folder_lock
 from tokenlabel.annotate.weights import load_weights
 from tokenlabel.dataset.errors import FormatError
+from tokenlabel.dataset.score_map import DROPPED, MapLayout
 from tokenlabel.dataset.store import LabelStore
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("ray_here")
 def labels(
     sample: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None
 ) -> tuple[Path, dict[str, str]]:
-    """An undisturbed run over the sample's 16 training pictures, and its digests."""
+    """An undisturbed run over the sample's 16 training images, and its digests."""
     out = tmp_path_factory.mktemp("labels")
     report = annotate(config(sample, out))
     assert report.ok and (report.written, report.skipped, report.errors) == (2, 0, 0)
@@ -46,7 +47,7 @@ def copy(labels: tuple[Path, dict[str, str]], tmp_path: Path) -> Path:
     return Path(shutil.copytree(labels[0], tmp_path / "labels"))
 
 
-def test_scores_are_those_of_a_plain_loop_over_timm(
+def test_maps_are_those_of_a_plain_loop_over_timm(
     sample: Path, labels: tuple[Path, dict[str, str]]
 ) -> None:
     """Written without any code of ours but the weights' loader: resize, normalise, model, top-k."""
@@ -58,22 +59,26 @@ def test_scores_are_those_of_a_plain_loop_over_timm(
     assert list(store.keys) == sorted(
         p.relative_to(sample / "train").as_posix() for p in (sample / "train").rglob("*.jpg")
     )
+    assert store.layout == MapLayout(("identity",), (2, 2), 16, 1000, 64, 0.25)
     for key in store.keys:
-        picture = Image.open(sample / "train" / key).convert("RGB")
-        pixels = np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC))
+        image = Image.open(sample / "train" / key).convert("RGB")
+        pixels = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC))
         x = (torch.tensor(pixels) / 255 - mean) / std
         with torch.no_grad():
             features = model.forward_features(x.permute(2, 0, 1)[None])
             logits = model.classifier(features.permute(0, 2, 3, 1))[0]
-        entry = store[key]
-        assert entry.scores.shape == (1, 2, 2, 10)
-        top = logits.topk(10)
-        np.testing.assert_allclose(entry.scores[0], top.values, rtol=2e-3, atol=2e-3)
-        at_stored = logits.gather(-1, torch.tensor(entry.classes[0].astype(np.int64)))
-        np.testing.assert_allclose(entry.scores[0], at_stored, rtol=2e-3, atol=2e-3)
-        others = logits.clone().scatter_(-1, top.indices, -torch.inf).logsumexp(-1)
-        np.testing.assert_allclose(entry.rest[0], others, rtol=2e-3, atol=2e-3)
-        assert entry.size == picture.size
+        entry, probs = store[key], logits.softmax(-1)
+        classes = entry.probabilities()[0]
+        kept = entry.codes[0].transpose(1, 2, 0) != DROPPED
+        assert kept[..., 0].all()
+        at_stored = probs.gather(-1, torch.tensor(classes.astype(np.int64))).numpy()
+        nats = entry.codes[0].transpose(1, 2, 0) * 0.25
+        np.testing.assert_allclose(nats[kept], -np.log(at_stored[kept]), atol=0.126)
+        assert (at_stored[kept & (np.arange(16) > 0)] > 0.003 * 0.999).all()
+        top = probs.topk(16).values.numpy()
+        assert (top[~kept] < 0.003 * 1.001).all(), "what is dropped is improbable"
+        np.testing.assert_allclose(entry.level[0], logits.logsumexp(-1), rtol=2e-3)
+        assert entry.size == image.size
         assert timm.data.ImageNetInfo().index_to_label_name(entry.label) == key.split("/")[0]
 
 
@@ -85,7 +90,7 @@ def test_bytes_do_not_depend_on_teachers_or_window(
     assert digests(tmp_path / "train") == labels[1]
 
 
-def test_other_threads_change_a_last_unit_here_and_there(
+def test_other_threads_change_a_code_by_one_here_and_there(
     sample: Path, labels: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:
     """As another processor does: the threads share the terms of a sum in another way."""
@@ -142,11 +147,13 @@ def test_a_finished_split_needs_no_ray(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": 5}, "k: 10 there, 5 now"),
+        ({"k": 5}, "k: 16 there, 5 now"),
         ({"input_size": 96}, "preprocessing: "),
         ({"batch_size": 8}, "batch_size: 5 there, 8 now"),
         ({"shard_size": 4}, "shard_size: 8 there, 4 now"),
-        ({"score_dtype": "uint8"}, "score_dtype: 'float16' there, 'uint8' now"),
+        ({"step": 0.125}, "step: 0.25 there, 0.125 now"),
+        ({"compact": True}, "floor: 0.003 there, 0.01 now"),
+        ({"level": False}, "level: True there, False now"),
     ],
 )
 def test_another_fingerprint_is_refused_with_both_values(
@@ -173,7 +180,7 @@ def test_changed_images_are_refused(sample: Path, copy: Path, tmp_path: Path) ->
 def test_a_damaged_manifest_is_made_anew(
     sample: Path, labels: tuple[Path, dict[str, str]], copy: Path
 ) -> None:
-    path = copy / "train" / "manifest.h5"
+    path = copy / "train" / "manifest"
     damaged = path.read_bytes().replace(b"imagenet_00_243", b"Xmagenet_00_243")
     assert damaged != path.read_bytes()
     path.write_bytes(damaged)
@@ -198,7 +205,7 @@ def test_a_damaged_shard_is_refused_by_name(sample: Path, copy: Path) -> None:
         annotate(config(sample, copy))
 
 
-@pytest.mark.parametrize("name", ["index.h5", "report.json"])
+@pytest.mark.parametrize("name", ["index", "report.json"])
 def test_a_folder_in_a_file_s_place_is_named(sample: Path, copy: Path, name: str) -> None:
     (copy / "train" / name).unlink()
     (copy / "train" / name).mkdir()
@@ -221,7 +228,8 @@ def test_bad_images_become_rows(sample: Path, tmp_path: Path) -> None:
     (folder / "empty.JPEG").touch()
     (folder / "no image.png").write_text("hello")
     Image.new("CMYK", (50, 20), (9, 99, 0, 0)).save(folder / "cmyk.jpg")
-    report = annotate(config(data, tmp_path / "out", max_errors=3, views=["identity", "hflip"]))
+    options = {"views": ["identity", "hflip"], "input_size": [64, 96]}
+    report = annotate(config(data, tmp_path / "out", max_errors=3, **options))
     assert report.ok and (report.images, report.errors) == (8, 3)
     assert dict(report.error_list).keys() == {
         "n99999999/cut.jpg",
@@ -236,26 +244,27 @@ def test_bad_images_become_rows(sample: Path, tmp_path: Path) -> None:
     assert store.views == ("identity", "hflip")
     with pytest.raises(KeyError, match="the file is empty"):
         store["n99999999/empty.JPEG"]
-    again = annotate(config(data, tmp_path / "out", max_errors=0.3, views=["identity", "hflip"]))
+    again = annotate(config(data, tmp_path / "out", max_errors=0.3, **options))
     assert not again.ok and again.max_errors_exceeded
 
 
-def test_the_mirrored_view_is_the_mirrored_picture(sample: Path, tmp_path: Path) -> None:
+def test_the_mirrored_view_is_the_mirrored_image(sample: Path, tmp_path: Path) -> None:
     mirrored = tmp_path / "mirrored" / "train"
     for path in (sample / "val").rglob("*.jpg"):
         target = mirrored / path.parent.name / f"{path.stem}.png"
         target.parent.mkdir(parents=True)
-        with Image.open(path) as picture:
-            # Squashed first: resampling a mirrored picture rounds otherwise here and there.
-            small = picture.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)
+        with Image.open(path) as image:
+            # Squashed first: resampling a mirrored image rounds otherwise here and there.
+            small = image.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)
         small.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(target)
     annotate(config(sample, tmp_path / "a", split="val", views=["identity", "hflip"]))
     annotate(config(mirrored.parent, tmp_path / "b"))
     both, one = LabelStore(tmp_path / "a" / "val"), LabelStore(tmp_path / "b" / "train")
     for key in both.keys:
         want = one[key.replace(".jpg", ".png")]
-        np.testing.assert_array_equal(both[key].scores[1], want.scores[0])
-        assert (both[key].scores[0] != want.scores[0]).any()
+        for name in ("codes", "classes", "level", "residual_codes", "residual_classes"):
+            np.testing.assert_array_equal(getattr(both[key], name)[1], getattr(want, name)[0])
+        assert (both[key].codes[0] != want.codes[0]).any()
 
 
 def test_labels_of_folders_that_no_teacher_knows(sample: Path, tmp_path: Path) -> None:
@@ -275,7 +284,7 @@ def test_labels_of_folders_that_no_teacher_knows(sample: Path, tmp_path: Path) -
     [
         ({"model": "tf_efficientnet_lite9"}, TeacherError, "did you mean tf_efficientnet_lite"),
         ({"weights": "/nope.pth"}, TeacherError, "/nope.pth"),
-        ({"k": 2000}, TeacherError, "1000 classes"),
+        ({"input_size": 20}, TeacherError, "more than one patch"),
         ({"split": "test"}, ConfigError, "holds train, val"),
     ],
 )
@@ -285,7 +294,7 @@ def test_faults_are_told_before_anything_is_written(
     with pytest.raises(error) as caught:
         annotate(config(sample, tmp_path / "out", **change))
     assert message in str(caught.value)
-    assert not list((tmp_path / "out").rglob("*.h5"))
+    assert not list((tmp_path / "out").rglob("shard-*"))
 
 
 def test_progress_reaches_the_end(sample: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tokenlabel.dataset import TokenTargets
+from tests.records import made_up
 from tokenlabel.supervise import (
     LVViT,
     MixToken,
@@ -87,13 +87,13 @@ def test_any_resolution(size: tuple[int, int], grid: tuple[int, int]) -> None:
     assert model.eval()(images).shape == (2, 5)
 
 
-def test_too_small_a_picture() -> None:
+def test_too_small_a_image() -> None:
     with pytest.raises(ValueError, match=r"at least one patch of 16 pixels.*\(8, 64\)"):
         small(patch_size=16)(torch.zeros(2, 3, 8, 64))
 
 
 def test_positions_follow_the_resolution() -> None:
-    """Interpolated position embeddings are those of the same place in the picture."""
+    """Interpolated position embeddings are those of the same place in the image."""
     model = small(image_size=(32, 48))
     with torch.no_grad():
         rows, columns = model.grid
@@ -241,29 +241,19 @@ def test_bfloat16() -> None:
 
 
 def test_it_learns() -> None:
-    """MixToken, sparse targets, AdamW: the loss of 8 pictures falls, as benchmarks/lvvit.py shows
+    """MixToken, records, AdamW: the loss of 8 images falls, as benchmarks/lvvit.py shows
     of LV-ViT-S at 224 px.
     """
     torch.manual_seed(0)
     model = lvvit_t(image_size=64, patch_size=8, num_classes=10, depth=4)
     images = torch.randn(8, 3, 64, 64)
-    probs = torch.tensor([0.6, 0.3])
-    targets = TokenTargets(
-        label=torch.arange(8),
-        classes=torch.rand(8, 64, 10).argsort(-1)[..., :2].int(),
-        probs=probs.expand(8, 64, 2),
-        rest=torch.full((8, 64), 0.1),
-        weight=torch.ones(8, 64),
-        crop_classes=torch.stack([torch.arange(8), torch.arange(1, 9)], 1).int(),
-        crop_probs=probs.expand(8, 2),
-        crop_rest=torch.full((8,), 0.1),
-    )
+    labels = made_up(8, 10, grid=model.grid, cells=(8, 8))
     criterion, mix = TokenLabelLoss(), MixToken()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for step in range(20):
         batch = slice(2 * step % 8, 2 * step % 8 + 2)
-        own = TokenTargets(*(field[batch] for field in targets))
+        own = labels[batch]
         box = mix.sample(model.grid)
         outputs = model(images[batch], box)
         loss = criterion(*outputs, own if box is None else box.mix_labels(own))

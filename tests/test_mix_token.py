@@ -12,15 +12,15 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from tests import oracle
-from tokenlabel.dataset import TokenTargets, ToTokenTargets
+from tests.records import made_up
+from tokenlabel.dataset import TokenLabels, ToTokenLabels
 from tokenlabel.supervise import (
     LVViT,
-    MixedTargets,
+    MixedLabels,
     MixToken,
     TokenBox,
     TokenLabelLoss,
     TokenStudent,
-    mix_targets,
 )
 
 CLASSES = 5
@@ -36,29 +36,27 @@ def partners(batch: int) -> Tensor:
     return torch.arange(batch).roll(1)
 
 
+def cut_labels(labels: TokenLabels, box: TokenBox) -> MixedLabels:
+    """Labels of images that the box, a rectangle, was cut into."""
+    rows, columns = (box.mask.any(axis).nonzero() for axis in (1, 0))
+    (height, width), batch = box.mask.shape, len(labels)
+    edges = [
+        columns[0] / width,
+        rows[0] / height,
+        (columns[-1] + 1) / width,
+        (rows[-1] + 1) / height,
+    ]
+    return MixedLabels(
+        labels, partners(batch), torch.ones(batch), torch.cat(edges).expand(batch, 4)
+    )
+
+
 def cut_mix(images: Tensor, box: TokenBox) -> Tensor:
     """The box, in the pixels."""
     height, width = images.shape[-2:]
     rows, columns = box.mask.shape
     pixels = box.mask.repeat_interleave(height // rows, 0).repeat_interleave(width // columns, 1)
     return torch.where(pixels, images[partners(len(images))], images)
-
-
-def draw(batch: int, patches: int, k: int = 2) -> TokenTargets:
-    """Targets of a batch with all fields at random."""
-    mass = torch.rand(batch, patches, k + 1).softmax(-1)
-    crop = torch.rand(batch, k + 1).softmax(-1)
-    classes = torch.rand(batch, patches, CLASSES).argsort(-1)[..., :k].int()
-    return TokenTargets(
-        torch.randint(CLASSES, (batch,)),
-        classes,
-        mass[..., :k],
-        mass[..., k],
-        torch.ones(batch, patches),
-        classes[:, 0],
-        crop[:, :k],
-        crop[:, k],
-    )
 
 
 STUDENTS = {
@@ -104,37 +102,35 @@ def test_equals_patch_aligned_cut_mix(make) -> None:
         cls, patches = student(images, box)
         expected_cls, mixed = student(cut_mix(images, box))
         torch.testing.assert_close(cls, expected_cls, rtol=1e-4, atol=1e-5)
-        # In picture i, the box shows picture i - 1: its answer belongs there.
+        # In image i, the box shows image i - 1: its answer belongs there.
         expected = torch.where(box.mask.flatten()[:, None], mixed.roll(-1, 0), mixed)
         torch.testing.assert_close(patches, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_labels_are_mixed_by_patches() -> None:
-    torch.manual_seed(0)
-    targets, box = draw(4, 12), box_of(1, 0, 3, 2, (3, 4))
+    labels, box = made_up(4, CLASSES, grid=(3, 4), k=3), box_of(1, 0, 3, 2, (3, 4))
     assert box.area == pytest.approx(4 / 12)
-    mixed = box.mix_labels(targets)
-    assert torch.equal(mixed.label, torch.stack([targets.label, targets.label.roll(1)], 1))
+    mixed = box.mix_labels(labels)
+    assert torch.equal(mixed.label, torch.stack([labels.label, labels.label.roll(1)], 1))
     torch.testing.assert_close(mixed.label_probs, torch.tensor([[8 / 12, 4 / 12]]).expand(4, 2))
-    for field in ("classes", "probs", "rest", "weight"):
-        assert torch.equal(getattr(mixed, field), getattr(targets, field))
-    assert mixed.crop_probs.shape == (4, 4)
-    torch.testing.assert_close(mixed.crop_probs[:, :2], targets.crop_probs * 8 / 12)
-    torch.testing.assert_close(mixed.crop_probs[:, 2:], targets.crop_probs.roll(1, 0) * 4 / 12)
-    torch.testing.assert_close(mixed.crop_probs.sum(1) + mixed.crop_rest.sum(1), torch.ones(4))
+    ((windows, area),) = mixed.parts()
+    own = labels.targets()
+    torch.testing.assert_close(tuple(windows), tuple(own))
+    torch.testing.assert_close(area, own.weight)
+    crop = labels.crop()
+    torch.testing.assert_close(mixed.crop(), crop * 8 / 12 + crop.roll(1, 0) * 4 / 12)
+    torch.testing.assert_close(tuple(mixed.sparse(k=2))[1:5], tuple(labels.sparse(k=2))[1:5])
 
 
 def test_loss_equals_that_of_cut_mix() -> None:
     """The patches are the same, only in another order; class logits and labels are the same."""
     torch.manual_seed(0)
     student = TokenStudent(STUDENTS["timm vit"](), CLASSES)
-    images, targets = torch.randn(3, 3, 32, 32), draw(3, 16)
+    images, labels = torch.randn(3, 3, 32, 32), made_up(3, CLASSES, grid=student.grid, k=3)
     box = box_of(0, 1, 3, 4, student.grid)
-    share = 1 - box.mask.flatten().float()
     for criterion in (TokenLabelLoss(), TokenLabelLoss(cls_target="crop", dense_weight=2.0)):
-        ours = criterion(*student(images, box), box.mix_labels(targets))
-        mixed = mix_targets(targets, partners(3), share)
-        pixels = criterion(*student(cut_mix(images, box)), mixed)
+        ours = criterion(*student(images, box), box.mix_labels(labels))
+        pixels = criterion(*student(cut_mix(images, box)), cut_labels(labels, box))
         torch.testing.assert_close(ours, pixels)
 
 
@@ -158,14 +154,13 @@ class PaletteStudent(TokenStudent):
         return self.model.embed
 
 
-def dense(targets: MixedTargets, num_classes: int) -> Tensor:
-    """Probabilities [B, N, num_classes] of sparse targets; classes may occur twice."""
-    full = torch.zeros(*targets.probs.shape[:2], num_classes, dtype=torch.float64)
-    return full.scatter_add_(2, targets.classes.long(), targets.probs.double())
+def dense(labels: MixedLabels) -> Tensor:
+    """Probabilities [B, N, C] of the patches' targets."""
+    return sum(part.dense() * area.unsqueeze(-1) for part, area in labels.parts())
 
 
 def test_colour_oracle() -> None:
-    """Painted pictures, transformed, mixed and brought back, against their sparse targets."""
+    """Painted images, transformed, mixed and brought back, against their targets."""
     torch.manual_seed(0)
     cells, size, grid, batch = (4, 4), (112, 112), (14, 14), 4
     count = cells[0] * cells[1]
@@ -173,7 +168,7 @@ def test_colour_oracle() -> None:
         [
             v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
             v2.RandomHorizontalFlip(),
-            ToTokenTargets(grid, count),
+            ToTokenLabels(grid),
         ]
     )
     painted, scores = tv_tensors.Image(oracle.smooth(cells, size)), oracle.label_map(cells, size)
@@ -183,24 +178,24 @@ def test_colour_oracle() -> None:
     own_distances, mixed_distances = [], []
     for _ in range(25):
         samples = [pipeline(painted, scores) for _ in range(batch)]
-        images = torch.stack([picture.as_subclass(Tensor) for picture, _ in samples])
-        targets = torch.utils.data.default_collate([target for _, target in samples])
+        images = torch.stack([image.as_subclass(Tensor) for image, _ in samples])
+        labels = torch.utils.data.default_collate([label for _, label in samples])
         box = MixToken().sample(student.grid)
         if box is None:
             continue
-        # What a patch answers is its own picture's; what the class token saw is the mixed one.
+        # What a patch answers is its own image's; what the class token saw is the mixed one.
         _, patches = student(images, box)
         seen = student.seen.flatten(1, 2)[..., :count].double()
-        own = dense(box.mix_labels(targets), count)
-        shown = mix_targets(targets, partners(batch), 1 - box.mask.flatten().float())
+        own = dense(box.mix_labels(labels)).double()
+        shown = cut_labels(labels, box)
         patches = patches[..., :count].double()
         own_distances.append(0.5 * (patches - own).abs().sum(-1))
-        mixed_distances.append(0.5 * (seen - dense(shown, count)).abs().sum(-1))
+        mixed_distances.append(0.5 * (seen - dense(shown)).abs().sum(-1))
         top = patches.topk(2).values
         unambiguous = top[..., 0] - top[..., 1] > 0.1
         clear += int(unambiguous.sum())
         agree += int((patches.argmax(-1) == own.argmax(-1))[unambiguous].sum())
-        torch.testing.assert_close(box.mix_labels(targets).label_probs, shown.label_probs)
+        torch.testing.assert_close(box.mix_labels(labels).label_probs, shown.label_probs)
     assert clear > 10_000
     assert agree / clear >= 0.998
     assert torch.cat(own_distances).mean() <= 0.02

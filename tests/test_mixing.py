@@ -1,7 +1,7 @@
-"""MixUp and CutMix: torchvision's pictures, and targets that say what the pictures show."""
+"""MixUp and CutMix: torchvision's images, and targets that say what the images show."""
 
+import pickle
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,92 +16,89 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from tests import oracle
-from tests.soft_targets import crop_targets, made_up, patch_targets
-from tokenlabel.dataset import TokenTargets, ToTokenTargets
-from tokenlabel.supervise import (
-    CutMix,
-    MixedTargets,
-    MixUp,
-    MixUpOrCutMix,
-    TokenLabelLoss,
-    mix_labels,
-    mix_targets,
-)
+from tests.records import exact, made_up, with_word
+from tokenlabel.dataset import TokenLabels, ToTokenLabels
+from tokenlabel.supervise import CutMix, MixedLabels, MixUp, MixUpOrCutMix, TokenBox, TokenLabelLoss
 
-B, N, K, C = 6, 16, 4, 30
+B, N, C = 6, 9, 30
 CELLS = (6, 6)
 COUNT = CELLS[0] * CELLS[1]
-MIXES: dict[str, Callable[[int], Any]] = {
-    "mixup": lambda grid: MixUp(0.8),
-    "cutmix": lambda grid: CutMix(1.0, grid=grid),
-    "mixup by elem": lambda grid: MixUp(0.8, mode="elem"),
-    "cutmix by elem": lambda grid: CutMix(1.0, mode="elem", grid=grid),
-    "cutmix by pair": lambda grid: CutMix(1.0, mode="pair"),
-    "either by batch": lambda grid: MixUpOrCutMix(prob=0.8),
-    "either by elem": lambda grid: MixUpOrCutMix(prob=0.8, mode="elem"),
+MIXES: dict[str, Callable[[], Any]] = {
+    "mixup": lambda: MixUp(0.8),
+    "cutmix": lambda: CutMix(1.0),
+    "mixup by elem": lambda: MixUp(0.8, mode="elem"),
+    "cutmix by elem": lambda: CutMix(1.0, mode="elem"),
+    "cutmix by pair": lambda: CutMix(1.0, mode="pair"),
+    "either by batch": lambda: MixUpOrCutMix(prob=0.8),
+    "either by elem": lambda: MixUpOrCutMix(prob=0.8, mode="elem"),
 }
 
 
-@pytest.mark.parametrize(
-    ("ours", "stock"), [(MixUp, v2.MixUp), (partial(CutMix, grid=(2, N // 2)), v2.CutMix)]
-)
+def soft(labels: MixedLabels, grid: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    """The patches' targets, [B, N, C], and their weights, [B, N]."""
+    parts = labels.parts(grid)
+    weight = torch.stack([area for _, area in parts]).sum(0)
+    target = torch.stack([windows.dense() * area.unsqueeze(-1) for windows, area in parts]).sum(0)
+    return target / weight.clamp(min=1e-9).unsqueeze(-1), weight
+
+
+@pytest.mark.parametrize(("ours", "stock"), [(MixUp, v2.MixUp), (CutMix, v2.CutMix)])
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
-def test_pictures_and_labels_are_torchvisions(ours: Any, stock: Any, alpha: float) -> None:
-    images, targets = torch.rand(B, 3, 33, 50), made_up(B, N, C, K)
+def test_images_and_labels_are_torchvisions(ours: Any, stock: Any, alpha: float) -> None:
+    images, labels = torch.rand(B, 3, 33, 50), made_up(B)
     mix, reference = ours(alpha), stock(alpha=alpha, num_classes=C)
     for seed in range(50):
         torch.manual_seed(seed)
-        mixed, (label, *_, label_probs) = mix(images, targets)
+        mixed, found = mix(images, labels)
         after = torch.rand(1)
         torch.manual_seed(seed)
-        expected, labels = reference(images, targets.label)
+        expected, probs = reference(images, labels.label)
         assert torch.equal(mixed, expected)
         assert torch.equal(after, torch.rand(1)), "it took other random numbers"
-        found = torch.zeros(B, C).scatter_add_(1, label, label_probs)
-        torch.testing.assert_close(found, labels)
+        ours_probs = torch.zeros(B, C).scatter_add_(1, found.label, found.label_probs)
+        torch.testing.assert_close(ours_probs, probs)
 
 
-def shown(augment: Any, grid: int, size: int, smooth: bool) -> tuple[Tensor, TokenTargets]:
-    """A batch of painted pictures of one map, each augmented in its own way, and their targets."""
-    picture: Any = (
+def shown(augment: Any, grid: int, size: int, smooth: bool) -> tuple[Tensor, TokenLabels]:
+    """A batch of painted images of one map, each augmented in its own way, and their records."""
+    image: Any = (
         oracle.smooth(CELLS, (size, size))
         if smooth
         else torch.from_numpy(oracle.flat(CELLS, (size, size)).transpose(2, 0, 1)).float()
     )
-    pipeline = v2.Compose([augment, ToTokenTargets(grid, COUNT if smooth else 4)])
+    pipeline = v2.Compose([augment, ToTokenLabels(grid)])
     samples = []
     for _ in range(8):
-        image, targets = pipeline(
-            tv_tensors.Image(picture.clone()), oracle.label_map(CELLS, (size, size))
+        moved, record = pipeline(
+            tv_tensors.Image(image.clone()), oracle.label_map(CELLS, (size, size))
         )
-        samples.append((image.as_subclass(Tensor), targets))
-    images, batch = default_collate(samples)
-    return images, batch
+        samples.append((moved.as_subclass(Tensor), record))
+    images, labels = default_collate(samples)
+    return images, labels
 
 
 @pytest.mark.parametrize("kind", MIXES)
-def test_targets_are_what_the_mixed_pictures_show(kind: str) -> None:
+def test_targets_are_what_the_mixed_images_show(kind: str) -> None:
     """Total variation between targets and pooled colours, and agreement on the largest."""
     torch.manual_seed(0)
     grid, size = 14, 112
     augment = v2.Compose(
         [v2.RandomHorizontalFlip(), v2.RandomCrop(size, padding=12), v2.RandomVerticalFlip()]
     )
-    mix = MIXES[kind](grid)
+    mix = MIXES[kind]()
     far, off, clear, agree, rounds = 0.0, 0.0, 0, 0, 3
     for _ in range(rounds):
-        images, plain = shown(augment, grid, size, smooth=True)
-        images, targets = mix(images, plain)
+        images, labels = mix(*shown(augment, grid, size, smooth=True))
         pooled = avg_pool2d(images.double(), size // grid).flatten(2).mT
-        share, weight = pooled[..., :COUNT], pooled[..., -1]
-        truth = share / weight.clamp(min=1e-9).unsqueeze(-1)
-        found = patch_targets(targets, COUNT)
+        area, inside = pooled[..., :COUNT], pooled[..., -1]
+        truth = area / inside.clamp(min=1e-9).unsqueeze(-1)
+        found, weight = soft(labels)
         variation = 0.5 * (truth - found).abs().sum(-1)
-        inside = torch.minimum(weight, targets.weight.double()) > 0.5
-        far += float(variation[inside].mean()) / rounds
-        off += float((weight - targets.weight).abs().mean()) / rounds
+        half = torch.minimum(inside, weight.double()) > 0.5
+        far += float(variation[half].mean()) / rounds
+        off += float((inside - weight).abs().mean()) / rounds
         best = truth.topk(2, -1).values
-        sure = inside & (best[..., 0] - best[..., 1] > 0.2)
+        sure = half & (best[..., 0] - best[..., 1] > 0.2)
         clear += int(sure.sum())
         agree += int((truth.argmax(-1) == found.argmax(-1))[sure].sum())
     assert far <= 0.02
@@ -110,16 +107,15 @@ def test_targets_are_what_the_mixed_pictures_show(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("grid", "mode"), [(14, "batch"), (7, "pair"), (14, "elem")])
-def test_each_patch_of_a_cut_picture_has_the_class_of_its_colour(grid: int, mode: Any) -> None:
+def test_each_patch_of_a_cut_image_has_the_class_of_its_colour(grid: int, mode: Any) -> None:
     torch.manual_seed(1)
     augment = v2.Compose([v2.RandomResizedCrop(224, scale=(0.3, 1), interpolation=0)])
     clear = agree = 0
     for _ in range(2):
-        images, targets = shown(augment, grid, 224, smooth=False)
-        images, targets = CutMix(mode=mode)(images, targets)
-        best = patch_targets(targets, COUNT).argmax(-1)
-        for picture, wanted in zip(images.numpy(), best.numpy(), strict=True):
-            colour = oracle.which_colour(picture.transpose(1, 2, 0).astype(np.uint8), COUNT)
+        images, labels = CutMix(mode=mode)(*shown(augment, grid, 224, smooth=False))
+        best = labels.sparse(k=1).classes[..., 0]
+        for image, wanted in zip(images.numpy(), best.numpy(), strict=True):
+            colour = oracle.which_colour(image.transpose(1, 2, 0).astype(np.uint8), COUNT)
             patches = colour.reshape(grid, 224 // grid, grid, 224 // grid).swapaxes(1, 2)
             for pixels, one in zip(patches.reshape(grid * grid, -1), wanted, strict=True):
                 votes = np.bincount(pixels[pixels >= 0], minlength=COUNT)
@@ -129,102 +125,95 @@ def test_each_patch_of_a_cut_picture_has_the_class_of_its_colour(grid: int, mode
     assert clear > 300 and agree / clear >= 0.998
 
 
-def box_area(
-    box: tuple[int, int, int, int], size: tuple[int, int], grid: tuple[int, int]
-) -> Tensor:
-    """Share of each patch outside a pixel box, by counting on a picture fine enough for both."""
-    fine = torch.ones(size[0] * grid[0], size[1] * grid[1], dtype=torch.float64)
-    x0, y0, x1, y1 = box
-    fine[y0 * grid[0] : y1 * grid[0], x0 * grid[1] : x1 * grid[1]] = 0
-    rows = fine.reshape(grid[0], size[0], grid[1], size[1])
-    return rows.mean((1, 3)).flatten()
+def outside(mixed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Fraction of each patch that is 0, by counting on an image fine enough for both."""
+    fine = mixed.repeat_interleave(grid[0], 0).repeat_interleave(grid[1], 1)
+    patches = fine.reshape(grid[0], mixed.shape[0], grid[1], mixed.shape[1])
+    return 1 - patches.double().mean((1, 3)).flatten()
 
 
 @given(st.integers(5, 24), st.integers(5, 24), st.integers(1, 5), st.integers(1, 5), st.data())
 @settings(max_examples=40, deadline=None)
 def test_areas_are_exact(height: int, width: int, rows: int, columns: int, data: Any) -> None:
-    """Also where patches' edges cut pixels; seen in the weights where the partner has no map."""
+    """Also where patches' edges cut pixels: counted pixel by pixel."""
     images = torch.zeros(2, 1, height, width)
     images[1] = 1
-    targets = made_up(2, rows * columns, C, K, padded=False)
-    targets.weight[1] = 0
     torch.manual_seed(data.draw(st.integers(0, 999)))
-    mixed, found = CutMix(grid=(rows, columns))(images, targets)
-    pasted = mixed[0, 0].nonzero()
-    box = (0, 0, 0, 0)
-    if len(pasted):
-        (y0, x0), (y1, x1) = pasted[0].tolist(), pasted[-1].tolist()
-        box = (x0, y0, x1 + 1, y1 + 1)
-    own = box_area(box, (height, width), (rows, columns))
-    torch.testing.assert_close(found.weight[0].double(), own)
-    torch.testing.assert_close(found.label_probs[0, 0].double(), own.mean())
-    torch.testing.assert_close(found.weight[1].double(), 1 - own)
+    mixed, found = CutMix()(images, made_up(2))
+    own = outside(mixed[0, 0], (rows, columns))
+    area = found.own_area((rows, columns)).double()
+    torch.testing.assert_close(area[0], own, atol=2e-6, rtol=0)
+    torch.testing.assert_close(area[1], own, atol=2e-6, rtol=0)
+    torch.testing.assert_close(found.label_probs[0, 0].double(), own.mean(), atol=2e-6, rtol=0)
 
 
-def test_targets_are_the_mixture_of_the_dense_ones() -> None:
-    """The rule: each picture counts by its share of the patch times its weight there."""
-    targets = made_up(B, N, C, K)
-    targets.weight[1] = 0
-    partner = torch.arange(B).roll(1)
-    share = torch.rand(B, N, generator=torch.Generator().manual_seed(0))
-    share[:, 1:3] = torch.tensor([0.0, 1.0])
-    found = mix_targets(targets, partner, share)
-    own, other = share * targets.weight, (1 - share) * targets.weight[partner]
-    soft = patch_targets(targets, C)
-    total = own + other
-    part = (own / total.clamp(min=1e-9)).unsqueeze(-1)
-    some = total > 0
-    truth = part * soft + (1 - part) * soft[partner]
-    torch.testing.assert_close(found.weight, total)
-    torch.testing.assert_close(patch_targets(found, C)[some], truth[some], atol=1e-6, rtol=1e-5)
-    part = (own.sum(1) / (own + other).sum(1)).unsqueeze(-1)
-    crops = crop_targets(targets, C)
-    torch.testing.assert_close(
-        crop_targets(found, C), part * crops + (1 - part) * crops[partner], atol=1e-6, rtol=1e-5
-    )
-    for sums in (found.probs.sum(-1) + found.rest.sum(-1), found.label_probs.sum(-1)):
+@pytest.mark.parametrize("mix", [MixUp(), CutMix(mode="elem"), MixUpOrCutMix(mode="pair")])
+def test_targets_are_the_mixture_of_the_dense_ones(mix: Any) -> None:
+    """The rule: each image counts by its fraction of the patch times its weight there."""
+    labels = with_word(made_up(B, shrink=0.3), 1, state=0)
+    windows = labels.targets()
+    assert (windows.weight < 1).any()
+    torch.manual_seed(3)
+    _, mixed = mix(torch.rand(B, 3, 32, 32), labels)
+    area, partner, target = mixed.own_area((3, 3)), mixed.partner, exact(windows)
+    own, other = area * windows.weight, (1 - area) * windows.weight[partner]
+    truth = own.unsqueeze(-1) * target + other.unsqueeze(-1) * target[partner]
+    truth = truth / (own + other).clamp(min=1e-9).unsqueeze(-1)
+    found, weight = soft(mixed)
+    torch.testing.assert_close(weight, own + other)
+    torch.testing.assert_close(found.double(), truth, atol=1e-6, rtol=1e-5)
+    merged = mixed.sparse(k=C)
+    spread = torch.zeros(B, N, C).scatter_add_(2, merged.classes.long(), merged.probs)
+    torch.testing.assert_close(spread, found)
+    torch.testing.assert_close(merged.weight, weight)
+    few = mixed.sparse(k=2)
+    for sums in (few.probs.sum(-1) + few.rest, few.crop_probs.sum(-1) + few.crop_rest):
         torch.testing.assert_close(sums, torch.ones_like(sums))
-    assert [part.dtype for part in found[:8]] == [part.dtype for part in targets]
-    assert found.classes.shape == (B, N, 2 * K) and found.rest.shape == (B, N, 2)
 
 
-def test_labels_alone() -> None:
-    targets, partner = made_up(B, N, C, K), torch.arange(B).roll(1)
-    share = torch.rand(B, N)
-    labels, whole = mix_labels(targets, partner, share), mix_targets(targets, partner, share)
-    for field in ("classes", "probs", "rest", "weight"):
-        assert torch.equal(getattr(labels, field), getattr(targets, field))
-    for field in ("label", "crop_classes", "crop_probs", "crop_rest", "label_probs"):
-        assert torch.equal(getattr(labels, field), getattr(whole, field))
+def test_labels_and_crops_are_mixed_by_area() -> None:
+    labels = with_word(with_word(made_up(B), 1, state=0), 2, label=-1)
+    torch.manual_seed(3)
+    _, mixed = CutMix(mode="elem")(torch.rand(B, 3, 32, 32), labels)
+    partner, probs = torch.arange(B).roll(1), mixed.label_probs
+    assert torch.equal(mixed.label, torch.stack([labels.label, labels.label[partner]], 1))
+    torch.testing.assert_close(probs.sum(1), torch.ones(B))
+    crop = labels.crop()
+    truth = probs[:, :1] * crop + probs[:, 1:] * crop[partner]
+    torch.testing.assert_close(mixed.crop(), truth / truth.sum(1, keepdim=True))
+    larger = mixed.label.gather(1, probs.argmax(1, keepdim=True))[:, 0]
+    assert torch.equal(mixed.hard_label(), larger)
 
 
-def test_pictures_without_a_map_leave_no_target() -> None:
-    targets = made_up(B, N, C, K)
-    empty = TokenTargets(
-        targets.label,
-        *(torch.zeros_like(part) for part in targets[1:3]),
-        torch.ones_like(targets.rest),
-        torch.zeros_like(targets.weight),
-        *(torch.zeros_like(part) for part in targets[5:7]),
-        torch.ones_like(targets.crop_rest),
-    )
-    _, found = MixUp()(torch.rand(B, 3, 8, 8), empty)
-    assert not found.weight.any() and not found.probs.any() and not found.crop_probs.any()
-    torch.testing.assert_close(found.rest.sum(-1), torch.ones(B, N))
-    torch.testing.assert_close(found.crop_rest.sum(-1), torch.ones(B))
+def test_images_without_a_map_leave_no_target() -> None:
+    labels = made_up(2)
+    for row in range(2):
+        labels = with_word(labels, row, state=0)
+    _, mixed = MixUp()(torch.rand(2, 3, 8, 8), labels)
+    found, weight = soft(mixed)
+    assert not weight.any() and not found.any() and not mixed.crop().any()
+    merged = mixed.sparse()
+    assert not merged.probs.any() and merged.rest.eq(1).all() and merged.crop_rest.eq(1).all()
+
+
+def test_a_grid_is_needed_and_may_be_any() -> None:
+    _, mixed = CutMix()(torch.rand(B, 3, 32, 32), made_up(B, grid=None))
+    with pytest.raises(ValueError, match=r"grid.*Remedy"):
+        mixed.parts()
+    assert mixed.parts(2)[0][1].shape == (B, 4) and mixed.sparse((1, 3)).weight.shape == (B, 3)
 
 
 def test_pairs_exchange_and_elements_differ() -> None:
     images = torch.arange(B).float().reshape(B, 1, 1, 1).expand(B, 1, 8, 8).contiguous()
-    targets = made_up(B, N, C, K)
+    labels = made_up(B)
     torch.manual_seed(0)
-    mixed, found = MixUp(mode="pair")(images, targets)
-    assert torch.equal(found.label[:, 1], targets.label.flip(0))
+    mixed, found = MixUp(mode="pair")(images, labels)
+    assert torch.equal(found.label[:, 1], labels.label.flip(0))
     assert torch.equal(found.label_probs, found.label_probs.flip(0))
     torch.testing.assert_close(mixed + mixed.flip(0), images + images.flip(0))
     assert len(found.label_probs[:, 0].unique()) == B // 2
-    mixed, found = MixUp(mode="elem")(images, targets)
-    assert torch.equal(found.label[:, 1], targets.label.roll(1))
+    mixed, found = MixUp(mode="elem")(images, labels)
+    assert torch.equal(found.label[:, 1], labels.label.roll(1))
     assert len(found.label_probs[:, 0].unique()) == B
     expected = (found.label_probs * torch.stack([images, images.roll(1, 0)], 1)[:, :, 0, 0, 0]).sum(
         1
@@ -233,13 +222,13 @@ def test_pairs_exchange_and_elements_differ() -> None:
 
 
 def test_the_switch_keeps_its_probabilities() -> None:
-    """Of 2000 pictures: about 30% left alone, 40% of the others cut."""
+    """Of 2000 images: about 30% left alone, 40% of the others cut."""
     size = 2000
     images = torch.zeros(size, 1, 8, 8)
     images[1::2] = 1
     torch.manual_seed(0)
     mix = MixUpOrCutMix(1.0, 1.0, prob=0.7, switch_prob=0.4, mode="elem")
-    mixed, _ = mix(images, made_up(size, 4, 5, 2))
+    mixed, _ = mix(images, made_up(2)[torch.arange(size) % 2])
     changed = mixed != images
     blended = ((mixed > 0) & (mixed < 1)).flatten(1).any(1)
     cut = changed.flatten(1).any(1) & ~blended
@@ -250,30 +239,39 @@ def test_the_switch_keeps_its_probabilities() -> None:
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 def test_prob_0_changes_nothing(mode: Any) -> None:
-    images, targets = torch.rand(B, 3, 8, 8), made_up(B, N, C, K)
-    mixed, found = MixUpOrCutMix(prob=0.0, mode=mode)(images, targets)
+    images, labels = torch.rand(B, 3, 8, 8), made_up(B)
+    mixed, found = MixUpOrCutMix(prob=0.0, mode=mode)(images, labels)
     assert torch.equal(mixed, images) and mixed is not images
-    torch.testing.assert_close(patch_targets(found, C), patch_targets(targets, C))
+    torch.testing.assert_close(soft(found)[0], labels.targets().dense())
     logits = torch.randn(B, C), torch.randn(B, N, C)
-    torch.testing.assert_close(TokenLabelLoss()(*logits, found), TokenLabelLoss()(*logits, targets))
+    torch.testing.assert_close(TokenLabelLoss()(*logits, found), TokenLabelLoss()(*logits, labels))
 
 
 def test_the_batch_itself_is_left_as_it_was() -> None:
-    images, targets = torch.rand(B, 3, 8, 8), made_up(B, N, C, K)
-    before = images.clone(), TokenTargets(*(part.clone() for part in targets))
+    images, labels = torch.rand(B, 3, 8, 8), made_up(B)
+    before = images.clone(), labels.clone()
     for mix in (MixUp(), CutMix(), MixUpOrCutMix(mode="elem")):
-        mix(images, targets)
-    assert torch.equal(images, before[0])
-    assert all(torch.equal(a, b) for a, b in zip(targets, before[1], strict=True))
+        mix(images, labels)[1].sparse()
+    assert torch.equal(images, before[0]) and torch.equal(labels, before[1])
 
 
-def test_kinds_of_pictures() -> None:
-    targets = made_up(B, N, C, K)
-    mixed, _ = CutMix()(torch.randint(256, (B, 3, 8, 8), dtype=torch.uint8), targets)
+def test_kinds_of_images() -> None:
+    labels = made_up(B)
+    mixed, _ = CutMix()(torch.randint(256, (B, 3, 8, 8), dtype=torch.uint8), labels)
     assert mixed.dtype == torch.uint8
-    mixed, _ = MixUp()(torch.rand(B, 3, 8, 8, dtype=torch.bfloat16), targets)
+    mixed, _ = MixUp()(torch.rand(B, 3, 8, 8, dtype=torch.bfloat16), labels)
     assert mixed.dtype == torch.bfloat16
-    assert type(MixUp()(tv_tensors.Image(torch.rand(B, 3, 8, 8)), targets)[0]) is tv_tensors.Image
+    assert type(MixUp()(tv_tensors.Image(torch.rand(B, 3, 8, 8)), labels)[0]) is tv_tensors.Image
+
+
+def test_moves_as_one() -> None:
+    _, mixed = CutMix()(torch.rand(B, 3, 8, 8), made_up(B))
+    torch.testing.assert_close(soft(pickle.loads(pickle.dumps(mixed))), soft(mixed))
+    moved = mixed.to("meta", non_blocking=True)
+    assert len(moved) == B and moved.device.type == "meta"
+    fields = (moved.labels, moved.partner, moved.blend, moved.box)
+    assert all(part.device.type == "meta" for part in fields) and moved.patches
+    assert not TokenBox(torch.eye(3) > 0).mix_labels(made_up(B)).to("meta").patches
 
 
 class Samples(torch.utils.data.Dataset[Any]):
@@ -281,8 +279,7 @@ class Samples(torch.utils.data.Dataset[Any]):
         return 8
 
     def __getitem__(self, index: int) -> Any:
-        one = made_up(8, N, C, K)
-        return torch.full((3, 8, 8), float(index)), TokenTargets(*(part[index] for part in one))
+        return torch.full((3, 8, 8), float(index)), made_up(8)[index]
 
 
 def collate_and_mix(samples: list[Any]) -> Any:
@@ -291,34 +288,30 @@ def collate_and_mix(samples: list[Any]) -> Any:
 
 def test_in_a_loaders_worker() -> None:
     loader = DataLoader(Samples(), batch_size=4, num_workers=1, collate_fn=collate_and_mix)
-    for images, targets in loader:
-        assert images.shape == (4, 3, 8, 8) and isinstance(targets, MixedTargets)
-        assert targets.label.shape == (4, 2)
+    for images, labels in loader:
+        assert images.shape == (4, 3, 8, 8) and isinstance(labels, MixedLabels)
+        assert labels.label.shape == (4, 2) and soft(labels)[1].shape == (4, N)
 
 
-IMAGES, TARGETS = torch.rand(5, 3, 8, 8), made_up(5, N, C, K)
-ONE = TokenTargets(*(part[0] for part in TARGETS))
+IMAGES, LABELS = torch.rand(5, 3, 8, 8), made_up(5)
 
 
 @pytest.mark.parametrize(
-    ("kind", "message", "mix", "images", "targets"),
+    ("kind", "message", "mix", "images", "labels"),
     [
-        (ValueError, "must be even", CutMix(mode="pair"), IMAGES, TARGETS),
-        (ValueError, "must be 2 or more", MixUp(), IMAGES[:1], made_up(1, N, C, K)),
-        (ValueError, "must be of one batch", MixUp(), IMAGES[:4], TARGETS),
-        (ValueError, "must be a batch", MixUp(), IMAGES[0], TARGETS),
-        (ValueError, "patches form a square", CutMix(), IMAGES, made_up(5, 15, C, K)),
-        (ValueError, "must be square", CutMix(), IMAGES[..., :4], TARGETS),
-        (ValueError, "3 x 5, they have 16", CutMix(grid=(3, 5)), IMAGES, TARGETS),
-        (ValueError, "must be collated", MixUp(), IMAGES, ONE),
-        (TypeError, "floating dtype", MixUp(), IMAGES.byte(), TARGETS),
-        (TypeError, "must be TokenTargets, got Tensor", MixUp(), IMAGES, TARGETS.label),
-        (TypeError, "mixed once", MixUp(), IMAGES, MixUp()(IMAGES, TARGETS)[1]),
+        (ValueError, "must be even", CutMix(mode="pair"), IMAGES, LABELS),
+        (ValueError, "must be 2 or more", MixUp(), IMAGES[:1], LABELS[:1]),
+        (ValueError, "must be of one batch", MixUp(), IMAGES[:4], LABELS),
+        (ValueError, "must be a batch", MixUp(), IMAGES[0], LABELS),
+        (ValueError, r"must be a batch \[B, bytes\]", MixUp(), IMAGES, LABELS[0]),
+        (TypeError, "floating dtype", MixUp(), IMAGES.byte(), LABELS),
+        (TypeError, "must be TokenLabels, got TokenTargets", MixUp(), IMAGES, LABELS.sparse()),
+        (TypeError, "mixed once", MixUp(), IMAGES, MixUp()(IMAGES, LABELS)[1]),
     ],
 )
-def test_errors(kind: Any, message: str, mix: Any, images: Any, targets: Any) -> None:
+def test_errors(kind: Any, message: str, mix: Any, images: Any, labels: Any) -> None:
     with pytest.raises(kind, match=message) as caught:
-        mix(images, targets)
+        mix(images, labels)
     assert "Remedy" in str(caught.value)
 
 
@@ -330,7 +323,6 @@ def test_errors(kind: Any, message: str, mix: Any, images: Any, targets: Any) ->
         lambda: MixUp(mode="patch"),  # type: ignore[arg-type]
         lambda: MixUpOrCutMix(prob=2),
         lambda: MixUpOrCutMix(0, 0),
-        lambda: CutMix(grid=0),
     ],
 )
 def test_options_are_checked(make: Callable[[], Any]) -> None:

@@ -53,7 +53,7 @@ MASTIFF = "n02108422/imagenet_00_243.jpg"
 
 @pytest.fixture(scope="module")
 def data(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample, and pictures with hostile names, one of them wide, and one that is broken."""
+    """The sample, and images with hostile names, one of them wide, and one that is broken."""
     data = tmp_path_factory.mktemp("page") / "data"
     shutil.copytree(sample / "train", data / "train")
     wide = data / "train" / "n02108422" / "wide.png"
@@ -68,7 +68,7 @@ def data(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stores(data: Path, ray_here: None) -> list[LabelStore]:
-    """A split of 3 x 5 patches, and one of 4 x 6 over a part of each picture, other classes."""
+    """A split of 3 x 5 patches, and one of 4 x 6 over a part of each image, other classes."""
     out = data.parent / "labels"
     annotate(config(data, out, input_size=[[96, 160]], max_errors=1))
     pictures = {f"painted/{side}.png": painted((side, 90)) for side in (80, 200, 400)}
@@ -468,7 +468,7 @@ def test_a_picture_that_changed_is_listed_not_shown(tmp_path: Path) -> None:
     report = save_page([store], tmp_path / "a.html", tmp_path / "images")
     assert (report.shown, report.total, report.errors) == (2, 3, 1)
     (error,) = embedded(report.path)["errors"]
-    assert error["key"] == "b.png" and "must be the picture that was annotated" in error["error"]
+    assert error["key"] == "b.png" and "must be the image that was annotated" in error["error"]
     with pytest.raises(PictureError):
         save_page([store], tmp_path / "a.html", tmp_path / "images", keys=["b.png"])
 

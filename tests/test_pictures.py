@@ -1,4 +1,4 @@
-"""The PNG of one map: what it shows is what the label set holds, and labels move with pictures."""
+"""The PNG of one map: what it shows is what the label set holds, and labels move with images."""
 
 import shutil
 from pathlib import Path
@@ -32,7 +32,7 @@ KEY = "a/painted.png"
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> LabelStore:
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     return write_store(root / "labels" / "train", root / "data" / "train", {KEY: painted()})
 
 
@@ -156,7 +156,7 @@ def test_png_shows_picture_overlay_mass_and_augmentations(
     with Image.open(paths[0]) as sheet:
         assert sheet.format == "PNG"
         pixels = np.asarray(sheet.convert("RGB"))
-    for colour in PAINT:  # in the plain picture; resampling leaves flat areas as they are
+    for colour in PAINT:  # in the plain image; resampling leaves flat areas as they are
         assert (np.abs(pixels.astype(int) - colour).max(-1) == 0).sum() > 1000
     for entry in legend(*(part[..., 0] for part in patch_map(store[KEY])[:2])):
         assert (pixels == rgb(entry.colour)).all(-1).sum() > 300, "a swatch in the legend"
@@ -201,7 +201,7 @@ def test_another_picture_is_refused(store: LabelStore, images: Path, tmp_path: P
     with pytest.raises(PictureError, match=r"digest [0-9a-f]{16}; its digest is [0-9a-f]{16}"):
         save_png(store, KEY, target, copy)
     (copy / "train" / KEY).unlink()
-    with pytest.raises(PictureError, match="cannot read the picture"):
+    with pytest.raises(PictureError, match="cannot read the image"):
         files.read(KEY)
     assert target.read_text() == "as it was" and len([*tmp_path.iterdir()]) == 2
 
@@ -212,7 +212,7 @@ def test_damaged_files_and_keys_that_lead_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(MissingMapError, match=r"no score map for 'c\.png'"):
         PictureFiles(store, tmp_path / "images").read("c.png")
     cut = write_store(tmp_path / "cut", tmp_path / "images", {"c.png": painted((99, 99))[:-100]})
-    with pytest.raises(PictureError, match="cannot decode the picture"):
+    with pytest.raises(PictureError, match="cannot decode the image"):
         PictureFiles(cut, tmp_path / "images").read("c.png")
     outside = write_store(tmp_path / "evil", tmp_path / "images" / "x", {"../a.png": painted()})
     with pytest.raises(PictureError, match="a path below"):

@@ -148,7 +148,7 @@ def student_of(case: Case) -> TokenStudent:
     return TokenStudent(case.make(), CLASSES, image_size=case.image_size)
 
 
-def pictures(student: TokenStudent, count: int = 2) -> Tensor:
+def random_images(student: TokenStudent, count: int = 2) -> Tensor:
     return torch.randn(count, 3, *student.image_size)
 
 
@@ -162,7 +162,7 @@ def test_contract(case: Case) -> None:
     student = student_of(case)
     assert student.grid == case.grid
     assert student.num_classes == CLASSES
-    images = pictures(student)
+    images = random_images(student)
     cls, patches = student(images)
     assert cls.shape == (2, CLASSES)
     assert patches.shape == (2, case.grid[0] * case.grid[1], CLASSES)
@@ -184,7 +184,7 @@ def test_state_dict_is_the_backbones(case: Case) -> None:
     bare = case.make()
     bare.load_state_dict(student.model.state_dict(), strict=True)
     with torch.no_grad():
-        images = pictures(student)
+        images = random_images(student)
         bare.eval()
         if case.classifier:
             assert torch.equal(student.eval()(images), logits_of(bare(images)))
@@ -192,9 +192,9 @@ def test_state_dict_is_the_backbones(case: Case) -> None:
 
 @every_case
 def test_patches_lie_where_the_grid_says(case: Case) -> None:
-    """What changes most when a patch of the picture is repainted is that patch."""
+    """What changes most when a patch of the image is repainted is that patch."""
     student = student_of(case).eval()
-    image = pictures(student, 1)
+    image = random_images(student, 1)
     rows, columns = case.grid
     height, width = student.image_size[0] // rows, student.image_size[1] // columns
     with torch.no_grad():
@@ -215,7 +215,7 @@ def test_mix_token(case: Case) -> None:
     torch.manual_seed(1)
     box = MixToken().sample(student.grid)
     assert box is not None
-    images = pictures(student, 3)
+    images = random_images(student, 3)
     if case.mixes:
         cls, patches = student(images, box)
         assert cls.shape == (3, CLASSES)
@@ -270,9 +270,9 @@ def test_the_models_people_train(make: Callable[[], nn.Module], grid: tuple[int,
 def test_another_number_of_classes(name: str) -> None:
     case = CASES[name]
     student = TokenStudent(case.make(), 3, image_size=case.image_size)
-    cls, patches = student(pictures(student))
+    cls, patches = student(random_images(student))
     assert cls.shape[-1] == patches.shape[-1] == student.num_classes == 3
-    assert logits_of(student.model.eval()(pictures(student))).shape == (2, 3)
+    assert logits_of(student.model.eval()(random_images(student))).shape == (2, 3)
 
 
 def test_the_models_own_classes() -> None:
@@ -380,7 +380,7 @@ def test_features_that_are_no_patches(name: str, options: dict[str, Any], messag
 def test_dropped_tokens() -> None:
     student = TokenStudent(timm_vit(patch_drop_rate=0.3))
     with pytest.raises(ValueError, match="drops or merges tokens"):
-        student(pictures(student))
+        student(random_images(student))
 
 
 def test_a_replaced_embedding() -> None:
@@ -388,7 +388,7 @@ def test_a_replaced_embedding() -> None:
     student.model.patch_embed = copy.deepcopy(student.model.patch_embed)
     student.model.patch_embed._forward_hooks.clear()
     with pytest.raises(ValueError, match="embedding did not run"):
-        student(pictures(student), MixToken().sample(4))
+        student(random_images(student), MixToken().sample(4))
 
 
 @pytest.mark.parametrize("name", ["timm vit", "hf vit classifier", "hf dinov2", "torchvision vit"])
@@ -398,7 +398,7 @@ def test_copies(name: str) -> None:
     file = io.BytesIO()
     torch.save(student, file)
     file.seek(0)
-    images = pictures(student, 3)
+    images = random_images(student, 3)
     torch.manual_seed(3)
     box = MixToken().sample(student.grid)
     for module in student.modules():
@@ -426,7 +426,7 @@ def test_compiled(name: str) -> None:
             module.p = 0.0
     torch._dynamo.reset()
     compiled = torch.compile(student, backend="eager", fullgraph=True)
-    images = pictures(student, 3)
+    images = random_images(student, 3)
     mix = MixToken()
     boxes = [mix.sample(case.grid) for _ in range(6)] if case.mixes else [None]
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -439,7 +439,7 @@ def test_compiled(name: str) -> None:
 @pytest.mark.parametrize("name", ["timm vit", "torchvision swin", "hf dinov2 classifier"])
 def test_bfloat16(name: str) -> None:
     student = student_of(CASES[name])
-    images = pictures(student)
+    images = random_images(student)
     with torch.autocast("cpu", torch.bfloat16):
         cls, patches = student(images, MixToken().sample(student.grid))
     assert cls.dtype == patches.dtype == torch.bfloat16
@@ -454,7 +454,7 @@ def test_bfloat16(name: str) -> None:
 @pytest.mark.parametrize("name", ["timm vit", "torchvision convnext", "torchvision resnet"])
 def test_channels_last(name: str) -> None:
     student = student_of(CASES[name]).eval()
-    images = pictures(student)
+    images = random_images(student)
     plain = student.features(images)
     student.to(memory_format=torch.channels_last)
     other = student.features(images.to(memory_format=torch.channels_last))
@@ -478,7 +478,7 @@ def test_distributed() -> None:
         try:
             for name in ("timm vit", "hf dinov2", "timm deit, distilled"):
                 student = DistributedDataParallel(student_of(CASES[name]))
-                images = pictures(student.module, 3)
+                images = random_images(student.module, 3)
                 box = MixToken().sample(student.module.grid)
                 for mixed in (box, None, box):
                     cls, patches = student(images, mixed)

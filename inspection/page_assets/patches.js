@@ -23,7 +23,7 @@ function paint() {
   }
 }
 
-/** As large as the window allows, in the picture's own shape. */
+/** As large as the window allows, in the image's own shape. */
 function layOut() {
   if (!open) return;
   const [width, height] = open.size;

@@ -113,7 +113,7 @@ function showSummary() {
   if (!data.errors.length) return;
   $("failures").hidden = false;
   const images = `${whole(data.failed)} image${data.failed === 1 ? "" : "s"}`;
-  $("failures-title").textContent = `Errors: ${images} without a map or picture`;
+  $("failures-title").textContent = `Errors: ${images} without a map, or unreadable`;
   for (const { split, key, error } of data.errors) {
     const name = make("bdi", {}, `${data.splits[split].name}/${key}`);
     $("failure-list").append(make("li", {}, name, ": ", make("span", {}, error)));

@@ -35,7 +35,7 @@ function showImage(image) {
   $("title").textContent = image.key;
   $("title").title = image.id;
   $("picture").src = image.picture;
-  $("picture").alt = image.labelName ? `Picture labelled ${image.labelName}` : "Picture";
+  $("picture").alt = image.labelName ? `Image labelled ${image.labelName}` : "Image";
   $("patch").style.minHeight = `${1.6 * (split.listed + 1)}em`; // nothing below it jumps
   document.title = `${image.key} – label maps`;
   buildGrid(image, split);
@@ -136,7 +136,7 @@ function buildFacts(image, split) {
   facts.push(
     ["top-k mass", image.mass.toFixed(3)],
     ["entropy", `${image.entropy.toFixed(2)} nats`],
-    ["picture", `${image.size[0]} × ${image.size[1]} pixels`],
+    ["image", `${image.size[0]} × ${image.size[1]} pixels`],
     ["key", image.key],
     ["split", split.name],
   );

@@ -29,10 +29,10 @@ class SlowActor(actor.TeacherActor):
         teacher: Any = self._worker._teacher
         annotate, (file, seconds) = teacher.annotate, self.pause
 
-        def waiting(images: Any) -> Any:
+        def waiting(*arguments: Any) -> Any:
             if file.exists():
                 time.sleep(seconds)
-            return annotate(images)
+            return annotate(*arguments)
 
         teacher.annotate = waiting
         return identity

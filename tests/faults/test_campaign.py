@@ -70,7 +70,7 @@ class Campaign:
         for path in self._job.shards():
             with Shard(path) as shard:
                 keys += shard.texts("key")
-        assert keys == list(open_manifest(folder / "manifest.h5").keys)
+        assert keys == list(open_manifest(folder / "manifest").keys)
         assert len(set(keys)) == IMAGES
         assert_gone(self._cluster.workers())
         self.complete += 1
