@@ -75,7 +75,8 @@ def _transformed(transform: Any, leaves: list[Any], at_random: bool) -> tuple[An
         return image, leaf
     needed = None
     if type(transform)._needs_transform_list is v2.Transform._needs_transform_list:
-        needed = _needed(transform._transformed_types, type(image))
+        kinds: Any = type(image)
+        needed = _needed(transform._transformed_types, kinds)
     image_needs, leaf_needs = needed or transform._needs_transform_list(leaves)
     params = transform.make_params(
         ([image] if image_needs else []) + ([leaf] if leaf_needs else [])

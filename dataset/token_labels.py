@@ -106,7 +106,8 @@ class TokenLabels(Tensor):
             shrink: factor by which targets of small crops are drawn towards the image's mean, as
                 `TokenLabelDataset` describes it.
         """
-        return cls.collate([leaf], grid, shrink)[0]
+        record: Self = cls.collate([leaf], grid, shrink)[0]  # type: ignore[assignment]
+        return record
 
     @classmethod
     def collate(
@@ -250,7 +251,8 @@ class TokenLabels(Tensor):
     def paths(self) -> Tensor:
         """The segments of the paths, float32 [B, S, 16], S the most of the batch."""
         used = _SEGMENT.size * self.record_layout.segments
-        return self.part(_HEADER.size, used).view(torch.float32).unflatten(1, (-1, 16))
+        segments: Tensor = self.part(_HEADER.size, used).view(torch.float32).unflatten(1, (-1, 16))
+        return segments
 
     def part(self, start: int, size: int) -> Tensor:
         """Some bytes of each record, a plain tensor [..., size]."""
@@ -264,7 +266,8 @@ class TokenLabels(Tensor):
             count = int(np.prod(shape))
             if plane == name:
                 data = self.part(start, count * dtype.itemsize)
-                return data.unflatten(1, (dtype.itemsize, *shape))
+                items: Tensor = data.unflatten(1, (dtype.itemsize, *shape))
+                return items
             start += count * dtype.itemsize
         raise KeyError(name)
 
@@ -290,7 +293,7 @@ class TokenLabels(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         given = []
         for argument in (*args, *(kwargs or {}).values()):
             parts = argument if isinstance(argument, (tuple, list)) else (argument,)
@@ -300,10 +303,11 @@ class TokenLabels(Tensor):
         return _kept(result, given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo[id(self)] = copied = self.clone()
+        copied: Self = self.clone()  # type: ignore[assignment]
+        memo[id(self)] = copied
         return copied
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if self.ndim not in (1, 2) or self.shape[-1] < HEAD:
             return f"TokenLabels({list(self.shape)})"
         maps = self.record_layout.maps
@@ -347,7 +351,8 @@ def _collate(batch: Sequence[Tensor], *, collate_fn_map: Any = None) -> Tensor:
     longest = max(map(len, rows))
     if any(len(row) != longest for row in rows):
         rows = [torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows]
-    labels = collate_tensor_fn(rows, collate_fn_map=collate_fn_map).as_subclass(TokenLabels)
+    stacked: Tensor = collate_tensor_fn(rows, collate_fn_map=collate_fn_map)
+    labels = stacked.as_subclass(TokenLabels)
     labels._layout = _layout(labels)
     return labels
 
