@@ -134,21 +134,25 @@ class TokenLabels(Tensor):
         rows: Sequence[int],
         boxes: Sequence[Sequence[float]],
         flips: Sequence[bool] | None = None,
-        grid: Grid | None = None,
+        grid: int | Grid | None = None,
         shrink: float = 0.0,
     ) -> Self:
         """The records of crops; `LabelStore.labels` describes it."""
         leaves = []
-        for position, (row, (x0, y0, x1, y1)) in enumerate(zip(rows, boxes, strict=True)):
+        turned = [False] * len(rows) if flips is None else flips
+        for row, box, flip in zip(rows, boxes, turned, strict=True):
+            x0, y0, x1, y1 = map(float, box)
             width, height = x1 - x0, y1 - y0
             if not (width > 0 and height > 0):
-                raise ValueError(f"a box is (x0, y0, x1, y1), x0 < x1 and y0 < y1; got {x0, x1}")
+                raise ValueError(
+                    f"a box is (x0, y0, x1, y1), x0 < x1 and y0 < y1; got {(x0, y0, x1, y1)}"
+                )
             crop: Matrix = (width, 0.0, x0, 0.0, height, y0, 0.0, 0.0, 1.0)
-            if flips is not None and flips[position]:
+            if flip:
                 crop = (-width, 0.0, x1, 0.0, height, y0, 0.0, 0.0, 1.0)
             leaf = store.leaf(row, (1, 1))
             leaves.append(leaf.with_path(PixelPath(crop, UNIT_BOX), (1, 1)))
-        return cls.collate(leaves, grid, shrink)
+        return cls.collate(leaves, None if grid is None else student_grid(grid), shrink)
 
     def __len__(self) -> int:
         if self.ndim != 2:
