@@ -1,32 +1,38 @@
-"""What reading label maps costs: one read, a training loader with them, and opening a huge split.
+"""What label maps cost a training loader, one read, and opening a huge split.
 
-    python benchmarks/dataset.py read                               # against torch.load
-    python benchmarks/dataset.py load --data ../shared/imagenet     # against no maps at all
-    python benchmarks/dataset.py open                               # 1,281,167 rows
+    python benchmarks/dataset.py load           # CPU time with maps against without
+    python benchmarks/dataset.py instructions   # the same counted by valgrind's callgrind
+    python benchmarks/dataset.py read           # one map against torch.load of a published tensor
+    python benchmarks/dataset.py open           # 1,281,167 rows
 
 Ratios are medians over rounds in which the two ways take turns in this process. Label maps are real
-ones: `--labels OUT/SPLIT` of a split that was annotated before, with k of at least 5; without it
-the pictures of `--data` (default: the embedded sample) are annotated first. What is made goes to
-`--work` and is used again when it is there.
+ones: `--labels OUT/SPLIT` of a split that was annotated before; without it the images of `--data`
+(default: the embedded sample) are annotated first, at 576 px. What is made goes to `--work` and is
+used again when it is there.
 """
 
 import argparse
+import gc
 import json
+import os
+import re
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from importlib import import_module
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
 from tokenlabel.annotate import AnnotateConfig, annotate
@@ -34,85 +40,17 @@ from tokenlabel.annotate.sample import sample_folder
 from tokenlabel.dataset import LabelStore, TokenLabelDataset, chunks
 from tokenlabel.dataset.index import build_index
 from tokenlabel.dataset.recipe import IMAGENET_MEAN, IMAGENET_STD
-from tokenlabel.dataset.shard import ShardLayout, shard_name, write_shard
+from tokenlabel.dataset.shard import shard_name, write_shard
 
-K = 5
+BATCH = 48
+PUBLISHED_K = 5
 IMAGENET_ROWS = 1_281_167
 Ways = dict[str, Callable[[], float]]
 
 
-class Maps(NamedTuple):
-    """Real maps of n pictures, cut to the best K classes of each patch."""
-
-    scores: np.ndarray
-    classes: np.ndarray
-    rest: np.ndarray
-    sizes: np.ndarray
-    labels: np.ndarray
-
-
-def real_maps(store: LabelStore, step: int) -> Maps:
-    """Maps of the identity view; every `step`-th row and column of the grid."""
-    if store.k < K:
-        raise SystemExit(f"--labels must hold at least {K} scores a patch, this one has {store.k}")
-    entries = [store[row] for row in np.flatnonzero(~store.failed).tolist()]
-    scores, classes, rest = (
-        np.stack([getattr(entry, name)[:1, ::step, ::step] for entry in entries])
-        for name in ("scores", "classes", "rest")
-    )
-    others = np.concatenate([scores[..., K:], rest[..., None]], -1).astype(np.float32)
-    return Maps(
-        scores[..., :K],
-        classes[..., :K],
-        np.logaddexp.reduce(others, -1).astype(np.float16),
-        np.array([entry.size for entry in entries]),
-        np.array([entry.label for entry in entries]),
-    )
-
-
-def imagenet_keys(count: int) -> list[str]:
-    """Keys as ImageNet's training split has them, sorted."""
-    from timm.data import ImageNetInfo
-
-    names = sorted(ImageNetInfo("imagenet-1k").label_names())
-    many = -(-count // len(names))
-    return [f"{name}/{name}_{10000 + n}.JPEG" for name in names for n in range(many)][:count]
-
-
-def write_split(root: Path, maps: Maps, keys: Sequence[str], shard_size: int) -> None:
-    """A split whose rows repeat `maps`."""
-    root.mkdir(parents=True)
-    shards = -(-len(keys) // shard_size)
-    layout = ShardLayout(("identity",), maps.scores.shape[2:4], K, 1000)
-    for number in range(shards):
-        part = keys[number * shard_size : (number + 1) * shard_size]
-        first = number * shard_size
-        rows = np.arange(first, first + len(part)) % len(maps.labels)
-        attrs = {
-            "teacher": "tf_efficientnet_lite0",
-            "weights_digest": "0" * 64,
-            "fingerprint": "f" * 64,
-            "extent": [0.0, 0.0, 1.0, 1.0],
-            "shard": number,
-            "shards": shards,
-            "first_row": first,
-        }
-        path = root / shard_name(number, shards)
-        with write_shard(path, layout, part, maps.labels[rows], attrs) as writer:
-            writer.append(
-                maps.scores[rows],
-                maps.classes[rows],
-                maps.rest[rows],
-                maps.sizes[rows],
-                rows.astype(np.uint64),
-                [""] * len(part),
-            )
-    build_index(root)
-
-
 def take_turns(ways: Ways, rounds: int) -> dict[str, list[float]]:
     """Seconds of each way, round by round."""
-    for way in ways.values():  # warm up: caches, open files, workers
+    for way in ways.values():  # warm up: caches, open files
         way()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
@@ -127,15 +65,193 @@ def ratio(over: Iterable[float], under: Iterable[float]) -> str:
     return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
+# --- a training loader --------------------------------------------------------------------------
+
+
+def _decoded(path: str) -> torch.Tensor:
+    return tv_tensors.Image(decode_jpeg(read_file(path), mode=ImageReadMode.RGB))
+
+
+#: The loader of an image and the end of the pipeline.
+PIPELINES: dict[str, tuple[Any, list[Any]]] = {
+    "PIL, float": (
+        None,
+        [v2.ToImage(), v2.ToDtype(torch.float32, True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)],
+    ),
+    "decode_jpeg, uint8": (_decoded, [v2.Identity()]),
+}
+
+
+def data_sets(pipeline: str, store: LabelStore, split: Path) -> tuple[Any, Any]:
+    """The same images without maps and with them."""
+    loader, end = PIPELINES[pipeline]
+    start = [v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()]
+    transform = v2.Compose([*start, *end])
+    options = {} if loader is None else {"loader": loader}
+    images = ImageFolder(split, **options)
+    with_maps = TokenLabelDataset(images, store, transform=transform, truth="maps")
+    return ImageFolder(split, transform, **options), with_maps
+
+
+def batches(data: Any, count: int, workers: int = 0) -> Iterator[Any]:
+    """`count` batches, the same crops each time."""
+    order = [index % len(data) for index in range(count * BATCH)]
+    torch.default_generator.manual_seed(0)
+    yield from DataLoader(data, BATCH, sampler=order, num_workers=workers)
+
+
+def cpu_seconds() -> float:
+    """Of this process and of the workers that it has waited for."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(part.ru_utime + part.ru_stime for part in usage)
+
+
+def measure_load(options: argparse.Namespace, store: LabelStore, split: Path) -> None:
+    torch.set_num_threads(1)  # as in a worker
+    print(f"{len(store)} images of {split}; maps: {store.layout}")
+    for pipeline in PIPELINES:
+        for workers in (0, 2):
+            plain, mine = (
+                take_pairs(data_sets(pipeline, store, split), options, workers)
+                if workers == 0
+                else take_epochs(data_sets(pipeline, store, split), options, workers)
+            )
+            extra = statistics.median(a - b for a, b in zip(mine, plain, strict=True)) * 1e6
+            print(
+                f"{pipeline}, {workers} workers: CPU time with / without {ratio(mine, plain)}; "
+                f"{statistics.median(plain) * 1e6:.0f} us a sample without, {extra:+.0f} with",
+                flush=True,
+            )
+
+
+def take_pairs(
+    data: tuple[Any, Any], options: argparse.Namespace, workers: int
+) -> tuple[list[float], list[float]]:
+    """CPU seconds a sample, batches taking turns: what else the machine does counts least."""
+    spent: tuple[list[float], list[float]] = ([], [])
+    for turn in range(options.rounds + 1):
+        totals = [0.0, 0.0]
+        for number in range(options.batches):
+            for way in ((0, 1), (1, 0))[number % 2]:
+                loader = iter(DataLoader(data[way], BATCH, sampler=_part(data[way], number)))
+                torch.default_generator.manual_seed(number)
+                start = time.process_time()
+                next(loader)
+                totals[way] += time.process_time() - start
+        for way, total in enumerate(totals):
+            if turn:
+                spent[way].append(total / options.batches / BATCH)
+    return spent
+
+
+def _part(data: Any, number: int) -> list[int]:
+    return [index % len(data) for index in range(number * BATCH, (number + 1) * BATCH)]
+
+
+def take_epochs(
+    data: tuple[Any, Any], options: argparse.Namespace, workers: int
+) -> tuple[list[float], list[float]]:
+    """The same with workers: epochs taking turns, the start of the workers included."""
+    spent: tuple[list[float], list[float]] = ([], [])
+    count = 4 * options.batches
+    for turn in range(options.rounds + 1):
+        for way in ((0, 1), (1, 0))[turn % 2]:
+            gc.collect()
+            start = cpu_seconds()
+            for _ in batches(data[way], count, workers):
+                pass
+            if turn:
+                spent[way].append((cpu_seconds() - start) / count / BATCH)
+    return spent
+
+
+def count_instructions(options: argparse.Namespace, labels: Path, split: Path) -> None:
+    """Instructions a sample, from runs of one batch and of three, each in a process."""
+    for pipeline in PIPELINES:
+        totals = {}
+        for way in (0, 1):
+            for count in (1, 3):
+                command = [sys.executable, __file__, "run", pipeline, str(way), str(count)]
+                command += [str(labels), str(split)]
+                out = options.work / "callgrind.out"
+                done = subprocess.run(
+                    ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", *command],
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
+                found = re.search(r"Collected : (\d+)", done.stderr)
+                if found is None:
+                    raise SystemExit(f"valgrind says no count: {done.stderr}")
+                totals[way, count] = int(found[1])
+        plain, mine = ((totals[way, 3] - totals[way, 1]) / 2 / BATCH for way in (0, 1))
+        print(
+            f"{pipeline}: instructions with maps / without {mine / plain:.4f}; "
+            f"{plain / 1e6:.2f} million a sample without, {mine - plain:+.0f} with",
+            flush=True,
+        )
+
+
+def run_counted(pipeline: str, way: str, count: str, labels: str, split: str) -> None:
+    torch.set_num_threads(1)
+    for _ in batches(data_sets(pipeline, LabelStore(labels), Path(split))[int(way)], int(count)):
+        pass
+
+
 # --- one read -----------------------------------------------------------------------------------
 
 
-def save_as_published(folder: Path, maps: Maps, keys: Sequence[str]) -> list[str]:
-    """A pickle an image: scores and class ids as one float16 [2, K, H, W]."""
-    paths = []
+def imagenet_keys(count: int) -> list[str]:
+    """Keys as ImageNet's training split has them, sorted."""
+    from timm.data import ImageNetInfo
+
+    names = sorted(ImageNetInfo("imagenet-1k").label_names())
+    many = -(-count // len(names))
+    return [f"{name}/{name}_{10000 + n}.JPEG" for name in names for n in range(many)][:count]
+
+
+def write_split(root: Path, store: LabelStore, keys: Sequence[str], step: int) -> None:
+    """A split whose rows repeat those of `store`; every `step`-th row and column of the grid."""
+    maps = [store[row] for row in np.flatnonzero(~store.failed).tolist()]
+    grid = (len(range(0, store.grid[0], step)), len(range(0, store.grid[1], step)))
+    layout = store.layout._replace(grid=grid)
+    planes = {name: np.stack([getattr(entry, name) for entry in maps]) for name in layout.planes()}
+    for name, plane in planes.items():
+        if not name.startswith("residual"):
+            planes[name] = plane[..., ::step, ::step]
+    sizes = np.array([entry.size for entry in maps])
+    root.mkdir(parents=True)
+    shards = -(-len(keys) // 4096)
+    for number in range(shards):
+        part = keys[number * 4096 : (number + 1) * 4096]
+        rows = np.arange(number * 4096, number * 4096 + len(part)) % len(maps)
+        attrs = {
+            "teacher": "tf_efficientnet_lite0",
+            "weights_digest": "0" * 64,
+            "fingerprint": "f" * 64,
+            "extent": [0.0, 0.0, 1.0, 1.0],
+            "shard": number,
+            "shards": shards,
+            "first_row": number * 4096,
+        }
+        path = root / shard_name(number, shards)
+        with write_shard(path, layout, part, [maps[row].label for row in rows], attrs) as writer:
+            writer.append(
+                {name: plane[rows] for name, plane in planes.items()},
+                sizes[rows],
+                rows.astype(np.uint64),
+                [""] * len(part),
+            )
+    build_index(root)
+
+
+def save_as_published(folder: Path, store: LabelStore, keys: Sequence[str]) -> list[str]:
+    """A pickle an image: the best scores and their class ids as one float16 [2, K, H, W]."""
+    maps, paths = [store[row] for row in np.flatnonzero(~store.failed).tolist()], []
     for number, key in enumerate(keys):
-        row = number % len(maps.labels)
-        both = np.stack([maps.scores[row, 0], maps.classes[row, 0].astype(np.float16)])
+        classes, logits = maps[number % len(maps)].logits()
+        both = np.stack([logits, classes])[..., :PUBLISHED_K].astype(np.float16)
         path = folder / f"{key}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(torch.from_numpy(both.transpose(0, 3, 1, 2).copy()), path)
@@ -144,125 +260,47 @@ def save_as_published(folder: Path, maps: Maps, keys: Sequence[str]) -> list[str
 
 
 def measure_read(options: argparse.Namespace, store: LabelStore, work: Path) -> None:
-    maps, keys = real_maps(store, 1), imagenet_keys(options.rows)
+    keys = imagenet_keys(options.rows)
     with tempfile.TemporaryDirectory(dir=work) as name:
         folder = Path(name)
-        write_split(folder / "shards", maps, keys, 1024)
+        write_split(folder / "shards", store, keys, 1)
         ours = LabelStore(folder / "shards")
-        paths = save_as_published(folder / "published", maps, keys)
+        paths = save_as_published(folder / "published", store, keys)
         rng = np.random.default_rng(0)
         rows: list[int] = []
+        libdeflate = chunks._fast
 
-        def timed(read: Callable[[int], Any], inflater: str = "zlib") -> Callable[[], float]:
+        def timed(read: Callable[[int], Any], fast: bool = False) -> Callable[[], float]:
             def way() -> float:
-                chunks._inflate = import_module(inflater)
-                start = time.perf_counter()
+                chunks._fast = libdeflate if fast else None
+                start = time.process_time()
                 for row in rows:
                     read(row)
-                return time.perf_counter() - start
+                return time.process_time() - start
 
             return way
 
-        ways: Ways = {
+        theirs: Ways = {
             "torch.load": timed(lambda row: torch.load(paths[row])),
             "torch.load, any pickle": timed(lambda row: torch.load(paths[row], weights_only=False)),
         }
-        mine = []
-        for inflater in ("zlib", "isal.isal_zlib"):  # the second: extra `fast`
-            if find_spec(inflater.split(".")[0]):
-                by_key, by_row = (f"store[{how}], {inflater}" for how in ("key", "row"))
-                ways[by_key] = timed(lambda row: ours[keys[row]], inflater)
-                ways[by_row] = timed(lambda row: ours[row], inflater)
-                mine += [by_key, by_row]
+        mine: Ways = {}
+        for fast in (False, True) if find_spec("deflate") else (False,):  # extra `fast`
+            inflater = "deflate" if fast else "zlib"
+            mine[f"store.planes(row), {inflater}"] = timed(ours.planes, fast)
+            mine[f"store[row], {inflater}"] = timed(ours.__getitem__, fast)
+            mine[f"store[key], {inflater}"] = timed(lambda row: ours[keys[row]], fast)
         rows[:] = range(len(keys))
-        take_turns(ways, 0)
+        take_turns(theirs | mine, 0)
         rows[:] = rng.integers(0, len(keys), 200).tolist()
-        seconds = take_turns(ways, options.rounds)
+        seconds = take_turns(theirs | mine, options.rounds)
         size = sum(path.stat().st_size for path in ours.shards) / len(ours)
-        print(f"{len(keys)} rows, {ours.grid} maps, k={K}: {size:.0f} bytes an image in shards")
+        print(f"{len(keys)} rows, {ours.layout}: {size:.0f} bytes an image in shards")
         for way, spent in seconds.items():
-            print(f"{way}: {statistics.median(spent) / len(rows) * 1e6:.1f} us")
-        for theirs in ("torch.load", "torch.load, any pickle"):
+            print(f"{way}: {statistics.median(spent) / len(rows) * 1e6:.1f} us of CPU time")
+        for other in theirs:
             for way in mine:
-                print(f"{theirs} / {way}: {ratio(seconds[theirs], seconds[way])}")
-
-
-# --- a training loader --------------------------------------------------------------------------
-
-
-def pipeline() -> v2.Compose:
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(224, antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
-
-
-class Seeded(Dataset[Any]):
-    """Every item with a seed of its own, so that both ways crop the same boxes."""
-
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> Any:
-        torch.manual_seed(index)
-        return self._dataset[index]
-
-
-def epoch(loader: "DataLoader[Any]", clock: Callable[[], float]) -> Callable[[], float]:
-    def way() -> float:
-        start = clock()
-        for _ in loader:
-            pass
-        return clock() - start
-
-    return way
-
-
-def turns_by_batch(
-    with_maps: Dataset[Any], without: Dataset[Any], images: int, rounds: int
-) -> tuple[list[float], list[float]]:
-    """CPU seconds of batches of 16 that take turns: what else the machine does counts least."""
-    spent: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        totals = [0.0, 0.0]
-        loaders = [iter(DataLoader(data, batch_size=16)) for data in (with_maps, without)]
-        for _ in range(images // 16):
-            for way, loader in enumerate(loaders):
-                start = time.process_time()
-                next(loader)
-                totals[way] += time.process_time() - start
-        for way, total in enumerate(totals):
-            spent[way].append(total)
-    return spent
-
-
-def measure_load(options: argparse.Namespace, store: LabelStore, split: Path) -> None:
-    torch.set_num_threads(1)  # as in a worker
-    with_maps = Seeded(TokenLabelDataset(split, store, transform=pipeline()))
-    without = Seeded(ImageFolder(split, pipeline()))
-    images = len(without)
-    print(f"{images} images of {split}, {store.grid} maps, k={store.k}, 14x14 targets")
-    mine, plain = turns_by_batch(with_maps, without, images, options.rounds)
-    print(f"0 workers, CPU time, with maps / without: {ratio(mine, plain)}")
-    for workers in (0, 2):
-        ways: Ways = {}
-        for name, data in (("with maps", with_maps), ("without", without)):
-            loader = DataLoader(data, 16, num_workers=workers, persistent_workers=workers > 0)
-            ways[name] = epoch(loader, time.perf_counter)
-        seconds = take_turns(ways, options.rounds)
-        for name, spent in seconds.items():
-            print(f"{workers} workers, {name}: {images / statistics.median(spent):.1f} samples/s")
-        # Seconds of the one over seconds of the other is samples/s the other way round.
-        print(f"{workers} workers, samples/s with maps / without: ", end="")
-        print(ratio(seconds["without"], seconds["with maps"]))
+                print(f"{other} / {way}: {ratio(seconds[other], seconds[way])}")
 
 
 # --- opening a huge split -----------------------------------------------------------------------
@@ -286,7 +324,7 @@ each = (time.perf_counter() - start) / len(chosen)
 by_row = used()
 for row in chosen:
     store[store.keys[row]]
-mapped = sum(m.rss for m in process.memory_maps() if m.path.endswith("index.h5")) / 1e6
+mapped = sum(m.rss for m in process.memory_maps() if m.path.endswith("/index")) / 1e6
 print(json.dumps([seconds, first - before, by_row - before, used() - before, mapped, each * 1e6]))
 """
 
@@ -296,7 +334,7 @@ def measure_open(options: argparse.Namespace, store: LabelStore, work: Path) -> 
     if not root.exists():
         start = time.perf_counter()
         unfinished = Path(tempfile.mkdtemp(dir=work)) / "split"
-        write_split(unfinished, real_maps(store, 9), keys, 4096)
+        write_split(unfinished, store, keys, 9)
         unfinished.rename(root)
         print(f"wrote {len(keys)} rows in {time.perf_counter() - start:.0f} s", flush=True)
     command = [sys.executable, "-c", _OPEN, str(root), keys[len(keys) // 2]]
@@ -313,13 +351,15 @@ def measure_open(options: argparse.Namespace, store: LabelStore, work: Path) -> 
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["run"]:  # under valgrind
+        return run_counted(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("read", "load", "open", "all"))
+    parser.add_argument("what", choices=("load", "instructions", "read", "open", "all"))
     parser.add_argument("--data", type=Path, help="folder with train/ (default: the sample)")
     parser.add_argument("--labels", type=Path, help="OUT/train of --data, annotated before")
     parser.add_argument("--work", type=Path, default=Path("/tmp/tokenlabel-benchmarks"))
-    parser.add_argument("--input-size", type=int, default=576, help="of the teacher")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--batches", type=int, default=2, help="of a round of `load`")
     parser.add_argument("--rows", type=int, default=3000, help="of `read`")
     parser.add_argument("--open-rows", type=int, default=IMAGENET_ROWS, help="of `open`")
     options = parser.parse_args()
@@ -328,7 +368,7 @@ def main() -> None:
     data = options.data or sample_folder(work)
     labels = options.labels
     if labels is None:
-        out = work / f"labels-{data.resolve().name}-{options.input_size}"
+        out = work / f"labels-{data.resolve().name}"
         labels = out / "train"
         annotate(
             AnnotateConfig(
@@ -336,15 +376,17 @@ def main() -> None:
                 out=str(out),
                 model="tf_efficientnet_lite0",
                 weights="sample",
-                input_size=options.input_size,
+                input_size=576,
                 batch_size=16,
             )
         )
     store = LabelStore(labels)
-    if options.what in ("read", "all"):
-        measure_read(options, store, work)
     if options.what in ("load", "all"):
         measure_load(options, store, data / "train")
+    if options.what in ("instructions", "all"):
+        count_instructions(options, labels, data / "train")
+    if options.what in ("read", "all"):
+        measure_read(options, store, work)
     if options.what in ("open", "all"):
         measure_open(options, store, work)
 

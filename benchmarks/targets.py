@@ -1,58 +1,56 @@
-"""Time to target: label maps to the targets of 14x14 patches, against the published dense path.
+"""Time and memory of targets: label maps to the targets of 14x14 patches, on one CPU thread.
 
     python benchmarks/targets.py --labels OUT/SPLIT
 
-Both ways make the targets of the same 64 random crops, flipped or not, in rounds that take turns in
-this process, with one thread, as in a DataLoader's worker. The published path (TokenLabeling,
-LV-ViT) scatters the stored scores of the batch to dense [B, 1000, H, W] logits, averages them by
-RoIAlign over each patch and over the crop, and takes softmax of both. Ours goes map by map. The
-labels must be real ones, for how fast they merge depends on how alike neighbours are; without
-`--labels` the embedded sample is annotated first, into `--work`.
+All ways make the targets of the same 64 random crops, flipped or not, in rounds that take turns in
+this process. The published path (TokenLabeling, LV-ViT) scatters the stored scores of the batch to
+dense [B, 1000, H, W] logits, averages them by RoIAlign over each patch and over the crop, and takes
+softmax of both. Ours makes windows of the records, and the crops' targets where the loss asks for
+them. The labels must be real ones, since the crop's targets are sparse; without `--labels` the
+embedded sample is annotated first, into `--work`.
 """
 
 import argparse
+import multiprocessing
+import resource
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from tokenlabel.annotate import AnnotateConfig, annotate
-from tokenlabel.dataset import LabelStore, TokenLabelMap, ToTokenTargets
-from tokenlabel.dataset.path import transform_box
+from tokenlabel.dataset import LabelStore, TokenLabelMap, TokenLabels
+from tokenlabel.dataset.path import PixelPath, transform_box
 
 PUBLISHED_K = 5
 GRID = 14
-Views = list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+SIZE = (375, 500)
+Ways = dict[str, Callable[[], object]]
 
 
-def real_views(store: LabelStore, k: int) -> Views:
-    """(scores, classes, rest) of up to 64 images, cut to the best k classes of each cell."""
-    views = []
-    for row in np.flatnonzero(~store.failed)[:64].tolist():
-        entry = store[row]
-        scores, classes, rest = entry.scores[0], entry.classes[0], entry.rest[0]
-        others = np.concatenate([scores[..., k:], rest[..., None]], -1).astype(np.float32)
-        views.append(
-            (scores[..., :k], classes[..., :k], np.logaddexp.reduce(others, -1).astype(np.float16))
-        )
-    return views
-
-
-def crops(views: Views, count: int) -> list[TokenLabelMap]:
-    """Maps after RandomResizedCrop and flip, the same each time."""
+def crops(store: LabelStore, count: int) -> tuple[list[int], list[TokenLabelMap]]:
+    """Rows, and their maps after RandomResizedCrop and flip, the same each time."""
     torch.manual_seed(0)
     transform = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
-    maps = [
-        TokenLabelMap.from_scores(*views[i % len(views)], canvas_size=(375, 500))
-        for i in range(count)
-    ]
-    return [transform(score_map) for score_map in maps]
+    there = np.flatnonzero(~store.failed).tolist()
+    rows = [there[number % len(there)] for number in range(count)]
+    leaves = [store.leaf(row).with_path(PixelPath.of(SIZE), SIZE) for row in rows]
+    return rows, [transform(leaf) for leaf in leaves]
+
+
+def as_published(store: LabelStore, row: int) -> Tensor:
+    """Scores and class ids as the published files have them, float16 [2, K, H, W]."""
+    classes, logits = store[row].logits()
+    both = np.stack([logits, classes])[..., :PUBLISHED_K].astype(np.float16)
+    return torch.from_numpy(both.transpose(0, 3, 1, 2).copy())
 
 
 def published(stored: Tensor, boxes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -72,9 +70,7 @@ def published(stored: Tensor, boxes: Tensor, num_classes: int) -> tuple[Tensor, 
     return patches, roi_align(maps, regions, (1, 1)).softmax(1)
 
 
-def take_turns(
-    ways: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
+def take_turns(ways: Ways, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of each way, round by round, after a round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
@@ -86,11 +82,28 @@ def take_turns(
     return seconds
 
 
+def peak_memory(way: Callable[[], object]) -> float:
+    """Megabytes beyond those of before, at most, in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def measure() -> None:
+        before = psutil.Process().memory_info().rss
+        way()
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        sender.send((most - before) / 1e6)
+
+    process = context.Process(target=measure)
+    process.start()
+    most: float = receiver.recv()
+    process.join()
+    return most
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--labels", type=Path, help="OUT/SPLIT, with at least 5 scores a patch")
+    parser.add_argument("--labels", type=Path, help="OUT/SPLIT, stored with level")
     parser.add_argument("--work", type=Path, default=Path("/tmp/tokenlabel-benchmarks"))
-    parser.add_argument("--input-size", type=int, default=576, help="of the teacher")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
@@ -98,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     labels = options.labels
     if labels is None:
-        out = options.work / f"labels-sample-{options.input_size}"
+        out = options.work / "labels-sample"
         labels = out / "train"
         annotate(
             AnnotateConfig(
@@ -106,50 +119,37 @@ def main() -> None:
                 out=str(out),
                 model="tf_efficientnet_lite0",
                 weights="sample",
-                input_size=options.input_size,
+                input_size=576,
                 batch_size=16,
             )
         )
     torch.set_num_threads(options.threads)
     store = LabelStore(labels)
-    five = real_views(store, PUBLISHED_K)
-    ours = {f"ours, k={k}": crops(real_views(store, k), options.batch) for k in {5, store.k}}
-    boxes = torch.tensor(
-        [transform_box(m.path.matrix, (0, 0, 224, 224)) for m in ours["ours, k=5"]]
-    )
-    files = [
-        torch.from_numpy(np.stack([scores, classes.astype(np.float16)]).transpose(0, 3, 1, 2))
-        for scores, classes, _ in five
-    ]
-    stored = torch.stack([files[i % len(files)] for i in range(options.batch)])
-
-    def make(maps: list[TokenLabelMap], to_targets: ToTokenTargets) -> Callable[[], object]:
-        return lambda: [to_targets(score_map) for score_map in maps]
-
-    ways: dict[str, Callable[[], object]] = {
-        "published": lambda: published(stored, boxes, store.num_classes)
+    rows, leaves = crops(store, options.batch)
+    records = TokenLabels.collate(leaves)
+    turned = TokenLabels.collate([F.rotate(leaf, 20) for leaf in leaves])
+    boxes = torch.tensor([transform_box(leaf.path.matrix, (0, 0, 224, 224)) for leaf in leaves])
+    stored = torch.stack([as_published(store, row) for row in rows])
+    ways: Ways = {
+        "published": lambda: published(stored, boxes, store.num_classes),
+        "ours": lambda: records.targets(GRID),
+        "ours, and the crops'": lambda: (records.targets(GRID), records.crop()),
+        "ours, rotated": lambda: turned.targets(GRID),
+        "ours, merged and cut to 10": lambda: records.sparse(GRID, 10),
     }
-    for name, maps in ours.items():
-        ways[name] = make(maps, ToTokenTargets(GRID, maps[0].shape[-1]))
-    turned = [v2.functional.rotate(score_map, 20) for score_map in ours["ours, k=5"]]
-    ways["ours, k=5, rotated too"] = make(turned, ToTokenTargets(GRID, 5))
-    views, to_targets = iter(range(1 << 30)), ToTokenTargets(GRID, 5)
-    whole = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), to_targets])
-
-    def from_scores() -> None:
-        for _ in range(options.batch):
-            view = five[next(views) % len(five)]
-            whole(TokenLabelMap.from_scores(*view, canvas_size=(375, 500)))
-
-    ways["ours, k=5, from the arrays on: map, crop, flip, target"] = from_scores
-    clock = time.perf_counter if options.wall else time.process_time
-    seconds = take_turns(ways, options.rounds, clock)
-    print(f"{store.grid} maps, {options.batch} crops, {options.threads} thread(s), ", end="")
+    memory = {name: peak_memory(way) for name, way in ways.items()}
+    seconds = take_turns(
+        ways, options.rounds, time.perf_counter if options.wall else time.process_time
+    )
+    print(f"{store.layout}, {options.batch} crops, {options.threads} thread(s), ", end="")
     print("wall-clock" if options.wall else "CPU time")
     for name, spent in seconds.items():
         each = statistics.median(spent) / options.batch * 1e3
         ratios = [a / b for a, b in zip(seconds["published"], spent, strict=True)]
-        print(f"{each:.3f} ms a map, {statistics.median(ratios):5.1f} times: {name}")
+        print(
+            f"{each:.3f} ms a map, {statistics.median(ratios):5.1f} times as fast, "
+            f"{memory[name]:5.0f} MB at most: {name}"
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ torchvision's own `forward` methods is run as that method runs it, on the list: 
 same draws from torch's generator in the same order, the same kernels. All else is called as it is.
 """
 
+import functools
 from typing import Any
 
 import PIL.Image
@@ -18,15 +19,26 @@ from tokenlabel.dataset.label_map import TokenLabelMap
 
 _SINGLE = v2.Transform.forward
 _AT_RANDOM = v2.RandomHorizontalFlip.forward  # that of all transforms with a probability
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CALL = nn.Module.__call__
 
 
 def run(transform: Any, *sample: Any) -> Any:
     """What `transform(*sample)` gives, sooner where the sample is an image and its map."""
-    forward = _forward(transform)
-    image, leaf = sample if len(sample) == 2 else (None, None)
-    if type(leaf) is not TokenLabelMap or not isinstance(image, (Tensor, PIL.Image.Image)):
+    if nn_module._has_any_global_hook():
         return transform(*sample)
+    return _run(transform, sample)
+
+
+def _run(transform: Any, sample: Any) -> Any:
+    if (
+        len(sample) != 2
+        or type(sample[1]) is not TokenLabelMap
+        or not isinstance(sample[0], (Tensor, PIL.Image.Image))
+        or not isinstance(transform, v2.Transform)
+        or _does_more(transform)
+    ):
+        return transform(*sample)
+    forward = type(transform).forward
     if forward is _SINGLE or forward is _AT_RANDOM:
         return _transformed(transform, list(sample), forward is _AT_RANDOM)
     if forward is v2.Compose.forward:
@@ -34,33 +46,50 @@ def run(transform: Any, *sample: Any) -> Any:
     elif forward is v2.RandomApply.forward:
         steps = transform.transforms if torch.rand(1) < transform.p else ()
     elif forward is v2.RandomChoice.forward:
-        number = int(torch.multinomial(torch.tensor(transform.p), 1))
-        steps = (transform.transforms[number],)
+        steps = (transform.transforms[int(torch.multinomial(torch.tensor(transform.p), 1))],)
     else:
         return transform(*sample)
     for step in steps:
-        sample = run(step, *sample)
+        sample = _run(step, sample)
     return sample
 
 
-def _forward(transform: Any) -> Any:
-    """The method that calling `transform` comes to; None where calling it does more than that."""
-    kind = type(transform)
-    if not isinstance(transform, v2.Transform) or kind.__call__ is not nn.Module.__call__:
-        return None
+def _does_more(transform: Any) -> bool:
+    """Whether calling the transform does more than its class's `forward`."""
     own = vars(transform)
-    if "forward" in own or own.get("_compiled_call_impl") or any(own[name] for name in _HOOKS):
-        return None
-    return None if nn_module._has_any_global_hook() else kind.forward
-
-
-def _transformed(transform: Any, leaves: list[Any], at_random: bool) -> tuple[Any, ...]:
-    transform.check_inputs(leaves)
-    if at_random and torch.rand(1) >= transform.p:
-        return tuple(leaves)
-    needed = transform._needs_transform_list(leaves)
-    params = transform.make_params([x for x, need in zip(leaves, needed, strict=True) if need])
-    return tuple(
-        transform.transform(x, params) if need else x
-        for x, need in zip(leaves, needed, strict=True)
+    return bool(
+        type(transform).__call__ is not _CALL
+        or "forward" in own
+        or "_compiled_call_impl" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
     )
+
+
+def _transformed(transform: Any, leaves: list[Any], at_random: bool) -> tuple[Any, Any]:
+    transform.check_inputs(leaves)
+    image, leaf = leaves
+    if at_random and torch.rand(1) >= transform.p:
+        return image, leaf
+    needed = None
+    if type(transform)._needs_transform_list is v2.Transform._needs_transform_list:
+        kinds: Any = type(image)
+        needed = _needed(transform._transformed_types, kinds)
+    image_needs, leaf_needs = needed or transform._needs_transform_list(leaves)
+    params = transform.make_params(
+        ([image] if image_needs else []) + ([leaf] if leaf_needs else [])
+    )
+    return (
+        transform.transform(image, params) if image_needs else image,
+        transform.transform(leaf, params) if leaf_needs else leaf,
+    )
+
+
+@functools.cache
+def _needed(kinds: tuple[Any, ...], image: Any) -> tuple[bool, bool] | None:
+    """Whether a transform of these types takes an image and a map; None if it asks their values."""
+    if all(isinstance(kind, type) for kind in kinds):
+        return issubclass(image, kinds), issubclass(TokenLabelMap, kinds)
+    return None

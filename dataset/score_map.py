@@ -52,7 +52,7 @@ class MapLayout(NamedTuple):
     def planes(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Dtype and shape, without the row, of the datasets that hold a map, in stored order."""
         views, cells = len(self.views), (len(self.views), self.k, *self.grid)
-        planes = {
+        planes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
             "codes": (np.dtype("|u1" if self.step else "<f2"), cells),
             "classes": (self.class_dtype, cells),
         }
@@ -104,13 +104,14 @@ class ScoreMap(NamedTuple):
         classes, probs, rest = self.probabilities(view)
         ids = np.where(probs > 0, classes, 0).astype(np.int64)
         dense = np.zeros((*rest.shape, self.layout.num_classes), np.float32)
-        rows, columns = (axis[..., None] for axis in np.indices(rest.shape))
-        np.add.at(dense, (rows, columns, ids), probs)
+        at = np.indices(ids.shape)
+        np.add.at(dense, (at[0], at[1], ids), probs)
         others = np.where(dense > 0, 0, self.residual(view)).astype(np.float32)
         mass = others.sum(-1)
         # Where every class is stored, nobody is left to take the rest.
         scale = np.divide(rest, mass, out=np.zeros_like(rest), where=mass > 0)
-        return dense + others * scale[..., None]
+        whole: Floats32 = dense + others * scale[..., None]
+        return whole
 
     def residual(self, view: int = 0) -> Floats32:
         """How the leftover mass of this image's cells is spread, float32 [C]; sums to 1."""
@@ -158,10 +159,11 @@ def decode(codes: np.ndarray, layout: MapLayout) -> tuple[Floats32, Floats32]:
 def residual(classes: np.ndarray, codes: np.ndarray, num_classes: int) -> Floats32:
     """The residual distribution, float32 [C]: the classes that are named, then all others alike."""
     parts = np.where(codes == DROPPED, 0, np.exp(codes / np.float32(-RESIDUAL_STEPS)))
-    spread = np.zeros(num_classes, np.float32)
+    spread: Floats32 = np.zeros(num_classes, np.float32)
     np.add.at(spread, classes.astype(np.int64), parts.astype(np.float32))
     unnamed = num_classes - np.count_nonzero(spread)
     left = max(1 - float(spread.sum()), 0.0)
     if unnamed:
         spread[spread == 0] = left / unnamed
-    return spread / spread.sum()
+    spread /= spread.sum()
+    return spread

@@ -17,7 +17,10 @@ from tokenlabel.dataset.score_map import MapLayout, ScoreMap
 from tokenlabel.dataset.shard import Shard
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tokenlabel.dataset.label_map import TokenLabelMap
+    from tokenlabel.dataset.token_labels import Grid, TokenLabels
 
 #: The file that holds the images of a split in order, and the names of the classes.
 MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION = "manifest", "tokenlabel-manifest", 2
@@ -83,7 +86,7 @@ class LabelStore:
         return self._local.index().keys
 
     @property
-    def labels(self) -> np.ndarray:
+    def ground_truth(self) -> np.ndarray:
         """Ground-truth classes, int32 [n], -1 where unknown; read-only."""
         return self._local.index().labels
 
@@ -180,6 +183,34 @@ class LabelStore:
             extent=shard.extent(local),
             label=index.labels.item(row),
         )
+
+    def labels(
+        self,
+        rows: "Sequence[int | str]",
+        boxes: "Sequence[Sequence[float]]",
+        flips: "Sequence[bool] | None" = None,
+        grid: "int | Grid | None" = None,
+        shrink: float = 0.0,
+    ) -> "TokenLabels":
+        """The records of a batch of crops, for whoever crops tensors himself.
+
+        Args:
+            rows: row or key of each crop's image, B of them.
+            boxes: [B, 4], the crops (x0, y0, x1, y1), normalised to their images, x along the
+                width; they may reach beyond them.
+            flips: whether each crop was flipped left to right after it; None: none was.
+            grid: the student's patches, for `labels.targets()` without one.
+            shrink: as in `TokenLabelDataset`.
+
+        Raises:
+            ValueError: an empty box, or not one of each for every row.
+            IndexError, KeyError, FormatError, OSError: as `store[row]`; but an image that could
+                not be annotated gives targets of weight 0.
+        """
+        from tokenlabel.dataset.token_labels import TokenLabels
+
+        numbers = [self.row(row) for row in rows]
+        return TokenLabels.from_boxes(self, numbers, boxes, flips, grid, shrink)
 
     def row(self, key: str | int, near: int = -1) -> int:
         """Row of a key, found soonest if it is `near`; a row is checked and returned as it is."""

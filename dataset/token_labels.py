@@ -106,7 +106,8 @@ class TokenLabels(Tensor):
             shrink: factor by which targets of small crops are drawn towards the image's mean, as
                 `TokenLabelDataset` describes it.
         """
-        return cls.collate([leaf], grid, shrink)[0]
+        record: Self = cls.collate([leaf], grid, shrink)[0]  # type: ignore[assignment]
+        return record
 
     @classmethod
     def collate(
@@ -115,14 +116,14 @@ class TokenLabels(Tensor):
         """The records of a batch, [B, bytes], from the leaves that followed its images."""
         heads = [_head(leaf, grid, shrink) for leaf in leaves]
         nothing = bytes(planes_size(leaves[0].map_layout))
-        rows = [
-            (head, leaf.planes or nothing, tail)
-            for (head, tail), leaf in zip(heads, leaves, strict=True)
-        ]
-        longest = max(sum(map(len, row)) for row in rows)
+        pieces = []
+        longest = max(len(head) + len(nothing) + len(tail) for head, tail in heads)
         longest += -longest % _ALIGNED
-        data = bytearray(b"".join(b"".join(row).ljust(longest, b"\0") for row in rows))
-        labels = torch.frombuffer(data, dtype=torch.uint8).view(len(rows), longest).as_subclass(cls)
+        for (head, tail), leaf in zip(heads, leaves, strict=True):
+            padding = bytes(longest - len(head) - len(nothing) - len(tail))
+            pieces += [head, leaf.planes or nothing, tail, padding]
+        data = torch.frombuffer(bytearray().join(pieces), dtype=torch.uint8)
+        labels = data.view(len(heads), longest).as_subclass(cls)
         labels._layout = _layout(labels)
         return labels
 
@@ -133,21 +134,25 @@ class TokenLabels(Tensor):
         rows: Sequence[int],
         boxes: Sequence[Sequence[float]],
         flips: Sequence[bool] | None = None,
-        grid: Grid | None = None,
+        grid: int | Grid | None = None,
         shrink: float = 0.0,
     ) -> Self:
         """The records of crops; `LabelStore.labels` describes it."""
         leaves = []
-        for position, (row, (x0, y0, x1, y1)) in enumerate(zip(rows, boxes, strict=True)):
+        turned = [False] * len(rows) if flips is None else flips
+        for row, box, flip in zip(rows, boxes, turned, strict=True):
+            x0, y0, x1, y1 = map(float, box)
             width, height = x1 - x0, y1 - y0
             if not (width > 0 and height > 0):
-                raise ValueError(f"a box is (x0, y0, x1, y1), x0 < x1 and y0 < y1; got {x0, x1}")
+                raise ValueError(
+                    f"a box is (x0, y0, x1, y1), x0 < x1 and y0 < y1; got {(x0, y0, x1, y1)}"
+                )
             crop: Matrix = (width, 0.0, x0, 0.0, height, y0, 0.0, 0.0, 1.0)
-            if flips is not None and flips[position]:
+            if flip:
                 crop = (-width, 0.0, x1, 0.0, height, y0, 0.0, 0.0, 1.0)
             leaf = store.leaf(row, (1, 1))
             leaves.append(leaf.with_path(PixelPath(crop, UNIT_BOX), (1, 1)))
-        return cls.collate(leaves, grid, shrink)
+        return cls.collate(leaves, None if grid is None else student_grid(grid), shrink)
 
     def __len__(self) -> int:
         if self.ndim != 2:
@@ -250,7 +255,8 @@ class TokenLabels(Tensor):
     def paths(self) -> Tensor:
         """The segments of the paths, float32 [B, S, 16], S the most of the batch."""
         used = _SEGMENT.size * self.record_layout.segments
-        return self.part(_HEADER.size, used).view(torch.float32).unflatten(1, (-1, 16))
+        segments: Tensor = self.part(_HEADER.size, used).view(torch.float32).unflatten(1, (-1, 16))
+        return segments
 
     def part(self, start: int, size: int) -> Tensor:
         """Some bytes of each record, a plain tensor [..., size]."""
@@ -264,7 +270,8 @@ class TokenLabels(Tensor):
             count = int(np.prod(shape))
             if plane == name:
                 data = self.part(start, count * dtype.itemsize)
-                return data.unflatten(1, (dtype.itemsize, *shape))
+                items: Tensor = data.unflatten(1, (dtype.itemsize, *shape))
+                return items
             start += count * dtype.itemsize
         raise KeyError(name)
 
@@ -290,7 +297,7 @@ class TokenLabels(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         given = []
         for argument in (*args, *(kwargs or {}).values()):
             parts = argument if isinstance(argument, (tuple, list)) else (argument,)
@@ -300,10 +307,11 @@ class TokenLabels(Tensor):
         return _kept(result, given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo[id(self)] = copied = self.clone()
+        copied: Self = self.clone()  # type: ignore[assignment]
+        memo[id(self)] = copied
         return copied
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if self.ndim not in (1, 2) or self.shape[-1] < HEAD:
             return f"TokenLabels({list(self.shape)})"
         maps = self.record_layout.maps
@@ -332,8 +340,9 @@ def _kept(result: Any, given: Sequence[TokenLabels]) -> Any:
         return type(result)([_kept(part, given) for part in result])
     if not isinstance(result, TokenLabels):
         return result
-    if not given or result.dtype != torch.uint8 or result.shape[-1:] != given[0].shape[-1:]:
-        return result.as_subclass(Tensor)
+    with DisableTorchFunctionSubclass():
+        if not given or result.dtype != torch.uint8 or result.shape[-1:] != given[0].shape[-1:]:
+            return result.as_subclass(Tensor)
     # A part of a batch reaches no further than the whole. Of several batches, nothing is known.
     layout = given[0]._layout
     result._layout = layout if all(other._layout == layout for other in given[1:]) else None
@@ -346,7 +355,8 @@ def _collate(batch: Sequence[Tensor], *, collate_fn_map: Any = None) -> Tensor:
     longest = max(map(len, rows))
     if any(len(row) != longest for row in rows):
         rows = [torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows]
-    labels = collate_tensor_fn(rows, collate_fn_map=collate_fn_map).as_subclass(TokenLabels)
+    stacked: Tensor = collate_tensor_fn(rows, collate_fn_map=collate_fn_map)
+    labels = stacked.as_subclass(TokenLabels)
     labels._layout = _layout(labels)
     return labels
 

@@ -5,6 +5,7 @@ bilinear between the centres of the cells. Cross entropy is linear in its target
 a patch shows need not be merged: they stay a window of cells with a weight each.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -317,18 +318,16 @@ def _upright(
     down = torch.arange(grid[0] + 1, device=path.device)[:, None] * (height / grid[0])
     rows, columns = labels.record_layout.maps.grid
     # One of the two matrix entries of each axis is 0, so a corner's coordinates suffice.
+    per_x, per_y = columns / (x1 - x0), rows / (y1 - y0)
     column, across, inside_x = _axis(
-        *(
-            ((a * right[..., s] + b * down[:, t] + c - x0) * (columns / (x1 - x0)))
-            for s, t in _ENDS
-        ),
-        *(((edge - x0) * (columns / (x1 - x0))) for edge in (low_x, high_x)),
+        [(a * right[..., s] + b * down[:, t] + c - x0) * per_x for s, t in _ENDS],
+        [(edge - x0) * per_x for edge in (low_x, high_x)],
         columns,
         size[1],
     )
     row, along, inside_y = _axis(
-        *(((d * right[..., s] + e * down[:, t] + f - y0) * (rows / (y1 - y0))) for s, t in _ENDS),
-        *(((edge - y0) * (rows / (y1 - y0))) for edge in (low_y, high_y)),
+        [(d * right[..., s] + e * down[:, t] + f - y0) * per_y for s, t in _ENDS],
+        [(edge - y0) * per_y for edge in (low_y, high_y)],
         rows,
         size[0],
     )
@@ -344,15 +343,13 @@ def _identity(labels: "TokenLabels") -> Tensor:
 
 
 def _axis(
-    start: Tensor, end: Tensor, low: Tensor, high: Tensor, cells: int, size: int
+    ends: Sequence[Tensor], shown: Sequence[Tensor], cells: int, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Integrals of the cells' hats over intervals [B, h, w] of one axis, in cells.
 
     Args:
-        start: where each patch's interval begins.
-        end: where it ends; before its start in a mirrored image.
-        low: first point of [0, cells] that the image shows, [B, 1, 1].
-        high: last point of it.
+        ends: where each patch's interval begins and ends; the other way round in a mirrored image.
+        shown: first and last point of [0, cells] that the image shows, [B, 1, 1].
         cells: of the axis.
         size: cells of a window.
 
@@ -360,6 +357,7 @@ def _axis(
         The first cell, int64 [B, N]; amounts of `size` cells, [B, N, size], which sum to 1, or to 0
         outside; and the fraction inside, [B, N].
     """
+    (start, end), (low, high) = ends, shown
     # A box beyond the extent shows nothing: from the last point to the last.
     low = low.clamp(max=cells)
     high = torch.maximum(high, low)
@@ -416,7 +414,7 @@ def _through_lattice(labels: "TokenLabels", grid: "Grid", per: list[int]) -> tup
 
 def _by_patch(points: Tensor, grid: "Grid", per: list[int]) -> Tensor:
     """[B, grid_h * per_h, grid_w * per_w] as [B, N, S]."""
-    parts = points.unflatten(2, (grid[1], per[1])).unflatten(1, (grid[0], per[0]))
+    parts: Tensor = points.unflatten(2, (grid[1], per[1])).unflatten(1, (grid[0], per[0]))
     return parts.transpose(2, 3).flatten(3).flatten(1, 2)
 
 

@@ -276,7 +276,7 @@ def test_images_that_could_not_be_annotated(sample: Path, tmp_path: Path, ray_he
     dataset = TokenLabelDataset(root, maps, transform=transform(), missing="ignore")
     image, record = dataset[0]
     assert image.shape == (3, 64, 64)
-    assert not record.has_map and record.label == dataset.store.labels[0]
+    assert not record.has_map and record.label == dataset.store.ground_truth[0]
     assert dataset[1][1].has_map
 
 
@@ -328,7 +328,7 @@ def test_samplers(images: Path, labels: Path) -> None:
         sampler: DistributedSampler[Any] = DistributedSampler(dataset, num_replicas=2, rank=rank)
         for _, found in DataLoader(dataset, 4, sampler=sampler):
             seen += found.to("cpu", non_blocking=True).label.tolist()
-    assert sorted(seen) == sorted(LabelStore(labels).labels.tolist())
+    assert sorted(seen) == sorted(LabelStore(labels).ground_truth.tolist())
 
 
 # torchdata 0.11 calls a function of torch that torch 2.14 wants nobody to call.

@@ -275,7 +275,7 @@ def test_labels_of_folders_that_no_teacher_knows(sample: Path, tmp_path: Path) -
     report = annotate(config(tmp_path / "data", tmp_path / "out"))
     assert (report.labelled, report.top1) == (0, None)
     store = LabelStore(tmp_path / "out" / "train")
-    assert store.labels.tolist() == [0, 1, 2, 3]
+    assert store.ground_truth.tolist() == [0, 1, 2, 3]
     assert store.attrs["label_space"] == "folders"
 
 

@@ -483,9 +483,9 @@ def test_entries_without_a_class_do_not_count() -> None:
 def test_boxes_are_crops(store: LabelStore) -> None:
     rows, flips = [3, 0, 3], [False, True, True]
     boxes = [(0.25, 0.125, 0.75, 1.0), (0.0, 0.5, 0.5, 1.0), (0.0, 0.0, 1.0, 1.0)]
-    labels = TokenLabels.from_boxes(store, rows, boxes, flips, (4, 4), 0.3)
+    labels = store.labels([3, store.keys[0], 3], boxes, flips, (4, 4), 0.3)
     assert labels.grid == (4, 4)
-    assert labels.label.tolist() == [store.labels[row] for row in rows]
+    assert labels.label.tolist() == [store.ground_truth[row] for row in rows]
     leaves = []
     for row, (x0, y0, x1, y1), flip in zip(rows, boxes, flips, strict=True):
         leaf = store.leaf(row, (80, 160))
@@ -497,8 +497,17 @@ def test_boxes_are_crops(store: LabelStore) -> None:
         labels.targets().dense(), expected.targets(4).dense(), atol=1e-5, rtol=0
     )
     torch.testing.assert_close(labels.crop(), expected.crop(), atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="x0 < x1"):
-        TokenLabels.from_boxes(store, [0], [(0.5, 0, 0.5, 1)])
+    padded = store.labels([0], np.array([[-0.5, 0.0, 0.5, 1.0]])).targets((1, 2)).weight
+    torch.testing.assert_close(padded, torch.tensor([[0.0, 1.0]]))
+    with pytest.raises(ValueError, match="x0 < x1 and y0 < y1; got"):
+        store.labels([0], [(0.5, 0, 0.5, 1)])
+    for lengths in (([0, 1], boxes[:1]), ([0], boxes[:1], [True, True])):
+        with pytest.raises(ValueError):
+            store.labels(*lengths)
+    tensors = store.labels(torch.tensor(rows), torch.tensor(boxes), torch.tensor(flips), 4, 0.3)
+    assert torch.equal(tensors, labels)
+    with pytest.raises(IndexError):
+        store.labels([99], boxes[:1])
 
 
 # --- compiled --------------------------------------------------------------------------------

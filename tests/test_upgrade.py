@@ -41,7 +41,7 @@ def check_maps(folder: Path) -> None:
     want = values(folder)
     store = LabelStore(folder)
     assert list(store.keys) == want["key"].tolist()
-    np.testing.assert_array_equal(store.labels, want["label"])
+    np.testing.assert_array_equal(store.ground_truth, want["label"])
     np.testing.assert_array_equal(store.sizes, want["size"])
     np.testing.assert_array_equal(store.failed, want["error"] != "")
     for row, key in enumerate(want["key"].tolist()):

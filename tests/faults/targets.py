@@ -144,7 +144,7 @@ def _index(path: Path) -> dict[str, Any]:
 def _split(path: Path) -> dict[str, Any]:
     store = LabelStore(path.parent)
     maps = {key: tuple(store[key]) for key in store.keys}
-    return {**maps, "labels": store.labels.copy(), "sizes": store.sizes.copy()}
+    return {**maps, "labels": store.ground_truth.copy(), "sizes": store.sizes.copy()}
 
 
 def _manifest(path: Path) -> dict[str, Any]:
