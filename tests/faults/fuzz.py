@@ -129,7 +129,7 @@ def _text(rng: random.Random, data: bytes) -> bytes:
 
 def _forged_values(rng: random.Random, data: bytearray) -> bytes:
     """The file with other values in its columns, or with streams that inflate to another size."""
-    found = parsed(data)
+    found = parsed(bytes(data))
     columns, maps = list(found["columns"].values()), found.get("maps")
     if maps and rng.random() < 0.4:
         place, most = maps["offset"], maps["offset"] + maps["size"]
