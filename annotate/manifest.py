@@ -10,7 +10,6 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from tokenlabel.annotate.errors import ConfigError
 from tokenlabel.annotate.images import EXTENSIONS
 from tokenlabel.dataset.directory import StoredFile
 from tokenlabel.dataset.files import replacing
-from tokenlabel.dataset.keys import KeySpool, KeyTable, Spool
+from tokenlabel.dataset.keys import KeyTable, KeyWriter
 from tokenlabel.dataset.new_file import create, encode_texts
 from tokenlabel.dataset.store import MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
 
@@ -75,31 +74,31 @@ def build_manifest(
     """
     classes = find_classes(root, names, num_classes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(KeySpool(path.parent)) as keys, closing(Spool(path.parent, "<i4")) as labels:
-        found = scan(root)
+    with (
+        replacing(path) as temporary,
+        create(
+            temporary, MANIFEST_FORMAT, MANIFEST_VERSION, {"label_space": classes.space}
+        ) as file,
+    ):
+        keys, found = KeyWriter(file), scan(root)
+        digests = hashlib.sha256(), hashlib.sha256()
         while block := list(islice(found, _BLOCK)):
-            keys.append(block)
             ids = (classes.ids.get(key.partition(b"/")[0], -1) for key in block)
-            labels.append(np.array(list(ids), "<i4").tobytes())
+            labels = np.array(list(ids), "<i4")
+            keys.append(block)
+            file.append("label", labels)
+            digests[0].update(b"\0".join((*block, b"")))
+            digests[1].update(labels.tobytes())
         if keys.rows == 0:
             raise ConfigError(
                 f"no images found in {root}: looked in all its folders for files ending in "
                 f"{', '.join(EXTENSIONS)}. Remedy: check the path; the images of a split lie "
                 "in DATA/SPLIT/CLASS/"
             )
-        digest = hashlib.sha256()
-        for spool in (keys, labels):
-            for part in spool.blocks():
-                digest.update(np.ascontiguousarray(part).data)
-        attrs = {"sha256": digest.hexdigest(), "label_space": classes.space}
-        with (
-            replacing(path) as temporary,
-            create(temporary, MANIFEST_FORMAT, MANIFEST_VERSION, attrs) as file,
-        ):
-            keys.write(file)
-            labels.write(file, "label")
-            if names:
-                file.add("class_names", encode_texts(names), gzip=True)
+        total = b"".join(digest.digest() for digest in digests)
+        file.attrs["sha256"] = hashlib.sha256(total).hexdigest()
+        if names:
+            file.add("class_names", encode_texts(names), gzip=True)
     return open_manifest(path)
 
 
@@ -115,9 +114,7 @@ def open_manifest(path: Path, verify: bool = False) -> Manifest:
         FormatError: it is damaged or of another version.
     """
     # Not closed: keys and labels are read from it, and it closes with the last of them.
-    file = StoredFile(
-        path, MANIFEST_FORMAT, MANIFEST_VERSION, "delete it; `annotate` makes it again"
-    )
+    file = StoredFile(path, MANIFEST_FORMAT, MANIFEST_VERSION, "delete it; `annotate` rebuilds it")
     keys = KeyTable.stored(file)
     labels = file.mapped("label", "<i4", (len(keys),))
     sha256, space = file.attrs.get("sha256"), file.attrs.get("label_space")

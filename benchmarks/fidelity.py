@@ -11,7 +11,8 @@ at its first input size; their targets come from `store.labels`. Printed are, fo
   of an enlarged crop is not quality in itself, and the live teacher shows how little it can be
   worth;
 
-and for each way to store a map, KL of its cells to the teacher's full softmax, and bytes an image.
+and for each way to store a map, KL of its cells to the full softmax, and bytes an image of
+a shard of the default size, 4,096 images, that holds these maps over and over.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from summary import SHARD, write_split  # the script beside this one
 from torch import Tensor
 
 from tokenlabel.annotate import AnnotateConfig, annotate
@@ -92,7 +94,7 @@ def add_crops(stores: dict[str, LabelStore], images: Path, found: Scores) -> Non
                 found.setdefault((name, scale), []).append(result)
 
 
-def cost(store: LabelStore, images: Path) -> tuple[float, float]:
+def cost(store: LabelStore, images: Path, work: Path) -> tuple[float, float]:
     """KL of the cells to the softmax of the teacher as it annotated, and bytes an image."""
     annotator = rebuild_teachers(store.attrs).annotator
     files, found = PictureFiles(store, images), []
@@ -101,8 +103,9 @@ def cost(store: LabelStore, images: Path) -> tuple[float, float]:
         stored = torch.from_numpy(store[row].dense()).flatten(0, 1)
         everywhere = torch.ones(len(stored), dtype=torch.bool)
         found.append(score_of(truth, stored, everywhere, -1).kl)
-    size = sum(path.stat().st_size for path in store.shards)
-    return float(np.mean(found)), size / len(store)
+    write_split(work, store, SHARD)
+    (shard,) = LabelStore(work).shards
+    return float(np.mean(found)), shard.stat().st_size / SHARD
 
 
 def print_table(title: str, metric: str, found: Scores) -> None:
@@ -140,7 +143,7 @@ def main() -> None:
         print_table("label top-1", "label_top1", found)
         print("\n| stored | grid | KL of a cell | bytes an image |\n|---|---|---|---|")
         for title, store in stores.items():
-            kl, size = cost(store, work / "data")
+            kl, size = cost(store, work / "data", store.root.with_name("full"))
             print(f"| {title} | {store.grid[0]} x {store.grid[1]} | {kl:.3f} | {size:,.0f} |")
 
 

@@ -5,7 +5,7 @@
     python benchmarks/scaling.py reader                           # what opening a shard costs
     python benchmarks/scaling.py decode --data ../shared/imagenet
 
-`teachers` runs the real job on tiny pictures with a teacher that sleeps, as a driver sees one that
+`teachers` runs the real job on tiny images with a teacher that sleeps, as a driver sees one that
 computes on a GPU, so that the cores of this machine are not the limit. All teachers start at the
 same moment, when each has its first batch; a rate is that of all images until the last shard is
 written, so the tail counts. Efficiency is the rate over that of one teacher times their number.
@@ -13,20 +13,21 @@ written, so the tail counts. Efficiency is the rate over that of one teacher tim
 `memory` runs each part of the driver, and what a reader opens, in a process of its own: first on
 some thousands of images, then on the wanted number. Bytes an image are the peak resident set of the
 second run (mapped pages of files included) beyond what the process had before it. Only `os.scandir`
-is simulated, which lists pictures that are not there: either in 1,000 class folders or in a single
-one. The shards are real files with 1 x 2 maps, the first one copied and given other keys.
+is simulated, which lists images that are not there: either in 1,000 class folders or in a single
+one. The shards are real files with 1 x 2 maps, the first one copied and its directory given other
+keys.
 """
 
 import argparse
 import json
 import os
 import random
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import cycle, islice
@@ -34,13 +35,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import h5py
 import numpy as np
 import ray
 from PIL import Image
 
 from tokenlabel.annotate import AnnotateConfig, actor, annotate
 from tokenlabel.annotate.cluster import Resources, ray_session
+from tokenlabel.annotate.encode import encode
 from tokenlabel.annotate.images import decode_batch
 from tokenlabel.annotate.manifest import NAME as MANIFEST
 from tokenlabel.annotate.manifest import Manifest, build_manifest, open_manifest, scan
@@ -48,9 +49,11 @@ from tokenlabel.annotate.plan import Identity, Plan, make_plan, unfinished
 from tokenlabel.annotate.pool import Pool
 from tokenlabel.annotate.sample import sample_folder
 from tokenlabel.dataset import LabelStore
+from tokenlabel.dataset.directory import HEAD, MAGIC
 from tokenlabel.dataset.index import NAME as INDEX
 from tokenlabel.dataset.index import build_index
-from tokenlabel.dataset.shard import ShardLayout, shard_name, write_shard
+from tokenlabel.dataset.score_map import MapLayout
+from tokenlabel.dataset.shard import shard_name, write_shard
 
 # ---- teachers ----
 
@@ -102,7 +105,7 @@ BATCH, BATCHES = 16, 4  # images a batch, batches a shard
 
 
 def tiny_images(folder: Path, count: int) -> None:
-    """Pictures of 32 px under `folder`/train: few, with many names."""
+    """Images of 32 px under `folder`/train: few, with many names."""
     rng = np.random.default_rng(0)
     for number in range(16):
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{number}.png")
@@ -168,7 +171,7 @@ KEPT = (MANIFEST, INDEX)
 
 
 class Entry:
-    """A picture that a listing names."""
+    """An image that a listing names."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -183,7 +186,7 @@ def name_of(number: int) -> str:
 
 @contextmanager
 def listings(root: Path, images: int) -> Iterator[None]:
-    """Have the folders without folders under `root` list `images` pictures in all, unsorted."""
+    """Have the folders without folders under `root` list `images` images in all, unsorted."""
     real = os.scandir
     leaves = [path for path in root.iterdir() if path.is_dir()] or [root]
     each = images // len(leaves)
@@ -219,7 +222,8 @@ def make_shards(folder: Path) -> None:
     sizes = [min(SHARD, plan.rows - SHARD * number) for number in range(plan.shards)]
     for size in sorted(set(sizes)):
         attrs = {**plan.attrs, "shard": 0, "first_row": 0, "labelled": 0, "top1": 0, "top5": 0}
-        blank = np.zeros((size, *layout.map_shape), np.float16)
+        planes = layout.planes().items()
+        blank = {name: np.zeros((size, *shape), dtype) for name, (dtype, shape) in planes}
         with write_shard(
             folder / f"{size}.h5",
             layout,
@@ -227,21 +231,25 @@ def make_shards(folder: Path) -> None:
             manifest.labels[:size],
             {**attrs, "mass": 0.0},
         ) as writer:
-            writer.append(
-                blank,
-                blank.astype(np.uint16),
-                blank[..., 0],
-                np.ones((size, 2), np.int32),
-                np.zeros(size, np.uint64),
-                [""] * size,
-            )
+            ones, zeros = np.ones((size, 2), np.int32), np.zeros(size, np.uint64)
+            writer.append(blank, ones, zeros, [""] * size)
+    first = {size: (folder / f"{size}.h5").read_bytes() for size in set(sizes)}
     for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
-        shutil.copy(folder / f"{size}.h5", path)
-        with h5py.File(path, "r+") as file:
-            keys = manifest.keys[SHARD * number : SHARD * number + size]
-            file["key"][:] = np.array([key.encode() for key in keys], file["key"].dtype)
-            file.attrs.modify("shard", number)
-            file.attrs.modify("first_row", SHARD * number)
+        keys = manifest.keys[SHARD * number : SHARD * number + size]
+        path.write_bytes(renumbered(first[size], number, SHARD * number, keys))
+
+
+def renumbered(data: bytes, number: int, row: int, keys: list[str]) -> bytes:
+    """A shard whose directory says that it is another one, with keys that lie behind the rest."""
+    found = json.loads(data[HEAD.size : HEAD.size + HEAD.unpack(data[: HEAD.size])[1]])
+    column = found["columns"]["key"]
+    stored = zlib.compress(np.array([key.encode() for key in keys], column["dtype"]).tobytes(), 1)
+    column.update(offset=len(data), size=len(stored), crc=zlib.crc32(stored))
+    found["attrs"].update(shard=number, first_row=row)
+    found["size"] += len(stored)
+    text = json.dumps(found, separators=(",", ":")).encode()
+    head = HEAD.pack(MAGIC, len(text), zlib.crc32(text)) + text
+    return head + data[len(head) :] + stored
 
 
 def scan_classes(folder: Path, images: int) -> None:
@@ -317,7 +325,7 @@ def open_store(folder: Path, images: int) -> None:
     """Open, and read some maps at random."""
     store, rng = LabelStore(folder / "out"), random.Random(0)
     for row in rng.sample(range(len(store)), 64):
-        assert store[store.keys[row]].scores.shape == (1, 1, 2, 1)
+        assert store[store.keys[row]].codes.shape == (1, 1, 1, 2)
 
 
 STEPS: dict[str, tuple[Callable[[Path, int], None], str]] = {
@@ -326,7 +334,7 @@ STEPS: dict[str, tuple[Callable[[Path, int], None], str]] = {
     "check": (check_manifest, "manifest, verified on resuming"),
     "unfinished": (find_unfinished, "headers of finished shards"),
     "pool": (hand_out, "shards handed to idle actors"),
-    "index": (index_shards, "index.h5 built"),
+    "index": (index_shards, "index built"),
     "store": (open_store, "LabelStore opened, 64 maps read"),
 }
 
@@ -387,11 +395,13 @@ def own(step: str, small: Path, folder: Path, images: int) -> str:
 
 
 def measure_reader(options: argparse.Namespace) -> None:
-    """What a shard of 4,096 maps of 18 x 18, k = 10, costs a process when it is read first."""
+    """What a shard of 4,096 maps of 18 x 18, k = 16, costs a process when it is read first."""
+    import torch
+
     shards, rng = 12, np.random.default_rng(0)
-    layout = ShardLayout(("identity",), (18, 18), 10, CLASSES)
-    scores = -np.sort(-rng.normal(0, 3, (64, *layout.map_shape)).astype(np.float16), -1)
-    classes = rng.integers(0, CLASSES, scores.shape).astype(np.uint16)
+    layout = MapLayout(("identity",), (18, 18), 16, CLASSES)
+    logits = torch.from_numpy(rng.normal(0, 3, (64, 18, 18, CLASSES)).astype(np.float32))
+    maps = {name: plane.numpy()[:, None] for name, plane in encode(logits, layout, 0.003).items()}
     ones, zeros = np.ones((64, 2), np.int32), np.zeros(64, np.uint64)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         attrs = {"fingerprint": "f", "shards": shards, "extent": [0.0, 0.0, 1.0, 1.0]}
@@ -402,7 +412,7 @@ def measure_reader(options: argparse.Namespace) -> None:
             path = Path(name) / shard_name(shard, shards)
             with write_shard(path, layout, keys, np.zeros(SHARD, int), given) as writer:
                 for _ in range(SHARD // 64):
-                    writer.append(scores, classes, scores[..., 0], ones, zeros, [""] * 64)
+                    writer.append(maps, ones, zeros, [""] * 64)
         store = LabelStore(name)
         before = resident("VmRSS")
         first_reads = [cpu_seconds(lambda row=n * SHARD + 5: store[row]) for n in range(shards)]
@@ -427,7 +437,7 @@ def measure_decoding(options: argparse.Namespace) -> None:
     keys = [key.decode() for key in islice(scan(root), 300)]
     for side in (224, 576):
         seconds = cpu_seconds(
-            lambda side=side: decode_batch(str(root), keys, (side, side), "bicubic")
+            lambda side=side: decode_batch(str(root), keys, ((side, side),), "bicubic")
         )
         print(f"{side} px: {len(keys) / seconds:.0f} images a CPU second")
 

@@ -4,20 +4,19 @@ The index holds the key table, labels, sizes and error flags of all rows, and th
 each shard, by which a stale index is recognised. The shards are the truth.
 """
 
-import contextlib
 import logging
 import os
 import tempfile
 from bisect import bisect_right
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from tokenlabel.dataset.directory import StoredFile
 from tokenlabel.dataset.errors import FormatError
 from tokenlabel.dataset.files import replacing
-from tokenlabel.dataset.keys import KeySpool, KeyTable, Spool
+from tokenlabel.dataset.keys import KeyTable, KeyWriter
 from tokenlabel.dataset.shard import Shard, parse_shard_name, shard_name
 
 NAME = "index"
@@ -139,7 +138,7 @@ def open_index(root: Path) -> Index:
         except FileNotFoundError:
             _log.info("%s has no index yet: building it", root)
         except (FormatError, OSError) as error:
-            _log.info("building the index anew: %s", error)
+            _log.info("rebuilding the index: %s", error)
         try:
             build_index(root, shards)
         except OSError as error:
@@ -183,8 +182,11 @@ def _load(path: Path, shards: list[Path]) -> Index:
     file = StoredFile(path, FORMAT, VERSION, "delete it; it is rebuilt")
     if "shard_size" not in file.columns:
         raise file.damaged("it has no shard_size")
-    sizes = file.read("shard_size").tolist()
-    if sizes != [_shard_size(shard) for shard in shards]:
+    try:
+        sizes = [shard.stat().st_size for shard in shards]
+    except FileNotFoundError as error:
+        raise FormatError(f"{error.filename} has been deleted meanwhile") from error
+    if file.read("shard_size").tolist() != sizes:
         raise FormatError(f"{path} is older than the shards")
     keys, count = KeyTable.stored(file), len(shards)
     columns = {
@@ -221,21 +223,10 @@ def open_shard(path: Path) -> Shard:
     try:
         return Shard(path)
     except FileNotFoundError as error:
-        raise _deleted(path) from error
-
-
-def _shard_size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError as error:
-        raise _deleted(path) from error
-
-
-def _deleted(path: Path) -> FormatError:
-    return FormatError(
-        f"{path} has been deleted meanwhile. Remedy: wait for the job that makes it again, or "
-        "run the same `annotate` again"
-    )
+        raise FormatError(
+            f"{path} has been deleted meanwhile. Remedy: wait for the job that rewrites it, or run "
+            "the same `annotate` again"
+        ) from error
 
 
 def write_index(path: Path, shards: list[Path]) -> None:
@@ -246,45 +237,38 @@ def write_index(path: Path, shards: list[Path]) -> None:
     # What finds an index starts without h5py.
     from tokenlabel.dataset.new_file import create
 
-    with contextlib.ExitStack() as stack:
-        keys = stack.enter_context(contextlib.closing(KeySpool(path.parent)))
-        spools = {
-            name: stack.enter_context(contextlib.closing(Spool(path.parent, dtype)))
-            for name, (dtype, _) in COLUMNS.items()
-        }
+    with create(path, FORMAT, VERSION, {}) as file:
+        keys, first = KeyWriter(file), None
         rows, sizes, digests = [0], [], []
-        first: dict[str, Any] = {}
         for number, shard_path in enumerate(shards):
             with open_shard(shard_path) as shard:
-                first = first or shard.attrs
-                _check_neighbours(shard, number, rows[-1], shards[0], first)
+                first = first or shard
+                _check_neighbours(shard, number, rows[-1], first)
                 keys.append(shard.read("key").tolist())
                 for name, column in _columns(shard).items():
-                    spools[name].append(column.tobytes())
+                    file.append(name, column)
                 rows.append(rows[-1] + shard.rows)
+                sizes.append(shard.end)
                 digests.append(shard.attrs["sha256"].encode())
-            sizes.append(_shard_size(shard_path))
-        with create(path, FORMAT, VERSION, {"fingerprint": first["fingerprint"]}) as file:
-            keys.write(file)
-            for name, (_, width) in COLUMNS.items():
-                spools[name].write(file, name, width)
-            file.add("shard_rows", np.array(rows, "<u8"))
-            file.add("shard_size", np.array(sizes, "<u8"))
-            file.add("shard_sha256", np.array(digests, "S64"))
+                file.attrs["fingerprint"] = shard.attrs["fingerprint"]
+        file.add("shard_rows", np.array(rows, "<u8"))
+        file.add("shard_size", np.array(sizes, "<u8"))
+        file.add("shard_sha256", np.array(digests, "S64"))
 
 
-def _check_neighbours(
-    shard: Shard, number: int, row: int, first_path: Path, first: dict[str, Any]
-) -> None:
+def _check_neighbours(shard: Shard, number: int, row: int, first: Shard) -> None:
     """Raise FormatError unless this shard begins where the one before it ended."""
     attrs, path = shard.attrs, shard.path
-    if attrs["fingerprint"] != first["fingerprint"]:
-        raise FormatError(
-            "shards of different runs in one folder: "
-            f"{first_path.name} has fingerprint {first['fingerprint']}, "
-            f"{path.name} has {attrs['fingerprint']}. "
-            "Remedy: delete those of the run that is not wanted and annotate again"
-        )
+    for what, one, other in (
+        ("fingerprint", first.attrs["fingerprint"], attrs["fingerprint"]),
+        ("layout", first.layout, shard.layout),
+    ):
+        if one != other:
+            raise FormatError(
+                f"shards of different runs in one folder: {first.path.name} has {what} {one}, "
+                f"{path.name} has {other}. Remedy: delete those of the run that is not wanted and "
+                "annotate again"
+            )
     if (attrs["shard"], attrs["first_row"]) != (number, row):
         raise FormatError(
             f"{path} says it is shard {attrs['shard']} from row {attrs['first_row']}; its name and "

@@ -6,14 +6,12 @@ system's cache, and a look-up is a binary search. Keys are sorted by their UTF-8
 """
 
 import sys
-import tempfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from tokenlabel.dataset.new_file import NewFile
 
 _FENCES = 8192  # keys kept as objects, at most
-_BLOCK = 1 << 20  # bytes copied at a time from a spool file
 
 
 class KeyTable(Sequence[str]):
@@ -115,7 +112,7 @@ class KeyTable(Sequence[str]):
 
     @classmethod
     def stored(cls, file: StoredFile) -> "KeyTable":
-        """The table that `KeySpool.write` stored.
+        """The table that `KeyWriter` stored.
 
         Read, not mapped: searches would in time make all of it memory of the process.
         """
@@ -146,80 +143,31 @@ def _decoded(key: bytes) -> str:
     except UnicodeDecodeError:
         raise FormatError(
             f"keys are UTF-8, but one is {key[:99]!r}: the key table is damaged. Remedy: delete "
-            "the file it is in, index or manifest; it is made again"
+            "the file it is in, index or manifest; it is rebuilt"
         ) from None
 
 
-class Spool:
-    """A column of unknown length, kept in an unnamed temporary file until its length is known."""
+class KeyWriter:
+    """Stores sorted keys as the key table of a new file, in constant memory."""
 
-    def __init__(self, folder: Path, dtype: np.dtype | str) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)
-        self._dtype = np.dtype(dtype)
-        self.nbytes = 0
-
-    def append(self, data: bytes) -> None:
-        """Add the raw little-endian bytes of some values."""
-        self._file.write(data)
-        self.nbytes += len(data)
-
-    def blocks(self, columns: int = 1) -> Iterator[np.ndarray]:
-        """The values from the start, in whole rows of `columns`, some megabytes at a time."""
-        row = columns * self._dtype.itemsize
-        self._file.seek(0)
-        while block := self._file.read(max(_BLOCK // row, 1) * row):
-            yield np.frombuffer(block, self._dtype)
-
-    def write(self, file: "NewFile", name: str, columns: int = 1) -> None:
-        """Store everything as the column `name`, [n] or [n, columns]."""
-        count = self.nbytes // self._dtype.itemsize
-        shape = (count,) if columns == 1 else (count // columns, columns)
-        blocks = (block.reshape(-1, *shape[1:]) for block in self.blocks(columns))
-        file.stream(name, self._dtype, shape, blocks)
-
-    def close(self) -> None:
-        """Drop the temporary file."""
-        self._file.close()
-
-
-class KeySpool:
-    """Collects sorted keys in constant memory, to become a key table on disk."""
-
-    def __init__(self, folder: Path) -> None:
-        self._bytes, self._offsets = Spool(folder, "|u1"), Spool(folder, "<u8")
-        self._offsets.append(array("Q", [0]).tobytes())
+    def __init__(self, file: "NewFile") -> None:
+        self._file, self._end = file, 0
         self._last: bytes | None = None
         self.rows = 0
+        file.append("key_offsets", np.zeros(1, "<u8"))
 
-    def append(self, keys: Iterable[bytes]) -> None:
+    def append(self, keys: Sequence[bytes]) -> None:
         """Add UTF-8 keys; raises FormatError unless each sorts after the one before it."""
-        ends, blob = array("Q"), bytearray()
-        start = self._bytes.nbytes
+        before = self._last
         for key in keys:
-            if self._last is not None and key <= self._last:
+            if before is not None and key <= before:
                 raise FormatError(
                     "keys must be unique and sorted by their UTF-8 bytes: "
                     f"{key.decode(errors='replace')!r} comes after "
-                    f"{self._last.decode(errors='replace')!r}"
+                    f"{before.decode(errors='replace')!r}"
                 )
-            self._last = key
-            blob += key
-            ends.append(start + len(blob))
-        self._bytes.append(bytes(blob))
-        self._offsets.append(ends.tobytes())
-        self.rows += len(ends)
-
-    def write(self, file: "NewFile") -> None:
-        """Store the table in `file`."""
-        self._bytes.write(file, "key_bytes")
-        self._offsets.write(file, "key_offsets")
-
-    def blocks(self) -> Iterator[np.ndarray]:
-        """The raw content, for a digest."""
-        yield from self._bytes.blocks()
-        yield from self._offsets.blocks()
-
-    def close(self) -> None:
-        """Drop the temporary files."""
-        self._bytes.close()
-        self._offsets.close()
+            before = key
+        ends = self._end + np.cumsum([len(key) for key in keys], dtype="<u8")
+        self._file.append("key_bytes", np.frombuffer(b"".join(keys), "|u1"))
+        self._file.append("key_offsets", ends)
+        self._last, self._end, self.rows = before, int(ends[-1]), self.rows + len(keys)

@@ -1,11 +1,14 @@
 """Writes the container that `directory` reads: an HDF5 file, with a directory in its user block."""
 
 import json
+import math
 import os
 import re
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,9 +35,10 @@ class NewFile:
         self._path, self._block = path, block
         self._file = h5py.File(path, "w", userblock_size=block, **_OPEN)
         self._columns: dict[str, Column] = {}
-        self._planes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        self._planes: list[tuple[str, str, tuple[int, ...]]] = []
         self._sizes: list[int] = []
         self._crc = 0
+        self._spools: dict[str, tuple[IO[bytes], np.dtype, tuple[int, ...]]] = {}
 
     def add(self, name: str, data: np.ndarray, gzip: bool = False) -> None:
         """Store a column of one value or more, little-endian; compressed if `gzip`."""
@@ -61,10 +65,17 @@ class NewFile:
         offset, size = dataset.id.get_offset() or 0, dataset.size * dtype.itemsize
         self._columns[name] = Column(dtype, shape, offset, size, crc, False)
 
+    def append(self, name: str, block: np.ndarray) -> None:
+        """Add rows to a column of unknown length, which wait in an unnamed temporary file."""
+        if name not in self._spools:
+            spool = tempfile.TemporaryFile(dir=self._path.parent)
+            self._spools[name] = (spool, block.dtype, block.shape[1:])
+        self._spools[name][0].write(block.tobytes())
+
     def create_maps(self, rows: int, planes: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
         """Make the datasets with a chunk an image, of these dtypes and shapes a row."""
-        self._planes = planes
         for name, (dtype, shape) in planes.items():
+            self._planes.append((name, dtype.str, shape))
             dataset = self._file.create_dataset(
                 name,
                 (rows, *shape),
@@ -76,15 +87,17 @@ class NewFile:
             # HDF5 makes room for its table of chunks at the first one. So there is a first one, of
             # a byte that is given up when the true one comes, and no table between the maps.
             dataset.id.write_direct_chunk((0,) * dataset.ndim, b"\0")
-        # It fills gaps that it remembers. Opened anew it knows of none, and maps lie in order.
+        # It fills gaps that it remembers. Reopened it knows of none, and maps lie in order.
         self._file.close()
         self._file = h5py.File(self._path, "r+", **_OPEN)
+        # Looking one up by name costs more than writing a chunk.
+        self._chunks = [self._file[name].id for name in planes]
 
     def append_map(self, chunks: Sequence[bytes]) -> None:
         """Write the next row: a chunk for each plane, in order."""
         row = len(self._sizes) // len(self._planes)
-        for (name, (_, shape)), chunk in zip(self._planes.items(), chunks, strict=True):
-            self._file[name].id.write_direct_chunk((row,) + (0,) * len(shape), chunk)
+        for dataset, chunk in zip(self._chunks, chunks, strict=True):
+            dataset.write_direct_chunk((row,) + (0,) * (dataset.rank - 1), chunk)
             self._sizes.append(len(chunk))
             self._crc = zlib.crc32(chunk, self._crc)
 
@@ -96,22 +109,32 @@ class NewFile:
 
     def finish(self) -> None:
         """Store the attributes for those who read by HDF5, and close the file for HDF5."""
+        for name, (spool, dtype, tail) in self._spools.items():
+            row = math.prod(tail) * dtype.itemsize
+            shape = (spool.tell() // row, *tail)
+            spool.seek(0)
+            parts = iter(partial(spool.read, max(_BLOCK // row, 1) * row), b"")
+            blocks = (np.frombuffer(part, dtype).reshape(-1, *tail) for part in parts)
+            self.stream(name, dtype, shape, blocks)
         for name, value in self.attrs.items():
             # Of fixed length: HDF5 keeps those of variable length in a heap without checksums.
-            texts = isinstance(value, str) or (isinstance(value, list) and _all_texts(value))
-            self._file.attrs[name] = _fixed(value) if texts else value
+            if isinstance(value, str):
+                value = encode_texts([value])[0]
+            elif isinstance(value, list) and value and isinstance(value[0], str):
+                value = encode_texts(value)
+            self._file.attrs[name] = value
         self._file.flush()
-        if self._planes:
-            name = next(iter(self._planes))
-            self._first = self._file[name].id.get_chunk_info(0).byte_offset
+        first = self._chunks[0].get_chunk_info(0).byte_offset if self._planes else 0
         self._file.close()
-        self._write_directory()
+        self._write_directory(first)
 
     def close(self) -> None:
         """Close the file, finished or not."""
         self._file.close()
+        for spool, *_ in self._spools.values():
+            spool.close()
 
-    def _write_directory(self) -> None:
+    def _write_directory(self, first: int) -> None:
         block = self._block
         with open(self._path, "r+b") as file:
             columns = {
@@ -128,9 +151,8 @@ class NewFile:
             found: dict[str, Any] = {"attrs": self.attrs, "columns": columns}
             if self._planes:
                 size = sum(self._sizes)
-                planes = [[name, dtype.str, shape] for name, (dtype, shape) in self._planes.items()]
-                offset = _found(file, block, self._first, size, self._crc)
-                found["maps"] = {"offset": offset, "size": size, "planes": planes}
+                offset = _found(file, block, first, size, self._crc)
+                found["maps"] = {"offset": offset, "size": size, "planes": self._planes}
             size = file.seek(0, os.SEEK_END)
             found |= {"size": size, "block": block, "crc": _crc(file, block, size - block)}
             text = _json(found)
@@ -164,14 +186,6 @@ def _json(value: dict[str, Any]) -> bytes:
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), default=lambda number: number.item()
     ).encode()
-
-
-def _all_texts(values: list[Any]) -> bool:
-    return bool(values) and all(isinstance(value, str) for value in values)
-
-
-def _fixed(value: str | list[str]) -> np.ndarray:
-    return encode_texts([value])[0] if isinstance(value, str) else encode_texts(value)
 
 
 def encode_texts(texts: Sequence[str]) -> np.ndarray:

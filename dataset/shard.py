@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,8 +26,8 @@ VERSION = 2
 VIEWS = ("identity", "hflip")
 #: Attributes without which a file is no shard, and their types.
 HEADER: dict[str, type] = {
-    **dict.fromkeys(("num_classes", "k", "residual", "shard", "shards", "first_row"), int),
-    **dict.fromkeys(("errors",), int),
+    **dict.fromkeys(("num_classes", "k", "residual"), int),
+    **dict.fromkeys(("shard", "shards", "first_row", "errors"), int),
     **dict.fromkeys(("step", "floor"), float),
     **dict.fromkeys(("views", "extent"), list),
     **dict.fromkeys(("sha256", "fingerprint"), str),
@@ -213,28 +213,24 @@ def write_shard(
         writer.finish()
 
 
-class Shard:
+class Shard(StoredFile):
     """One shard open for reading; its header and shapes are checked before anything is read.
 
-    Safe to use from threads. Its file is closed with its last user, or by `close`.
-
     Attributes:
-        path: of the file.
         attrs: the attributes as str, int, float and lists.
         layout: shapes and dtypes.
         rows: number of images.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = StoredFile(path, FORMAT, VERSION, _REMEDY)
+        super().__init__(path, FORMAT, VERSION, _REMEDY)
         try:
             self._check()
         except (OverflowError, TypeError, ValueError) as error:
-            raise self._file.damaged(error) from error
+            raise self.damaged(error) from error
 
     def _check(self) -> None:
-        self.attrs = attrs = self._file.attrs
+        attrs = self.attrs
         if missing := [name for name in HEADER if name not in attrs]:
             raise ValueError(f"the header lacks {', '.join(missing)}")
         for name, kind in HEADER.items():
@@ -249,8 +245,8 @@ class Shard:
             raise ValueError(f"step must be 0 or more nats, got {attrs['step']}")
         if not max(attrs["k"], attrs["residual"]) <= attrs["num_classes"] <= _MOST_CLASSES:
             raise ValueError(f"num_classes cannot be {attrs['num_classes']}")
-        maps = self._file.maps
-        if maps is None or "codes" not in maps.planes or "key" not in self._file.columns:
+        maps = self.maps
+        if maps is None or "codes" not in maps.planes or "key" not in self.columns:
             raise ValueError("it has no codes or no key")
         codes = maps.planes["codes"][1]
         self.layout = MapLayout(
@@ -266,14 +262,14 @@ class Shard:
         if list(maps.planes.items()) != list(self._planes.items()):
             raise ValueError(f"its planes must be {self._planes}, got {maps.planes}")
         self._sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in self._planes.values()]
-        self.rows: int = self._file.columns["key"].shape[0]
+        self.rows: int = self.columns["key"].shape[0]
         for name, (dtype, tail) in COLUMNS.items():
             if name != "extent" or name in self:
-                self._file.column(name, dtype, (self.rows, *tail))
+                self.column(name, dtype, (self.rows, *tail))
         chunks = self.rows * len(self._sizes)
-        self._maps = maps
-        wide = "bounds" in self._file.columns and self._file.columns["bounds"].dtype == "<u8"
-        self._bounds = self._file.column("bounds", "<u8" if wide else "<u4", (chunks + 1,))
+        self._chunks = maps
+        wide = "bounds" in self.columns and self.columns["bounds"].dtype == "<u8"
+        self._bounds = self.column("bounds", "<u8" if wide else "<u4", (chunks + 1,))
         if self._bounds.gzip or min(self._sizes) == 0 or self.rows == 0:
             raise ValueError("its maps must have rows and bytes, and bounds that lie open")
         if sum(self._sizes) * self.rows > (maps.size + SLACK * chunks) * MOST_TIMES:
@@ -286,7 +282,7 @@ class Shard:
         give them.
         """
         if name not in self._planes:
-            return self._file.read(name, start, stop)
+            return super().read(name, start, stop)
         dtype, shape = self._planes[name]
         number = list(self._planes).index(name)
         start, stop, _ = slice(start, stop).indices(self.rows)
@@ -297,11 +293,7 @@ class Shard:
 
     def __contains__(self, name: str) -> bool:
         """Whether the shard has this dataset."""
-        return name in self._planes or (name in COLUMNS and name in self._file.columns)
-
-    def dtype(self, name: str) -> np.dtype:
-        """Dtype of a dataset."""
-        return self._planes[name][0] if name in self._planes else self._file.columns[name].dtype
+        return name in self._planes or (name in COLUMNS and name in self.columns)
 
     def planes(self, row: int) -> bytes:
         """The planes of a row, inflated and otherwise as stored, one behind the other.
@@ -315,15 +307,15 @@ class Shard:
         width = self._bounds.dtype.itemsize
         start = self._bounds.offset + (row * len(self._sizes) + first) * width
         bounds = np.frombuffer(
-            self._file.pread((last - first + 1) * width, start), self._bounds.dtype
+            self.pread((last - first + 1) * width, start), self._bounds.dtype
         ).tolist()
         sizes = self._sizes[first:last]
         # Deflate cannot do worse: more than this is no chunk of ours, and not worth the memory.
-        most = min(self._maps.size, bounds[0] + sum(2 * size + 1024 for size in sizes))
+        most = min(self._chunks.size, bounds[0] + sum(2 * size + 1024 for size in sizes))
         if bounds != sorted(bounds) or bounds[-1] > most:
             raise self._unreadable(row, f"its chunks cannot lie at {bounds}")
-        begin = self._maps.offset + bounds[0]
-        data = memoryview(self._file.pread(bounds[-1] - bounds[0], begin))
+        begin = self._chunks.offset + bounds[0]
+        data = memoryview(self.pread(bounds[-1] - bounds[0], begin))
         try:
             parts = [
                 inflate(data[a - bounds[0] : b - bounds[0]], size)
@@ -337,10 +329,6 @@ class Shard:
         return FormatError(
             f"{self.path}: the map of row {row} cannot be read: {reason}. Remedy: {_REMEDY}"
         )
-
-    def texts(self, name: str) -> list[str]:
-        """The `key` or `error` column."""
-        return self._file.texts(name)
 
     def map(self, row: int) -> ScoreMap:
         """What is stored of a row."""
@@ -372,17 +360,3 @@ class Shard:
             for start in range(0, self.rows, step):
                 digest.update(name, self.read(name, start, start + step))
         return digest.hexdigest()
-
-    def check_bytes(self) -> None:
-        """Read the whole file; FormatError unless every byte is as it was written."""
-        self._file.check_bytes()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

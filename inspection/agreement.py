@@ -210,7 +210,8 @@ def probabilities(
 
 def flipped(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """Values of patches [B, N, ...], mirrored on their grid."""
-    return patches.unflatten(1, grid).flip(2).flatten(1, 2)
+    turned: Tensor = patches.unflatten(1, grid).flip(2)
+    return turned.flatten(1, 2)
 
 
 def score(truth: Tensor, target: Tensor, inside: Tensor, label: int) -> Score:

@@ -47,8 +47,9 @@ def _seen(path: Path) -> dict[str, Any]:
         for name in (*planes, *(name for name in COLUMNS if name in shard)):
             dataset = file[name]
             # Of HDF5's own word nothing is taken for which room would be made.
-            tail = planes[name][1] if name in planes else COLUMNS[name][1]
-            if (dataset.dtype, dataset.shape) != (shard.dtype(name), (shard.rows, *tail)):
+            column = shard.columns.get(name)
+            dtype, tail = planes[name] if column is None else (column.dtype, COLUMNS[name][1])
+            if (dataset.dtype, dataset.shape) != (dtype, (shard.rows, *tail)):
                 raise ValueError(f"{name} is {dataset.dtype} {dataset.shape} to HDF5")
             for start in range(0, shard.rows, _BLOCK if name in planes else shard.rows):
                 stop = start + _BLOCK if name in planes else shard.rows

@@ -41,7 +41,7 @@ def remove_bad_files(root: Path, check: SplitCheck) -> list[Path]:
         except FileNotFoundError:
             continue
         except OSError as error:
-            what = "remove it by hand" if path.is_dir() else "mend the folder's permissions"
+            what = "remove it by hand" if path.is_dir() else "fix the folder's permissions"
             raise OutputError(f"cannot delete {path}: {error.strerror}. Remedy: {what}") from error
         _log.info("deleted %s", path)
         removed.append(path)

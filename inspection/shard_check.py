@@ -39,15 +39,15 @@ class Fault(NamedTuple):
         row: row of that shard, None where it is not one row's.
         key: the row's image.
         text: what is wrong.
-        mended_by_annotate: whether the file can be deleted and made again; not so where it is an
-            image that changed.
+        redone_by_annotate: whether `annotate` can redo the file once it is deleted; not so where
+            it is an image that changed.
     """
 
     file: str
     row: int | None
     key: str | None
     text: str
-    mended_by_annotate: bool = True
+    redone_by_annotate: bool = True
 
 
 class ShardCheck(NamedTuple):
@@ -103,7 +103,7 @@ def check_shard(path: Path, manifest: Path | None = None, images: Path | None = 
                     faults.append(fault)
                 else:
                     more += 1
-            if not any(fault.mended_by_annotate for fault in faults):
+            if not any(fault.redone_by_annotate for fault in faults):
                 shard.check_bytes()
                 if text := view_difference(shard):
                     faults.append(Fault(path.name, None, None, text))

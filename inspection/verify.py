@@ -53,7 +53,7 @@ class SplitCheck:
     @property
     def bad_files(self) -> list[str]:
         """Names of the files that `annotate` can make again."""
-        return sorted({fault.file for fault in self.faults if fault.mended_by_annotate})
+        return sorted({fault.file for fault in self.faults if fault.redone_by_annotate})
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON-able values."""

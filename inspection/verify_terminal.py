@@ -38,6 +38,6 @@ def print_check(check: SplitCheck, console: Console, repairs: bool = False) -> N
         console.print(
             "  Remedy: `inspect-labels --verify --repair` deletes "
             f"{escape(', '.join(check.bad_files[:5]))}{', …' * (len(check.bad_files) > 5)}; the "
-            "`annotate` that made them then makes just these again",
+            "`annotate` that made them then redoes just these",
             soft_wrap=True,
         )

@@ -225,7 +225,7 @@ def test_a_flipped_bit_in_a_map_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "s.h5"
     make(path)
     with Shard(path) as shard:
-        first, last = (shard.read("bounds")[[5, 10]] + shard._maps.offset).tolist()
+        first, last = (shard.read("bounds")[[5, 10]] + shard.maps.offset).tolist()
         want = [digest(shard.map(row)) for row in (0, 1)]
     content, refused = path.read_bytes(), 0
     for offset in range(first, last):

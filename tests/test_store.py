@@ -19,7 +19,7 @@ from tests.shards import digest, edit_directory
 from tokenlabel.annotate.manifest import build_manifest
 from tokenlabel.dataset.directory import StoredFile
 from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.keys import KeyTable, Spool
+from tokenlabel.dataset.keys import KeyTable
 from tokenlabel.dataset.new_file import create
 from tokenlabel.dataset.score_map import MapLayout
 from tokenlabel.dataset.shard import HEADER, Shard, shard_name, write_shard
@@ -157,6 +157,16 @@ def test_shards_of_two_runs_are_refused(split: tuple[Path, list[Rows]], tmp_path
         LabelStore(root)
 
 
+def test_shards_of_two_layouts_are_refused(split: tuple[Path, list[Rows]], tmp_path: Path) -> None:
+    """Whatever their fingerprints say."""
+    root, _ = split
+    write_split(tmp_path / "other", KEYS, LAYOUT._replace(k=3), shard_size=3)
+    name = "shard-00002-of-00003.h5"
+    shutil.copy(tmp_path / "other" / name, root / name)
+    with pytest.raises(FormatError, match=r"has layout .*k=4.* has .*k=3.*Remedy: delete"):
+        LabelStore(root)
+
+
 def test_swapped_shards_are_refused(split: tuple[Path, list[Rows]]) -> None:
     root, _ = split
     a, b = root / "shard-00000-of-00003.h5", root / "shard-00001-of-00003.h5"
@@ -271,7 +281,7 @@ def test_damaged_maps_are_named(split: tuple[Path, list[Rows]]) -> None:
     store = LabelStore(root)
     path = root / "shard-00001-of-00003.h5"
     with Shard(path) as shard:
-        start, stop = (shard.read("bounds")[[10, 15]] + shard._maps.offset).tolist()
+        start, stop = (shard.read("bounds")[[10, 15]] + shard.maps.offset).tolist()
     content, refused = path.read_bytes(), 0
     want = digest(store[5])
     for offset in range(start, stop, 7):
@@ -328,18 +338,17 @@ def test_pickles_carry_no_handles(split: tuple[Path, list[Rows]]) -> None:
 def test_columns_larger_than_a_block_are_stored_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr("tokenlabel.dataset.keys._BLOCK", block)
+    monkeypatch.setattr("tokenlabel.dataset.new_file._BLOCK", block)
+    monkeypatch.setattr("tokenlabel.dataset.directory._BLOCK", block)
     want = np.arange(30, dtype="<u8").reshape(10, 3)
-    spool = Spool(tmp_path, "<u8")
-    spool.append(want.tobytes())
     with create(tmp_path / "f", "test", 1, {}) as file:
-        spool.write(file, "a", 3)
+        for rows in (slice(0, 7), slice(7, 7), slice(7, 10)):
+            file.append("a", want[rows])
     with StoredFile(tmp_path / "f", "test", 1, "delete it") as stored:
         np.testing.assert_array_equal(stored.read("a"), want)
         np.testing.assert_array_equal(stored.read("a", 2, -3), want[2:-3])
         assert b"".join(stored.blocks("a")) == want.tobytes()
         stored.check_bytes()
-    spool.close()
 
 
 @given(st.sets(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), max_size=40))

@@ -218,7 +218,7 @@ def test_classes_of_a_cell_are_different(labels: Path) -> None:
 def test_a_damaged_row_is_named_with_its_image(labels: Path) -> None:
     with Shard(labels / FIRST) as shard:
         key, bounds = shard.texts("key")[2], shard.read("bounds")
-        place = shard._maps.offset + int(bounds[10] + bounds[11]) // 2
+        place = shard.maps.offset + int(bounds[10] + bounds[11]) // 2
     flip(labels / FIRST, place, 4)
     (fault,) = verify(labels).faults
     assert (fault.file, fault.row, fault.key) == (FIRST, 2, key)
@@ -297,7 +297,7 @@ def replace_by_another_run(labels: Path) -> list[str]:
 
 
 def stale_index(labels: Path) -> list[str]:
-    """As from before the shards were made again with other images."""
+    """As from before the shards were redone with other images."""
     other = labels.parent / "other"
     write_split(other, [f"{n}.jpg" for n in range(8)], LAYOUT)
     build_index(other)

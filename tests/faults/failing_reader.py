@@ -37,7 +37,7 @@ class Rules:
 
 
 def read_all(folder: Path, right: list[str], found: Counter[str]) -> None:
-    """Read every map from files opened anew."""
+    """Reopen all files and read every map."""
     try:
         store = LabelStore(folder)
     except OSError as error:

@@ -1,7 +1,7 @@
 """Mutated shards, indexes and manifests, and the processes that read them.
 
 `python -m tests.faults.fuzz --help`. Each case is a number: what is in its file, and how it is
-read, follow from that number and the seed alone, so that whatever is found can be made again.
+read, follow from that number and the seed alone, so that whatever is found can be reproduced.
 """
 
 import argparse
@@ -197,7 +197,7 @@ def _work(
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak restarts
     before = _peak()
     for number in range(first, last, step):
         tally["at"] = number

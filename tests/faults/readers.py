@@ -65,7 +65,7 @@ class Seen:
         self.wrong: list[str] = []
 
     def read(self, root: Path, images: Path | None) -> None:
-        """Open the split anew and read all of it."""
+        """Reopen the split and read all of it."""
         try:
             store = LabelStore(root)
             found = content(store)

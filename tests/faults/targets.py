@@ -54,7 +54,7 @@ class Seed(NamedTuple):
 
 
 def make_seeds(folder: Path) -> list[Seed]:
-    """All seeds, made anew in `folder`."""
+    """All seeds, made in `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     first = shard_name(0, 1)
     small = MapLayout(("identity",), (2, 3), 2, 10, residual=3)

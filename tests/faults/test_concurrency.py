@@ -196,7 +196,7 @@ def test_readers_while_a_split_is_damaged_repaired_and_mended(
     assert refusals["incomplete"] > 0
     assert digests(tmp_path) == whole
     observed(
-        f"{READERS} readers while a bit of a shard flips, --repair deletes it, it is made again",
+        f"{READERS} readers while a bit of a shard flips, --repair deletes it, it is redone",
         count,
         "right values, or an error with remedy",
         f"{sum(reader['whole'] for reader in seen):,} times whole, all equal; refused "

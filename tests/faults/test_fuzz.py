@@ -67,7 +67,7 @@ def test_mutated_files_end_in_an_error_or_in_what_was_written(
 
 
 def test_a_case_is_the_same_each_time(tmp_path: Path) -> None:
-    """What is found can be made again from its number."""
+    """What is found can be reproduced from its number."""
     from tests.faults.fuzz import MUTATIONS, Fuzzer
     from tests.faults.targets import make_seeds
 

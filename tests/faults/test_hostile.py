@@ -1,4 +1,4 @@
-"""Files that somebody made to do harm: label sets, pictures, keys, configurations."""
+"""Files that somebody made to do harm: label sets, images, keys, configurations."""
 
 import ast
 import io
@@ -188,8 +188,8 @@ def gif(frames: int) -> bytes:
     return data.getvalue()
 
 
-def with_zip(picture: bytes) -> bytes:
-    data = io.BytesIO(picture)
+def with_zip(image: bytes) -> bytes:
+    data = io.BytesIO(image)
     with zipfile.ZipFile(data, "a") as archive:
         archive.writestr("run.py", "print('harm')")
     return data.getvalue()
@@ -199,8 +199,8 @@ def large_icc() -> bytes:
     return saved("JPEG", icc_profile=bytes(3 << 20))
 
 
-def hostile_pictures() -> dict[str, bytes]:
-    """By name; those that begin with "good" are pictures all the same."""
+def hostile_images() -> dict[str, bytes]:
+    """By name; those that begin with "good" are images all the same."""
     jpeg = saved("JPEG")
     bomb = zlib.compress(bytes(200 << 20), 9)
     huge = PngImagePlugin.PngInfo()
@@ -234,8 +234,8 @@ def hostile_pictures() -> dict[str, bytes]:
     }
 
 
-def test_hostile_pictures_become_rows(tmp_path: Path, observed: Observed) -> None:
-    files = hostile_pictures()
+def test_hostile_images_become_rows(tmp_path: Path, observed: Observed) -> None:
+    files = hostile_images()
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     os.mkfifo(tmp_path / "pipe.jpg")
@@ -260,10 +260,10 @@ def test_hostile_pictures_become_rows(tmp_path: Path, observed: Observed) -> Non
         assert str(tmp_path) not in error and error == visible(error)
     assert grown < MEMORY
     observed(
-        "pictures: bombs, 1,000 frames, polyglots, cut, huge chunks, pipes, devices, sockets",
+        "images: bombs, 1,000 frames, polyglots, cut, huge chunks, pipes, devices, sockets",
         len(names),
-        "an error row, or the picture that ImageFolder shows; no hang",
-        f"{sum(map(bool, batch.errors))} error rows, {batch.errors.count('')} pictures, "
+        "an error row, or the image that ImageFolder gives; no hang",
+        f"{sum(map(bool, batch.errors))} error rows, {batch.errors.count('')} images, "
         f"{grown / (1 << 20):.0f} MB at most",
     )
 
@@ -378,7 +378,7 @@ def test_no_text_of_a_file_steers_the_terminal(tmp_path: Path, text: str) -> Non
     "key", ["../secret.jpg", "a/../../secret.jpg", "/etc/passwd", "a\0b.jpg", "x/pipe.jpg"]
 )
 def test_keys_never_lead_out_of_the_folder(tmp_path: Path, key: str) -> None:
-    """What joins a key of a label set to a folder: pictures, page, --verify, --agreement."""
+    """What joins a key of a label set to a folder: images, page, --verify, --agreement."""
     images = tmp_path / "images"
     (images / "x").mkdir(parents=True)
     (tmp_path / "secret.jpg").write_bytes(saved("JPEG"))
