@@ -235,7 +235,7 @@ def test_sources_that_cannot_be_matched(images: Path, labels: Path) -> None:
     image = PIL.Image.new("RGB", (4, 4))
     cases: list[tuple[Any, str]] = [
         ((image, 1, 2), "items must be"),
-        ({"a": 1}, "a row needs a image in a column called image"),
+        ({"a": 1}, "a row needs an image in a column called image"),
         ((image, torch.ones(3)), "class must be an integer"),
     ]
     for item, message in cases:
