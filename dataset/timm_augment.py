@@ -60,7 +60,7 @@ def _record(
         # timm's geometric ops draw their filter as they paint, before the next op's draws.
         options["resample"] = random.choice(options["resample"])
     if name.startswith("Posterize"):
-        # timm asks for 0 bits where the magnitude is extreme (in one of 700 images with
+        # timm asks for 0 bits where the magnitude is extreme (about one image in 650 with
         # rand-m9-mstd0.5-inc1): Pillow 13 raises, older ones paint the image black.
         args = (max(1, args[0]),)
     return [*drawn, (name, partial(paint, *args, **options))]
