@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -211,15 +210,17 @@ def imagenet_keys(count: int) -> list[str]:
     return [f"{name}/{name}_{10000 + n}.JPEG" for name in names for n in range(many)][:count]
 
 
-def write_split(root: Path, store: LabelStore, keys: Sequence[str], step: int) -> None:
-    """A split whose rows repeat those of `store`; every `step`-th row and column of the grid."""
+def write_split(root: Path, store: LabelStore, keys: Sequence[str], k: int, step: int) -> None:
+    """A split whose rows repeat those of `store`: k classes, every `step`-th row and column."""
     maps = [store[row] for row in np.flatnonzero(~store.failed).tolist()]
     grid = (len(range(0, store.grid[0], step)), len(range(0, store.grid[1], step)))
-    layout = store.layout._replace(grid=grid)
+    layout = store.layout._replace(grid=grid, k=k)
     planes = {name: np.stack([getattr(entry, name) for entry in maps]) for name in layout.planes()}
     for name, plane in planes.items():
         if not name.startswith("residual"):
             planes[name] = plane[..., ::step, ::step]
+    for name in ("codes", "classes"):
+        planes[name] = planes[name][:, :, :k]
     sizes = np.array([entry.size for entry in maps])
     root.mkdir(parents=True)
     shards = -(-len(keys) // 4096)
@@ -261,46 +262,54 @@ def save_as_published(folder: Path, store: LabelStore, keys: Sequence[str]) -> l
 
 def measure_read(options: argparse.Namespace, store: LabelStore, work: Path) -> None:
     keys = imagenet_keys(options.rows)
-    with tempfile.TemporaryDirectory(dir=work) as name:
-        folder = Path(name)
-        write_split(folder / "shards", store, keys, 1)
-        ours = LabelStore(folder / "shards")
-        paths = save_as_published(folder / "published", store, keys)
-        rng = np.random.default_rng(0)
-        rows: list[int] = []
-        libdeflate = chunks._fast
+    for k in (PUBLISHED_K, store.k):  # as many as the published files hold, and all
+        with tempfile.TemporaryDirectory(dir=work) as name:
+            folder = Path(name)
+            write_split(folder / "shards", store, keys, k, 1)
+            paths = save_as_published(folder / "published", store, keys)
+            time_reads(options, LabelStore(folder / "shards"), keys, paths)
 
-        def timed(read: Callable[[int], Any], fast: bool = False) -> Callable[[], float]:
-            def way() -> float:
-                chunks._fast = libdeflate if fast else None
-                start = time.process_time()
-                for row in rows:
-                    read(row)
-                return time.process_time() - start
 
-            return way
+def time_reads(
+    options: argparse.Namespace, ours: LabelStore, keys: Sequence[str], paths: Sequence[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    rows: list[int] = []
+    libdeflate = chunks._fast
 
-        theirs: Ways = {
-            "torch.load": timed(lambda row: torch.load(paths[row])),
-            "torch.load, any pickle": timed(lambda row: torch.load(paths[row], weights_only=False)),
-        }
-        mine: Ways = {}
-        for fast in (False, True) if find_spec("deflate") else (False,):  # extra `fast`
-            inflater = "deflate" if fast else "zlib"
-            mine[f"store.planes(row), {inflater}"] = timed(ours.planes, fast)
-            mine[f"store[row], {inflater}"] = timed(ours.__getitem__, fast)
-            mine[f"store[key], {inflater}"] = timed(lambda row: ours[keys[row]], fast)
-        rows[:] = range(len(keys))
-        take_turns(theirs | mine, 0)
-        rows[:] = rng.integers(0, len(keys), 200).tolist()
-        seconds = take_turns(theirs | mine, options.rounds)
-        size = sum(path.stat().st_size for path in ours.shards) / len(ours)
-        print(f"{len(keys)} rows, {ours.layout}: {size:.0f} bytes an image in shards")
-        for way, spent in seconds.items():
-            print(f"{way}: {statistics.median(spent) / len(rows) * 1e6:.1f} us of CPU time")
-        for other in theirs:
-            for way in mine:
-                print(f"{other} / {way}: {ratio(seconds[other], seconds[way])}")
+    def timed(read: Callable[[int], Any], fast: bool = False) -> Callable[[], float]:
+        def way() -> float:
+            chunks._fast = libdeflate if fast else None
+            start = time.perf_counter()
+            for row in rows:
+                read(row)
+            return time.perf_counter() - start
+
+        return way
+
+    theirs: Ways = {
+        "torch.load": timed(lambda row: torch.load(paths[row])),
+        "torch.load, any pickle": timed(lambda row: torch.load(paths[row], weights_only=False)),
+    }
+    mine: Ways = {}
+    for fast in (False, True) if libdeflate else (False,):  # extra `fast`
+        inflater = "deflate" if fast else "zlib"
+        mine[f"store.planes(row), {inflater}"] = timed(ours.planes, fast)
+        mine[f"store[row], {inflater}"] = timed(ours.__getitem__, fast)
+        mine[f"store[key], {inflater}"] = timed(lambda row: ours[keys[row]], fast)
+    rows[:] = range(len(keys))
+    take_turns(theirs | mine, 0)
+    rows[:] = rng.integers(0, len(keys), 200).tolist()
+    seconds = take_turns(theirs | mine, options.rounds)
+    chunks._fast = libdeflate
+    size = sum(path.stat().st_size for path in ours.shards) / len(ours)
+    print(f"{len(keys)} rows, {ours.layout}: {size:.0f} bytes an image in shards")
+    for way, spent in seconds.items():
+        against = "; ".join(
+            f"{other} takes {ratio(seconds[other], spent)} times as long"
+            for other in (theirs if way in mine else ())
+        )
+        print(f"{way}: {statistics.median(spent) / len(rows) * 1e6:.1f} us; {against}")
 
 
 # --- opening a huge split -----------------------------------------------------------------------
@@ -334,7 +343,7 @@ def measure_open(options: argparse.Namespace, store: LabelStore, work: Path) -> 
     if not root.exists():
         start = time.perf_counter()
         unfinished = Path(tempfile.mkdtemp(dir=work)) / "split"
-        write_split(unfinished, store, keys, 9)
+        write_split(unfinished, store, keys, PUBLISHED_K, 9)
         unfinished.rename(root)
         print(f"wrote {len(keys)} rows in {time.perf_counter() - start:.0f} s", flush=True)
     command = [sys.executable, "-c", _OPEN, str(root), keys[len(keys) // 2]]

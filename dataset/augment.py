@@ -1,8 +1,8 @@
 # mypy: allow-subclassing-any
-"""torchvision's RandAugment, AutoAugment and TrivialAugmentWide with label maps in step."""
+"""torchvision's RandAugment, AutoAugment and TrivialAugmentWide with aligned label maps."""
 
+import copy
 from collections.abc import Iterable
-from contextvars import ContextVar
 from typing import Any
 
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -18,12 +18,10 @@ _PHOTOMETRIC = frozenset(
 )
 
 _Move = tuple[str, float, Any]  # op, magnitude, interpolation
-# Of the sample in hand; a context variable, so that threads may share a transform.
-_moves: ContextVar[list[_Move] | None] = ContextVar("moves", default=None)
 
 
 def check_canvas(leaves: Iterable[Any]) -> None:
-    """Refuse a sample whose pictures and maps are not all of one size.
+    """Refuse a sample whose images and maps are not all of one size.
 
     Raises:
         ValueError: sizes differ; torchvision's flips and affine ops would not notice.
@@ -31,82 +29,73 @@ def check_canvas(leaves: Iterable[Any]) -> None:
     sizes = [(type(leaf).__name__, tuple(F.get_size(leaf))) for leaf in leaves]
     if len({size for _, size in sizes}) > 1:
         raise ValueError(
-            "pictures and label maps of a sample must share one canvas (height, width); got "
+            "images and label maps of a sample must share one canvas (height, width); got "
             + ", ".join(f"{name} {size}" for name, size in sizes)
-            + ". Remedy: make the map with the picture's size, and transform them together"
+            + ". Remedy: make the map with the image's size, and transform them together"
         )
 
 
-class _InStep(v2.Transform):
+class _WithMaps(v2.Transform):
     """Mixin before a v2 auto-augment transform: the maps of the sample repeat its geometric ops.
 
-    The base class sees the sample without its maps, draws from torch's generator as ever and
-    transforms the picture; the ops it applied are recorded and then applied to each map with
-    exactly the same parameters.
+    The base class draws from torch's generator as ever and transforms the image; the ops it applies
+    are recorded, and then applied to each map with exactly the same parameters.
     """
 
     _fill: dict[Any, Any]
+    _moves: list[_Move]
 
     def forward(self, *inputs: Any) -> Any:
-        """Transform a sample: the picture as the base class does, each map in step."""
-        leaves, spec = tree_flatten(inputs if len(inputs) > 1 else inputs[0])
-        maps = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, tv_tensors.Mask)}
-        bare = tree_unflatten([None if i in maps else leaf for i, leaf in enumerate(leaves)], spec)
-        if not maps:
-            return super().forward(bare)
+        """Transform a sample: the image as the base class does, each map aligned with it."""
         # Looked up first: a torchvision that renames its hook fails here, not in silence.
         apply = super()._apply_image_or_video_transform
-        _, picture = self._flatten_and_extract_image_or_video((bare,))
-        check_canvas([picture, *maps.values()])
-        moves: list[_Move] = []
-        token = _moves.set(moves)
-        try:
-            sample = super().forward(bare)
-        finally:
-            _moves.reset(token)
-        leaves, spec = tree_flatten(sample)
-        for i, label_map in maps.items():
-            # A picture's fill colour means nothing in a map: only a fill given for the map's own
-            # type counts, and what a TokenLabelMap gets from outside has no label, whatever it is.
-            fill = self._fill.get(type(label_map), self._fill.get(tv_tensors.Mask))
-            for op, magnitude, interpolation in moves:
-                label_map = apply(label_map, op, magnitude, interpolation, {"others": fill})
-            leaves[i] = label_map
+        one = copy.copy(self)  # of this sample alone: threads may share a transform
+        one._moves = []
+        leaves, spec = tree_flatten(super(_WithMaps, one).forward(*inputs))
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, tv_tensors.Mask):
+                # An image's fill colour means nothing in a map: only a fill given for the map's own
+                # type counts, and what a TokenLabelMap gets from outside has no label anyway.
+                fill = {"others": self._fill.get(type(leaf), self._fill.get(tv_tensors.Mask))}
+                for move in one._moves:
+                    leaves[i] = apply(leaves[i], *move, fill)
         return tree_unflatten(leaves, spec)
 
+    def _flatten_and_extract_image_or_video(self, inputs: Any, *_: Any) -> Any:
+        # Masks go through, which torchvision refuses.
+        refused = tv_tensors.BoundingBoxes, tv_tensors.KeyPoints
+        found, image = super()._flatten_and_extract_image_or_video(inputs, refused)
+        check_canvas([image, *(leaf for leaf in found[0] if isinstance(leaf, tv_tensors.Mask))])
+        return found, image
+
     def _apply_image_or_video_transform(
-        self,
-        image: Any,
-        transform_id: str,
-        magnitude: float,
-        interpolation: Any,
-        fill: dict[Any, Any],
+        self, image: Any, transform_id: str, magnitude: float, interpolation: Any, fill: Any
     ) -> Any:
-        if transform_id not in _PHOTOMETRIC and (moves := _moves.get()) is not None:
-            moves.append((transform_id, magnitude, interpolation))
+        if transform_id not in _PHOTOMETRIC:
+            self._moves.append((transform_id, magnitude, interpolation))
         return super()._apply_image_or_video_transform(
             image, transform_id, magnitude, interpolation, fill
         )
 
 
-class RandAugment(_InStep, v2.RandAugment):
+class RandAugment(_WithMaps, v2.RandAugment):
     """`torchvision.transforms.v2.RandAugment` for samples with label maps.
 
-    Takes the same arguments and, for one state of torch's generator, gives the identical picture.
+    Takes the same arguments and, for one state of torch's generator, gives the identical image.
     Shear, translation and rotation move every `TokenLabelMap` of the sample by the same
-    parameters; photometric ops leave it as it is. A plain `tv_tensors.Mask` moves in step too,
-    nearest pixel, filled with 0 unless `fill={tv_tensors.Mask: …, "others": …}` says otherwise.
+    parameters; photometric ops leave it as it is. So they move a plain `tv_tensors.Mask`, nearest
+    pixel, filled with 0 unless `fill={tv_tensors.Mask: …, "others": …}` says otherwise.
 
     Raises:
-        TypeError: the sample holds no picture or several, or boxes or keypoints.
+        TypeError: the sample holds no image or several, or boxes or keypoints.
     """
 
 
-class AutoAugment(_InStep, v2.AutoAugment):
+class AutoAugment(_WithMaps, v2.AutoAugment):
     """`torchvision.transforms.v2.AutoAugment` for samples with label maps; see `RandAugment`."""
 
 
-class TrivialAugmentWide(_InStep, v2.TrivialAugmentWide):
+class TrivialAugmentWide(_WithMaps, v2.TrivialAugmentWide):
     """`torchvision.transforms.v2.TrivialAugmentWide` for samples with label maps.
 
     See `RandAugment`. Its shears (up to 0.99) and rotations (up to 135 degrees) leave patches

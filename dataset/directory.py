@@ -202,7 +202,7 @@ class StoredFile:
         if not column.gzip and count < column.shape[0]:
             data = bytearray(self.pread(row * count, column.offset + row * start))
             return np.frombuffer(data, column.dtype).reshape(count, *column.shape[1:])
-        plain = b"".join(self.blocks(name))
+        plain: bytes | bytearray = b"".join(self.blocks(name))
         if zlib.crc32(plain) != column.crc:
             raise self.damaged(f"{name} has a wrong checksum")
         try:

@@ -20,6 +20,8 @@ from tokenlabel.dataset.label_map import TokenLabelMap
 _SINGLE = v2.Transform.forward
 _AT_RANDOM = v2.RandomHorizontalFlip.forward  # that of all transforms with a probability
 _CALL = nn.Module.__call__
+#: What never moves a map nor asks for it: sooner than to find that out in each sample.
+_PHOTOMETRIC = frozenset((v2.ToImage, v2.PILToTensor, v2.ToDtype, v2.Normalize, v2.ColorJitter))
 
 
 def run(transform: Any, *sample: Any) -> Any:
@@ -69,8 +71,12 @@ def _does_more(transform: Any) -> bool:
 
 
 def _transformed(transform: Any, leaves: list[Any], at_random: bool) -> tuple[Any, Any]:
-    transform.check_inputs(leaves)
     image, leaf = leaves
+    if type(transform) in _PHOTOMETRIC:
+        if transform._needs_transform_list([image])[0]:
+            image = transform.transform(image, transform.make_params([image]))
+        return image, leaf
+    transform.check_inputs(leaves)
     if at_random and torch.rand(1) >= transform.p:
         return image, leaf
     needed = None

@@ -45,7 +45,7 @@ def _get_size(inpt: TokenLabelMap) -> list[int]:
 
 @_moves(F.to_dtype)
 def _to_dtype(inpt: TokenLabelMap, *_: Any, **__: Any) -> TokenLabelMap:
-    return inpt  # a image's dtype says nothing about logits
+    return inpt  # an image's dtype says nothing about logits
 
 
 @_moves(F.erase)
@@ -120,7 +120,7 @@ def _resize(
     h, w = inpt.canvas_size
     if isinstance(size, Sequence) and len(size) == 2 and max_size is None:
         height, width = size
-    else:  # the longer edge rounded by torchvision itself, on a image of no pixels but one point
+    else:  # the longer edge rounded by torchvision itself, on an image of no pixels but one point
         sides = [size] if isinstance(size, int) else size
         point = tv_tensors.KeyPoints(torch.zeros(1, 2), canvas_size=(h, w))
         height, width = F.resize(point, sides, max_size=max_size).canvas_size
@@ -254,7 +254,7 @@ def _pair(size: int | Sequence[int]) -> Size:
 
 
 def _expanded(size: Size, matrix: Matrix) -> Size:
-    """Canvas that torchvision's `rotate` gives a image it turns by `matrix` with expand=True."""
+    """Canvas that torchvision's `rotate` gives an image it turns by `matrix` with expand=True."""
     h, w = size
     # About the centre, as torchvision does it, and in its float32 and with its tolerance: a corner
     # that falls on a pixel's border is rounded alike.

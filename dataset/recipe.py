@@ -31,24 +31,24 @@ def train_transform(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> v2.Compose:
-    """The training recipe of DeiT and timm, with label maps in step.
+    """The training recipe of DeiT and timm, with aligned label maps.
 
     Random resized crop, flip, timm's RandAugment (or colour jitter), to float, normalise, random
     erasing with normal noise. Takes any sample v2 takes: (image, map), a dictionary, an image
     alone; images PIL (mode RGB) or uint8 tensors [3, H, W]. Erasing leaves the map as it is: the
     student is to name what was there, as in LV-ViT.
 
-    All draws come from torch's global generator, so `torch.manual_seed` and the DataLoader's
-    seeding of its workers make a run repeatable; equal seeds do not give timm's samples, which
-    draw from `random` and NumPy, but samples of the same distribution.
+    `auto_augment` draws from Python's `random` and NumPy's global generator, as it is timm that
+    draws; all else from torch's. A DataLoader seeds all three in each worker from torch's, so with
+    workers `torch.manual_seed` makes a run repeatable; with `num_workers=0`, seed all three.
 
     Args:
         size: of the output, pixels; an integer for a square, or (height, width).
-        scale: bounds of the crop's share of the picture's area.
+        scale: bounds of the crop's share of the image's area.
         ratio: bounds of the crop's width / height.
         interpolation: "bilinear", "bicubic", "nearest", or "random": bilinear or bicubic by draw.
-        auto_augment: as timm spells it: "rand-m9-mstd0.5-inc1", "original", "3a"; None for none.
-            See `timm_policy.parse_auto_augment`.
+        auto_augment: as timm spells it: "rand-m9-mstd0.5-inc1", "original", "3a"; None for none,
+            which needs no timm. See `timm_augment.TimmAugment`.
         color_jitter: strength for brightness, contrast and saturation, or one of each, hue perhaps
             fourth; None for none. As in timm, it is left out when `auto_augment` is on, unless
             that is a 3-Augment or `force_color_jitter` is set.
@@ -56,13 +56,14 @@ def train_transform(
         erase_prob: probability of erasing a box of 2 to 33 percent of the area.
         hflip: probability of a horizontal flip.
         vflip: probability of a vertical flip.
-        mean: of the channels, 0 to 1; also the colour of what comes from outside the picture.
+        mean: of the channels, 0 to 1; also the colour of what comes from outside the image.
         std: of the channels.
 
     Returns:
         A pipeline; images leave it as float32 `tv_tensors.Image` [3, height, width].
 
     Raises:
+        ImportError: `auto_augment` is given and timm is not installed.
         ValueError: an argument out of range, or an `auto_augment` that timm does not know or that
             cannot carry labels ("augmix").
     """
@@ -102,7 +103,7 @@ def eval_transform(
 
     Args:
         size: of the output, pixels; an integer for a square, or (height, width).
-        crop_pct: size of the crop over size of the resized picture, in (0, 1].
+        crop_pct: size of the crop over size of the resized image, in (0, 1].
         interpolation: a `torchvision.transforms.InterpolationMode` by name.
         mean: of the channels, 0 to 1.
         std: of the channels.
@@ -130,19 +131,19 @@ class RandomErasing(v2.RandomErasing):
         p: probability of erasing.
 
     The box covers 2 to 33 percent of the area, with sides in a ratio of 0.3 to 1 / 0.3. It is for
-    normalised pictures, tensors.
+    normalised images, tensors.
     """
 
     def __init__(self, p: float = 0.25) -> None:
         super().__init__(p, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Erase in pictures; torchvision would warn about each map it passes through."""
+        """Erase in images; torchvision would warn about each map it passes through."""
         return inpt if isinstance(inpt, tv_tensors.Mask) else super().transform(inpt, params)
 
 
 class ResizeToCover(v2.Transform):
-    """Resize, keeping the shape, until the picture just covers a box.
+    """Resize, keeping the shape, until the image just covers a box.
 
     Args:
         size: the box, (height, width) in pixels.
@@ -155,7 +156,7 @@ class ResizeToCover(v2.Transform):
         self.interpolation = interpolation
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Resize one picture or map."""
+        """Resize one image or map."""
         (height, width), (box_height, box_width) = F.get_size(inpt), self.size
         if box_height == box_width:
             # The short side alone: torchvision then rounds the long one down, and so must we.

@@ -248,10 +248,10 @@ class Shard(StoredFile):
         maps = self.maps
         if maps is None or "codes" not in maps.planes or "key" not in self.columns:
             raise ValueError("it has no codes or no key")
-        codes = maps.planes["codes"][1]
+        _, _, height, width = maps.planes["codes"][1]  # ValueError for other ranks
         self.layout = MapLayout(
             tuple(attrs["views"]),
-            (codes[-2], codes[-1]),
+            (height, width),
             attrs["k"],
             attrs["num_classes"],
             attrs["residual"],

@@ -1,8 +1,16 @@
 # mypy: allow-subclassing-any
-"""timm's RandAugment and AutoAugment by their option strings, with label maps in step."""
+"""timm's RandAugment, AutoAugment and 3-Augment for samples with label maps.
 
-import math
-from collections.abc import Sequence
+timm parses the string, draws and paints. Its own objects run once for each sample, with a list in
+place of the image: each op that they draw is appended to it, and afterwards applied to every leaf.
+"""
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from itertools import chain
 from typing import Any
 
 import PIL.Image
@@ -12,120 +20,151 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from tokenlabel.dataset.augment import check_canvas
-from tokenlabel.dataset.timm_ops import OPS, Geometric
-from tokenlabel.dataset.timm_policy import Policy, parse_auto_augment
 
-RESAMPLING = {
-    "nearest": (PIL.Image.Resampling.NEAREST,),
-    "bilinear": (PIL.Image.Resampling.BILINEAR,),
-    "bicubic": (PIL.Image.Resampling.BICUBIC,),
-    "random": (PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.BICUBIC),
+# timm skips sections that it cannot read ("-m", "-mstdinf"), so they are refused here.
+_STRINGS = re.compile(
+    r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(weights|3a|3aw))*"
+    r"|(original|originalr|v0|v0r|3a)(-mstd\d+(\.\d+)?)?"
+)
+#: timm's name of an op, and its function with all arguments but the image: what timm made of the
+#: magnitude (degrees, a slope, …), and by name PIL's `resample` and `fillcolor`.
+DrawnOp = tuple[str, partial[PIL.Image.Image]]
+
+
+def _affine(label_map: Any, *coefficients: float) -> Any:
+    """Move a map by the six coefficients that PIL takes, from new pixels to old ones."""
+    return F.perspective(label_map, None, None, coefficients=[*coefficients, 0.0, 0.0])
+
+
+# How a label map follows an op: (map, timm's argument) -> map; None: the op changes colours only.
+_OPS: dict[str, Callable[[Any, float], Any] | None] = {
+    "Rotate": F.rotate,
+    "ShearX": lambda leaf, slope: _affine(leaf, 1, slope, 0, 0, 1, 0),
+    "ShearY": lambda leaf, slope: _affine(leaf, 1, 0, 0, slope, 1, 0),
+    "TranslateXRel": lambda leaf, part: _affine(leaf, 1, 0, part * F.get_size(leaf)[1], 0, 1, 0),
+    "TranslateYRel": lambda leaf, part: _affine(leaf, 1, 0, 0, 0, 1, part * F.get_size(leaf)[0]),
+    **dict.fromkeys(
+        "AutoContrast Equalize Invert Posterize PosterizeIncreasing PosterizeOriginal Solarize "
+        "SolarizeIncreasing SolarizeAdd Color ColorIncreasing Contrast ContrastIncreasing "
+        "Brightness BrightnessIncreasing Sharpness SharpnessIncreasing Desaturate GaussianBlur "
+        "GaussianBlurRand".split()
+    ),
 }
 
 
-class TimmAugment(v2.Transform):
-    """timm's RandAugment or AutoAugment on samples with label maps.
+def _record(
+    name: str, paint: Callable[..., Any], drawn: list[DrawnOp], *args: float, **options: Any
+) -> list[DrawnOp]:
+    """In place of timm's function of an op, which would paint at once."""
+    if _OPS[name] and isinstance(options["resample"], list | tuple):
+        # timm's geometric ops draw their filter as they paint, before the next op's draws.
+        options["resample"] = random.choice(options["resample"])
+    if name.startswith("Posterize"):
+        # timm asks for 0 bits where the magnitude is extreme (about one image in 650 with
+        # rand-m9-mstd0.5-inc1): Pillow 13 raises, older ones paint the image black.
+        args = (max(1, args[0]),)
+    return [*drawn, (name, partial(paint, *args, **options))]
 
-    Pictures, PIL in mode RGB or uint8 tensors [3, H, W], get the pixels that timm's ops give;
-    every `TokenLabelMap` (and plain `tv_tensors.Mask`) moves with the geometric ones. All draws
-    come from torch's global generator, so `torch.manual_seed` and the DataLoader's seeding of its
-    workers govern them; timm draws from `random` and NumPy, so equal seeds give other samples of
-    the same distribution.
+
+class TimmAugment(v2.Transform):
+    """timm's RandAugment, AutoAugment or 3-Augment on samples with label maps.
+
+    Images, PIL in mode RGB or uint8 tensors [3, H, W], get the pixels that timm's transform gives;
+    every `TokenLabelMap` (and plain `tv_tensors.Mask`) moves with the geometric ops.
+
+    timm draws from Python's `random` and NumPy's global generator, not from torch's: for equal
+    states of these two the images are timm's, byte for byte (but where timm posterizes to 0 bits,
+    which is 1 bit here). A DataLoader seeds both in each worker from torch's generator, so with
+    workers `torch.manual_seed` governs a run; without (`num_workers=0`), seed all three.
 
     Args:
-        policy: option string as timm spells it, or a `Policy`.
+        policy: as timm spells it: "rand" followed by any of -m9 (magnitude), -n2 (ops an image),
+            -mstd0.5 (spread of the magnitude; above 100: uniform), -mmax10 (its bound), -inc1
+            (stronger with magnitude), -p0.5 (chance of each op), -tweights, -t3a or -t3aw (set of
+            ops); or "original", "originalr", "v0", "v0r" or "3a", each perhaps with -mstd0.5.
         fill: colour (R, G, B), 0 to 255, of pixels that come from outside.
         interpolation: "nearest", "bilinear", "bicubic", or "random": bilinear or bicubic by op.
 
+    Attributes:
+        policy: timm's `RandAugment` or `AutoAugment`, its ops set to be recorded.
+
     Raises:
-        ValueError: a bad option string or interpolation; pictures and maps of different sizes.
-        TypeError: a picture of another mode or dtype, or boxes or keypoints in the sample.
+        ImportError: timm is not installed.
+        ValueError: a bad string or interpolation, or an op of timm's that is not known here; from a
+            sample: images and maps of different sizes.
+        TypeError: an image of another mode or dtype, or boxes or keypoints in the sample.
     """
 
     def __init__(
-        self,
-        policy: str | Policy,
-        *,
-        fill: Sequence[int] = (128, 128, 128),
-        interpolation: str = "random",
+        self, policy: str, *, fill: Sequence[int] = (128, 128, 128), interpolation: str = "random"
     ) -> None:
         super().__init__()
-        self.policy = parse_auto_augment(policy) if isinstance(policy, str) else policy
-        self.fill = tuple(fill)
-        if interpolation not in RESAMPLING:
+        self._arguments = f"{policy!r}, fill={tuple(fill)}, interpolation={interpolation!r}"
+        if policy.startswith("augmix"):
             raise ValueError(
-                f"interpolation of auto_augment is one of {', '.join(RESAMPLING)}; "
+                f"auto_augment {policy!r} blends copies of the image that were moved differently, "
+                "so no patch has one source. Remedy: use a 'rand-…' string"
+            )
+        if not _STRINGS.fullmatch(policy):
+            raise ValueError(
+                f"auto_augment is a string that timm knows; got {policy!r}. Remedy: one such as "
+                "'rand-m9-mstd0.5-inc1', 'original' or '3a'; help(TimmAugment) lists the options"
+            )
+        if interpolation not in ("nearest", "bilinear", "bicubic", "random"):
+            raise ValueError(
+                "interpolation of auto_augment is nearest, bilinear, bicubic or random; "
                 f"got {interpolation!r}"
             )
-        self.interpolation = interpolation
+        try:
+            timm: Any = import_module("timm.data.auto_augment")
+        except ImportError as error:
+            raise ImportError(
+                f"auto_augment {policy!r} needs timm, which cannot be imported: {error}. "
+                "Remedy: pip install 'tokenlabel[timm]', or auto_augment=None"
+            ) from error
+        hparams: dict[str, Any] = {"img_mean": tuple(fill)}
+        if interpolation != "random":
+            hparams["interpolation"] = PIL.Image.Resampling[interpolation.upper()]
+        is_rand = policy.startswith("rand")
+        make = timm.rand_augment_transform if is_rand else timm.auto_augment_transform
+        self.policy: Any = make(policy, hparams)
+        for op in chain(*([self.policy.ops] if is_rand else self.policy.policy)):
+            if op.name not in _OPS:
+                raise ValueError(
+                    f"label maps can follow the ops {', '.join(_OPS)}; got {op.name!r}, which this "
+                    f"timm has in {policy!r}. Remedy: another auto_augment, or an older timm"
+                )
+            op.aug_fn = partial(_record, op.name, op.aug_fn)
 
     def extra_repr(self) -> str:
-        """The string the policy came from, and the other arguments."""
-        return f"{self.policy.text!r}, fill={self.fill}, interpolation={self.interpolation!r}"
+        """The arguments."""
+        return self._arguments
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the ops for one sample, each with its argument and its resampling filter."""
+        """Let timm draw the ops of one sample: "ops", a list of `DrawnOp`."""
         check_canvas(flat_inputs)
-        policy = self.policy
-        chances = torch.tensor(policy.weights or [1.0] * len(policy.choices))
-        picks = torch.multinomial(chances, policy.draws, replacement=policy.weights is None)
-        steps = [step for pick in picks.tolist() for step in policy.choices[pick]]
-        uniform = torch.rand(len(steps), 4).tolist()
-        noise = torch.randn(len(steps)).tolist()
-        filters = RESAMPLING[self.interpolation]
-        ops = []
-        for step, (chance, spread, draw, which), normal in zip(steps, uniform, noise, strict=True):
-            if chance >= step.prob:
-                continue
-            if policy.magnitude_std == math.inf:
-                magnitude = step.magnitude * spread
-            else:
-                magnitude = step.magnitude + policy.magnitude_std * normal
-            strength = max(0.0, min(magnitude, policy.magnitude_max)) / 10.0
-            argument = OPS[step.op].argument(strength, draw)
-            ops.append((step.op, argument, filters[int(which * len(filters))]))
-        return {"ops": ops}
+        return {"ops": self.policy([])}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Apply the drawn ops to a picture, or the geometric ones to a label map."""
+        """Apply the drawn ops to an image, or the geometric ones to a label map."""
+        ops: list[DrawnOp] = params["ops"]
         if isinstance(inpt, tv_tensors.Mask):
-            for name, argument, _ in params["ops"]:
-                op = OPS[name]
-                if isinstance(op, Geometric):
-                    inpt = op.follow(inpt, argument)
+            for name, paint in ops:
+                if follow := _OPS[name]:
+                    inpt = follow(inpt, *paint.args)
             return inpt
         if isinstance(inpt, PIL.Image.Image) and inpt.mode == "RGB":
-            return self._paint(inpt, params)
-        if _is_rgb_tensor(inpt):
-            picture = F.pil_to_tensor(self._paint(F.to_pil_image(inpt), params)).to(inpt.device)
-            return tv_tensors.wrap(picture, like=inpt)
+            for _, paint in ops:
+                inpt = paint.func(inpt, *paint.args, **paint.keywords)
+            return inpt
+        # tv_tensors of other kinds (boxes, videos) are tensors as well.
+        plain = isinstance(inpt, tv_tensors.Image) or type(inpt) is torch.Tensor
+        if plain and inpt.dtype == torch.uint8 and inpt.ndim == 3 and len(inpt) == 3:
+            image = F.pil_to_tensor(self.transform(F.to_pil_image(inpt), params))
+            return tv_tensors.wrap(image.to(inpt.device), like=inpt)
+        kind = f"mode {inpt.mode}" if isinstance(inpt, PIL.Image.Image) else f"{inpt.dtype}"
         raise TypeError(
-            "TimmAugment takes PIL pictures of mode RGB, uint8 tensors [3, H, W] and label maps; "
-            f"got {_describe(inpt)}. Remedy: convert the picture, as with image.convert('RGB'), "
-            "and leave boxes and keypoints out"
+            "TimmAugment takes PIL images of mode RGB, uint8 tensors [3, H, W] and label maps; "
+            f"got {type(inpt).__name__} of {kind}. Remedy: convert the image, as with "
+            "image.convert('RGB'), and leave boxes and keypoints out"
         )
-
-    def _paint(self, image: PIL.Image.Image, params: dict[str, Any]) -> PIL.Image.Image:
-        for name, argument, resample in params["ops"]:
-            op = OPS[name]
-            if isinstance(op, Geometric):
-                image = op.picture(image, argument, resample, self.fill)
-            else:
-                image = op.picture(image, argument)
-        return image
-
-
-def _is_rgb_tensor(inpt: Any) -> bool:
-    return (
-        isinstance(inpt, torch.Tensor)
-        and (isinstance(inpt, tv_tensors.Image) or not isinstance(inpt, tv_tensors.TVTensor))
-        and inpt.dtype == torch.uint8
-        and inpt.ndim == 3
-        and inpt.shape[0] == 3
-    )
-
-
-def _describe(inpt: Any) -> str:
-    if isinstance(inpt, torch.Tensor):
-        return f"{type(inpt).__name__} {inpt.dtype} {list(inpt.shape)}"
-    return f"{type(inpt).__name__} of mode {inpt.mode}"

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, ParseKwargs
+from timm.utils import ModelEmaV3, ParseKwargs, random_seed
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -278,7 +278,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
 
     for epoch in range(first, epochs):
         # All random state there is: nothing of it need be in the checkpoint.
-        torch.manual_seed((args.seed * 100_003 + epoch) * 10_007 + rank)
+        random_seed(((args.seed * 100_003 + epoch) * 10_007 + rank) % 2**32, 0)
         loader.sampler.set_epoch(epoch)
         student.train()
         start, total = time.monotonic(), torch.zeros((), device=device)

@@ -1,7 +1,8 @@
-"""RandAugment, AutoAugment and TrivialAugmentWide: torchvision's picture, the map in step."""
+"""RandAugment, AutoAugment and TrivialAugmentWide: torchvision's image, the map aligned with it."""
 
 import copy
 import pickle
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,6 +16,8 @@ from torchvision.transforms.v2 import functional as F
 import tokenlabel.dataset.kernels  # noqa: F401
 from tokenlabel.dataset import augment
 from tokenlabel.dataset.label_map import TokenLabelMap
+from tokenlabel.dataset.timm_augment import TimmAugment
+from tokenlabel.dataset.token_labels import TokenLabels
 
 GEOMETRIC = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"}
 SIZE = (24, 32)  # height, width
@@ -38,7 +41,7 @@ def index_mask(size=SIZE):
     return tv_tensors.Mask(torch.arange(1, size[0] * size[1] + 1).reshape(1, *size))
 
 
-def pictures(seed=0):
+def photographs(seed=0):
     array = noise(seed)
     tensor = torch.from_numpy(array).permute(2, 0, 1).contiguous()
     return {
@@ -48,10 +51,10 @@ def pictures(seed=0):
     }
 
 
-def plain(picture):
-    if isinstance(picture, PIL.Image.Image):
-        return F.pil_to_tensor(picture)
-    return picture.as_subclass(torch.Tensor)
+def plain(photograph):
+    if isinstance(photograph, PIL.Image.Image):
+        return F.pil_to_tensor(photograph)
+    return photograph.as_subclass(torch.Tensor)
 
 
 def same(one, other):
@@ -68,14 +71,14 @@ def only(transform, ops):
 
 @pytest.mark.parametrize("kind", ["pil", "tensor"])
 @pytest.mark.parametrize(("name", "kwargs"), CASES)
-def test_the_picture_is_the_one_torchvision_gives(name, kwargs, kind):
-    picture = pictures()[kind]
+def test_the_image_is_the_one_torchvision_gives(name, kwargs, kind):
+    photograph = photographs()[kind]
     stock, ours = getattr(v2, name)(**kwargs), getattr(augment, name)(**kwargs)
     for seed in range(110):
         torch.manual_seed(seed)
-        expected = stock(picture)
+        expected = stock(photograph)
         state = torch.get_rng_state()
-        for sample in [(picture,), (picture, index_mask())][seed % 10 > 0 :]:
+        for sample in [(photograph,), (photograph, index_mask())][seed % 10 > 0 :]:
             torch.manual_seed(seed)
             out = ours(*sample)
             got = out[0] if len(sample) == 2 else out
@@ -86,29 +89,29 @@ def test_the_picture_is_the_one_torchvision_gives(name, kwargs, kind):
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_ops": 5, "magnitude": 30}])
 @pytest.mark.parametrize("op", [*sorted(GEOMETRIC), "all"])
-def test_the_map_takes_the_same_path_as_the_picture(op, kwargs):
+def test_the_map_takes_the_same_path_as_the_image(op, kwargs):
     transform = only(augment.RandAugment(**kwargs), GEOMETRIC if op == "all" else {op})
     mask = index_mask()
-    picture = plain(mask).to(torch.int16)  # nearest: pixels move, unmixed
+    photograph = plain(mask).to(torch.int16)  # nearest: pixels move, unmixed
     moved = 0
     for seed in range(40):
         torch.manual_seed(seed)
-        image, label_map = transform(tv_tensors.Image(picture), mask)
+        image, label_map = transform(tv_tensors.Image(photograph), mask)
         assert type(label_map) is tv_tensors.Mask
         assert same(image.long(), label_map)
         moved += not same(label_map, mask)
     assert moved > 35
 
 
-def test_the_map_follows_a_pil_picture():
+def test_the_map_follows_a_pil_image():
     """PIL and torch round differently at cell borders, so pixels inside a cell are compared."""
     cells = torch.arange(1, 36).reshape(1, 5, 7).repeat_interleave(8, 1).repeat_interleave(8, 2)
-    picture = PIL.Image.fromarray((cells[0] * 7).to(torch.uint8).numpy())
+    photograph = PIL.Image.fromarray((cells[0] * 7).to(torch.uint8).numpy())
     transform = only(augment.TrivialAugmentWide(fill=0), GEOMETRIC)
     compared = 0
     for seed in range(200):
         torch.manual_seed(seed)
-        image, label_map = transform(picture, tv_tensors.Mask(cells))
+        image, label_map = transform(photograph, tv_tensors.Mask(cells))
         expected = torch.from_numpy(np.asarray(image).astype(np.int64)) // 7
         ids = label_map[0].float()[None, None]
         low = -torch.nn.functional.max_pool2d(-ids, 3, 1, 1)
@@ -119,8 +122,8 @@ def test_the_map_follows_a_pil_picture():
 
 
 @pytest.mark.parametrize("op", sorted(GEOMETRIC))
-def test_a_token_label_map_takes_the_same_path_as_the_picture(op):
-    """Its path names the source pixel that each pixel of the picture shows."""
+def test_a_token_label_map_takes_the_same_path_as_the_image(op):
+    """Its path names the source pixel that each pixel of the image shows."""
     height, width = SIZE
     label_map = TokenLabelMap.from_scores(
         torch.zeros(2, 2, 1),
@@ -128,12 +131,12 @@ def test_a_token_label_map_takes_the_same_path_as_the_picture(op):
         torch.zeros(2, 2),
         canvas_size=SIZE,
     )
-    picture = tv_tensors.Image(plain(index_mask()).to(torch.int16))
+    photograph = tv_tensors.Image(plain(index_mask()).to(torch.int16))
     transform = only(augment.RandAugment(num_ops=1, magnitude=23), {op})
     y, x = (axis.ravel() for axis in np.mgrid[0:height, 0:width] + 0.5)
     for seed in range(10):
         torch.manual_seed(seed)
-        image, moved = transform(picture, label_map)
+        image, moved = transform(photograph, label_map)
         assert type(moved) is TokenLabelMap and moved.canvas_size == SIZE
         source_x, source_y, inside = moved.path(x, y)
         column, row = np.floor(source_x * width), np.floor(source_y * height)
@@ -141,6 +144,51 @@ def test_a_token_label_map_takes_the_same_path_as_the_picture(op):
         shown = plain(image).numpy().ravel()
         assert (index == shown).mean() > 0.99  # nearest rounds either way between two pixels
         assert 0.3 < inside.mean() < 1
+
+
+TIMM = {"Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"}
+
+
+@pytest.mark.parametrize("kind", ["pil", "image"])
+@pytest.mark.parametrize(
+    ("family", "op"),
+    [*(("timm", op) for op in sorted(TIMM)), *(("torchvision", op) for op in sorted(GEOMETRIC))],
+)
+def test_the_record_names_the_cell_that_each_patch_shows(family, op, kind):
+    """Each cell has a colour of its own; patches of one colour are taught that cell."""
+    rows, columns, side, grid = 5, 7, 32, (20, 28)
+    ids = torch.arange(1, rows * columns + 1).reshape(rows, columns)
+    painted = ids.repeat_interleave(side, 0).repeat_interleave(side, 1)
+    colours = torch.stack([painted * 6, painted, painted * 5]).to(torch.uint8)
+    photograph = F.to_pil_image(colours) if kind == "pil" else tv_tensors.Image(colours)
+    label_map = TokenLabelMap.from_scores(
+        torch.zeros(rows, columns, 1),
+        ids[..., None],
+        torch.full((rows, columns), -torch.inf),
+        canvas_size=painted.shape,
+    )
+    if family == "timm":
+        text = "rand-m9-mstd101-n2-p1"
+        transform = TimmAugment(text, fill=(0, 0, 0), interpolation="nearest")
+        transform.policy.ops = [drawn for drawn in transform.policy.ops if drawn.name == op]
+    else:
+        transform = only(augment.RandAugment(magnitude=17, fill=0), {op})
+    compared = moved = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        image, leaf = transform(photograph, label_map)
+        patches = plain(image)[1].unfold(0, 8, 8).unfold(1, 8, 8).reshape(grid[0] * grid[1], -1)
+        shown = patches[:, 0].long()
+        pure = (patches == patches[:, :1]).all(1) & (shown > 0)
+        targets = TokenLabels.of(leaf, grid, 0.0)[None].targets(grid)
+        # At the edge of the image, nearest moves pixels of 1/8 patch by up to half of themselves.
+        assert (targets.weight[0][pure] > (1 - 1 / 16) ** 2 - 0.01).all()
+        assert torch.equal(targets.dense()[0].argmax(-1)[pure], shown[pure]), seed
+        compared += int(pure.sum())
+        moved += not same(image, photograph)
+    assert compared > 3000 and moved > 15
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -155,10 +203,10 @@ def test_photometric_ops_leave_the_map_alone(name):
     changed = 0
     for seed in range(50):
         torch.manual_seed(seed)
-        picture, mask = pictures()["image"], index_mask()
-        image, label_map = transform(picture, mask)
+        photograph, mask = photographs()["image"], index_mask()
+        image, label_map = transform(photograph, mask)
         assert same(label_map, mask)
-        changed += not same(image, picture)
+        changed += not same(image, photograph)
     assert changed > 15
 
 
@@ -166,25 +214,25 @@ def test_an_op_that_the_map_cannot_follow_raises():
     transform = augment.RandAugment()
     transform._AUGMENTATION_SPACE = {"Swirl": (lambda *_: None, False)}
     with pytest.raises(ValueError, match="Swirl"):
-        transform(pictures()["image"], index_mask())
+        transform(photographs()["image"], index_mask())
 
 
 def test_fill_of_a_mask_is_its_own():
     transform = only(augment.RandAugment(num_ops=1, magnitude=30, fill=200), {"TranslateX"})
-    _, label_map = transform(pictures()["image"], index_mask())
+    _, label_map = transform(photographs()["image"], index_mask())
     assert 0 in label_map
     fill = {tv_tensors.Mask: -1, "others": 200}
     transform = only(augment.RandAugment(num_ops=1, magnitude=30, fill=fill), {"TranslateX"})
-    image, label_map = transform(pictures()["image"], index_mask())
+    image, label_map = transform(photographs()["image"], index_mask())
     assert 0 not in label_map and -1 in label_map
     assert (image[:, (label_map == -1)[0]] == 200).all()
 
 
 def test_every_shape_of_sample():
     transform = augment.RandAugment(magnitude=20, num_ops=3)
-    picture = pictures()["pil"]
+    photograph = photographs()["pil"]
     torch.manual_seed(3)
-    image, label_map = transform(picture, index_mask())
+    image, label_map = transform(photograph, index_mask())
     assert not same(label_map, index_mask())
 
     def check(sample, pick):
@@ -193,50 +241,50 @@ def test_every_shape_of_sample():
         assert same(got_image, image)
         assert all(same(got, label_map) for got in maps)
 
-    check((picture, index_mask()), lambda s: s)
-    check([index_mask(), picture], lambda s: (s[1], s[0]))
-    check({"a": picture, "b": index_mask(), "c": 5}, lambda s: (s["a"], s["b"]))
+    check((photograph, index_mask()), lambda s: s)
+    check([index_mask(), photograph], lambda s: (s[1], s[0]))
+    check({"a": photograph, "b": index_mask(), "c": 5}, lambda s: (s["a"], s["b"]))
     check(
-        (7, {"x": (picture, "text"), "m": [index_mask(), index_mask()]}, None),
+        (7, {"x": (photograph, "text"), "m": [index_mask(), index_mask()]}, None),
         lambda s: (s[1]["x"][0], *s[1]["m"]),
     )
-    check(picture, lambda s: (s,))
+    check(photograph, lambda s: (s,))
     torch.manual_seed(3)
-    assert len(transform(picture, 5, index_mask())) == 3
+    assert len(transform(photograph, 5, index_mask())) == 3
 
 
 def test_errors():
-    picture, mask = pictures()["pil"], index_mask()
+    photograph, mask = photographs()["pil"], index_mask()
     transform = augment.RandAugment()
     with pytest.raises(ValueError, match=r"share one canvas.*\(24, 32\).*\(32, 24\).*Remedy"):
-        transform(picture, index_mask(SIZE[::-1]))
+        transform(photograph, index_mask(SIZE[::-1]))
     with pytest.raises(TypeError, match="no image"):
         transform(mask)
     with pytest.raises(TypeError, match="single image"):
-        transform(picture, picture, mask)
+        transform(photograph, photograph, mask)
     boxes = tv_tensors.BoundingBoxes([[0, 0, 9, 9]], format="XYXY", canvas_size=SIZE)
     with pytest.raises(TypeError, match="BoundingBoxes"):
-        transform(picture, boxes, mask)
+        transform(photograph, boxes, mask)
     for stock in v2.RandAugment(), v2.AutoAugment(), v2.TrivialAugmentWide(), v2.AugMix():
         with pytest.raises(TypeError, match="Mask"):
-            stock(picture, mask)
+            stock(photograph, mask)
 
 
 def test_copies_and_threads():
     transform = only(augment.RandAugment(num_ops=3, magnitude=20), GEOMETRIC)
     assert isinstance(transform, v2.RandAugment) and "num_ops=3" in repr(transform)
     mask = index_mask()
-    picture = tv_tensors.Image(plain(mask).to(torch.int16))
+    photograph = tv_tensors.Image(plain(mask).to(torch.int16))
 
-    def in_step(_):
-        image, label_map = transform(picture, mask)
+    def aligned(_):
+        image, label_map = transform(photograph, mask)
         return same(image.long(), label_map)
 
     with ThreadPoolExecutor(4) as pool:  # the ops of one sample never reach another's map
-        assert all(pool.map(in_step, range(300)))
+        assert all(pool.map(aligned, range(300)))
     wide = augment.TrivialAugmentWide()
     for other in copy.deepcopy(wide), pickle.loads(pickle.dumps(wide)):
         torch.manual_seed(1)
-        expected = wide(picture, mask)
+        expected = wide(photograph, mask)
         torch.manual_seed(1)
-        assert all(same(a, b) for a, b in zip(expected, other(picture, mask), strict=True))
+        assert all(same(a, b) for a, b in zip(expected, other(photograph, mask), strict=True))

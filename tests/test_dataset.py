@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from timm.data import create_dataset
+from timm.utils import random_seed
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -81,9 +82,9 @@ def test_a_folder(images: Path, labels: Path) -> None:
 def test_a_batch_at_a_time_is_the_same(images: Path, labels: Path) -> None:
     dataset = TokenLabelDataset(images, labels, transform=train_transform(64), grid=GRID)
     order = [3, -1, 3, 0, 14]
-    torch.manual_seed(0)
+    random_seed(0)
     together = dataset.__getitems__(order)
-    torch.manual_seed(0)
+    random_seed(0)
     for (image, record), index in zip(together, order, strict=True):
         expected_image, expected = dataset[index]
         assert torch.equal(image, expected_image)
@@ -235,7 +236,7 @@ def test_sources_that_cannot_be_matched(images: Path, labels: Path) -> None:
     image = PIL.Image.new("RGB", (4, 4))
     cases: list[tuple[Any, str]] = [
         ((image, 1, 2), "items must be"),
-        ({"a": 1}, "a row needs a image in a column called image"),
+        ({"a": 1}, "a row needs an image in a column called image"),
         ((image, torch.ones(3)), "class must be an integer"),
     ]
     for item, message in cases:
@@ -302,7 +303,7 @@ class Seeded(torch.utils.data.Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        torch.manual_seed(index)
+        random_seed(index)
         return self.dataset[index]
 
 

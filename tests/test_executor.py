@@ -51,7 +51,7 @@ TRANSFORMS: dict[str, Callable[[], Any]] = {
     "timm": lambda: TimmAugment("rand-m9-n3-mstd0.5-inc1"),
     "recipe": lambda: train_transform(32),
     "recipe of many": lambda: train_transform(32, auto_augment="3a", vflip=0.5, erase_prob=0.5),
-    "torchvision's, in step": lambda: RandAugment(),
+    "torchvision's, with maps": lambda: RandAugment(),
     "apply": lambda: v2.RandomApply([v2.CenterCrop(60), v2.RandomRotation(9)], 0.5),
     "choice": lambda: v2.RandomChoice([v2.RandomCrop(40), v2.Resize(50)], p=[0.3, 0.7]),
     "order": lambda: v2.RandomOrder([v2.RandomCrop(60), v2.RandomRotation(9)]),
@@ -118,7 +118,10 @@ def test_the_same_as_calling_it(name: str, kind: str) -> None:
         for way in (transform, lambda *sample: executor.run(transform, *sample)):
             torch.manual_seed(seed)
             random.seed(seed)
-            results.append((way(image, leaf), torch.get_rng_state(), random.getstate()))
+            np.random.seed(seed)
+            found = way(image, leaf)
+            states = random.getstate(), str(np.random.get_state())
+            results.append((found, torch.get_rng_state(), states))
         (expected, *state), (found, *state_after) = results
         assert len(found) == len(expected) == 2
         assert all(equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -6,6 +6,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from timm.utils import random_seed
 from torch.utils.data import DataLoader, Dataset
 
 from tests.jobs import config, repeat_images
@@ -42,7 +43,7 @@ class Seeded(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        torch.manual_seed(index)
+        random_seed(index)
         image, labels = self.dataset[index]
         return index, image, labels
 

@@ -26,6 +26,7 @@ def python(code: str, *arguments: str, cwd: Path | None = None) -> str:
     ("module", "unwanted"),
     [
         ("tokenlabel.dataset", ["ray", "timm", "click", "pydantic", "rich"]),
+        ("tokenlabel.dataset.recipe", ["ray", "timm", "click", "pydantic", "rich"]),
         ("tokenlabel.supervise", ["ray", "timm", "click", "pydantic", "rich", "transformers"]),
         ("tokenlabel.annotate.images", ["torch", "ray", "timm", "pydantic", "h5py"]),
         ("tokenlabel.annotate.pool", ["torch", "timm"]),

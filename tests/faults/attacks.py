@@ -69,6 +69,7 @@ ATTACKS: dict[str, Attack] = {
     "no planes": _maps(planes=[]),
     "planes that are none": _maps(planes=[["codes"]]),
     "planes of another order": lambda found: found["maps"]["planes"].reverse(),
+    "plane of one dimension": _plane(0, "codes", "|u1", [3]),
     "plane without cells": _plane(0, "codes", "|u1", [1, 2, 0, 3]),
     "plane of a terabyte": _plane(0, "codes", "|u1", [1, 2, 1 << 20, 1 << 20]),
     "grid of a terabyte": lambda found: [

@@ -109,7 +109,7 @@ def _forged(rng: random.Random, data: bytes) -> bytes:
                 near = (inner + 1, inner - 1, 2 * inner, inner + 8, -inner, inner + len(data))
                 place[key] = rng.choice(near)
             elif rng.random() < 0.3:
-                place[key] = copy.deepcopy(place[rng.choice(keys)])
+                place[key] = place[rng.choice(keys)]
             else:
                 place[key] = copy.deepcopy(rng.choice(_VALUES))
             break
@@ -129,7 +129,7 @@ def _text(rng: random.Random, data: bytes) -> bytes:
 
 def _forged_values(rng: random.Random, data: bytearray) -> bytes:
     """The file with other values in its columns, or with streams that inflate to another size."""
-    found = parsed(data)
+    found = parsed(bytes(data))
     columns, maps = list(found["columns"].values()), found.get("maps")
     if maps and rng.random() < 0.4:
         place, most = maps["offset"], maps["offset"] + maps["size"]
