@@ -1,7 +1,7 @@
 """What the job costs beyond its teacher: time against two plain loops, and memory against size.
 
-    python benchmarks/annotate.py --data ../shared/imagenet          # time
-    python benchmarks/annotate.py --data ../shared/imagenet --memory
+    python benchmarks/annotate.py --data /path/to/imagenet          # time
+    python benchmarks/annotate.py --data /path/to/imagenet --memory
 
 Times are medians of runs that take turns in this process, with the same threads: the bare teacher
 on decoded batches, a plain DataLoader loop, and the job on Ray. All three count from

@@ -1,6 +1,6 @@
 """How near the targets of a label set are to the teacher itself, and what they cost in bytes.
 
-    python benchmarks/fidelity.py --data ../shared/imagenet
+    python benchmarks/fidelity.py --data /path/to/imagenet
 
 Label sets are written by `annotate` for `--images` images, evenly spaced over all below `--data`.
 Of each image the whole and two random crops of each range of area are shown to the teacher live,

@@ -3,7 +3,7 @@
     python benchmarks/scaling.py teachers                         # 1, 2, 4 and 8: 4 minutes
     python benchmarks/scaling.py memory --images 1000000 10000000   # 10 minutes, 3 GB in TMPDIR
     python benchmarks/scaling.py reader                           # what opening a shard costs
-    python benchmarks/scaling.py decode --data ../shared/imagenet
+    python benchmarks/scaling.py decode --data /path/to/imagenet
 
 `teachers` runs the real job on tiny images with a teacher that sleeps, as a driver sees one that
 computes on a GPU, so that the cores of this machine are not the limit. All teachers start at the
