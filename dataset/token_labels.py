@@ -235,6 +235,8 @@ class TokenLabels(Tensor):
     def crop(self, pool: str = "logits") -> Tensor:
         """The whole crop's soft target, float32 [B, C]; 0 where the image has no map.
 
+        `shrink` draws the targets of patches only, not this one.
+
         Args:
             pool: "logits": softmax of the area mean of the logits, what the teacher itself would
                 answer; "probs": area mean of the probabilities, ReLabel's localized label (Yun et

@@ -184,10 +184,10 @@ def crop_targets(labels: "TokenLabels", pool: str) -> Tensor:
     cells = _cells(labels)
     # As fine as the maps are: what the crop shows of each cell.
     found = _windows(labels, labels.record_layout.maps.grid, cells)
-    part = found.weight / found.weight.sum(1, keepdim=True).clamp(min=_NOTHING)
     at = (found.origin[..., None] + found.offsets).flatten(1)
     amount = torch.zeros_like(cells.spread)
-    amount.scatter_add_(1, at, (found.window * part[..., None]).flatten(1))
+    amount.scatter_add_(1, at, (found.window * found.weight[..., None]).flatten(1))
+    amount = amount / amount.sum(1, keepdim=True).clamp(min=_LEAST)
     if pool == "probs":
         return cells.dense(amount)
     # The mean of the logits, but for a constant: that of the log-probabilities, of which all that

@@ -426,6 +426,10 @@ def test_the_crops_target(name: str, turn: float) -> None:
     logs, _ = by_points(crop, _Fixed(score_map, np.log(np.maximum(cells, 1e-12))), (1, 1), 400)
     found = record(crop).crop()[0].double()
     torch.testing.assert_close(found, logs[0].softmax(-1), atol=2e-3, rtol=0)
+    # Shrinking is for patches.
+    for pool in ("logits", "probs"):
+        drawn = record(crop, shrink=0.3).crop(pool)
+        torch.testing.assert_close(drawn, record(crop).crop(pool), atol=1e-6, rtol=1e-4)
 
 
 # --- hostile maps ----------------------------------------------------------------------------
