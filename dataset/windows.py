@@ -80,7 +80,9 @@ class TokenWindows(NamedTuple):
     def dense(self) -> Tensor:
         """The targets as one distribution a patch, float32 [B, N, C]."""
         ids, values = self.expand()
-        return (self.share @ self.basis).scatter_add_(2, ids, values)
+        # No matrix product, which autocast would round.
+        spread = (self.share.unsqueeze(-1) * self.basis.unsqueeze(1)).sum(2)
+        return spread.scatter_add_(2, ids, values)
 
 
 class TokenTargets(NamedTuple):

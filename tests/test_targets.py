@@ -531,6 +531,19 @@ def test_compiled_targets_are_the_same() -> None:
         torch.testing.assert_close(mine, eager, atol=1e-5, rtol=0)
 
 
+def test_autocast_rounds_nothing() -> None:
+    labels = record(made_up()[0], F.rotate(made_up(seed=1)[0], 17.0), shrink=0.3)
+
+    def found() -> list[Tensor]:
+        targets = labels.targets(4)
+        return [*targets, targets.dense(), *labels.sparse(4), labels.crop(), labels.crop("probs")]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = found()
+    for one, other in zip(rounded, found(), strict=True):
+        assert torch.equal(one, other)
+
+
 # --- published -------------------------------------------------------------------------------
 
 
