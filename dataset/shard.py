@@ -350,6 +350,8 @@ class Shard(StoredFile):
         """Box (x0, y0, x1, y1), normalised to the image, that the row's map covers."""
         box = self.read("extent", row, row + 1)[0] if "extent" in self else self.attrs["extent"]
         x0, y0, x1, y1 = map(float, box)
+        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+            raise self._unreadable(row, f"it cannot cover {(x0, y0, x1, y1)} of its image")
         return x0, y0, x1, y1
 
     def content_digest(self, block: int = 256) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,7 +249,7 @@ def test_systems_without_pread_read_the_same(
 
 def test_extents_of_their_own_come_with_the_map(tmp_path: Path) -> None:
     """In one of two shards only."""
-    boxes = np.random.default_rng(0).random((3, 4)).astype("f4")
+    boxes = np.sort(np.random.default_rng(0).random((3, 2, 2)), 1).reshape(3, 4).astype("f4")
     for number, (keys, extents) in enumerate(((KEYS[:3], None), (KEYS[3:6], boxes))):
         path = tmp_path / shard_name(number, 2)
         with write_shard(path, LAYOUT, keys, [0] * 3, attrs(number, 2, 3 * number), extents) as new:
@@ -260,6 +261,22 @@ def test_extents_of_their_own_come_with_the_map(tmp_path: Path) -> None:
         with Shard(tmp_path / shard_name(row // 3, 2)) as shard:
             assert shard.extent(row % 3) == want
             assert ("extent" in shard) == (row >= 3)
+
+
+@pytest.mark.parametrize(
+    "box", [(0.5, 0, 0.5, 1), (0, 1, 1, 0), (0, 0, 1, 1.5), (-1, 0, 1, 1), (0, 0, np.nan, 1)]
+)
+@pytest.mark.parametrize("each", [True, False])
+def test_extents_that_are_no_boxes_are_refused(tmp_path: Path, box: Any, each: bool) -> None:
+    boxes = np.array([box] * len(KEYS), "f4") if each else None
+    header = attrs(0, 1, 0) | ({} if each else {"extent": [float(side) for side in box]})
+    labels = [0] * len(KEYS)
+    with write_shard(tmp_path / shard_name(0, 1), LAYOUT, KEYS, labels, header, boxes) as new:
+        new.append(*random_rows(LAYOUT, len(KEYS)))
+    store = LabelStore(tmp_path)
+    for read in (store.__getitem__, store.extent, store.leaf):
+        with pytest.raises(FormatError, match=r"row 1 cannot be read: it cannot cover \("):
+            read(1)
 
 
 def test_names_of_the_classes_come_from_the_manifest(split: tuple[Path, list[Rows]]) -> None:

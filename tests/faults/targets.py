@@ -72,7 +72,7 @@ def make_seeds(folder: Path) -> list[Seed]:
     write_split(folder / "precise", keys, precise)
     add("precise", weight=2)
     (folder / "extents").mkdir()
-    boxes = np.random.default_rng(0).random((3, 4))
+    boxes = np.sort(np.random.default_rng(0).random((3, 2, 2)), 1).reshape(3, 4)
     header = attrs(0, 1, 0, settings="{}" * 99)
     with write_shard(folder / "extents" / first, small, keys, [0, 1, 2], header, boxes) as writer:
         writer.append(*random_rows(small, 3))
