@@ -269,7 +269,9 @@ def plane(labels: "TokenLabels", name: str) -> Tensor:
     else:
         data = data[:, :, 0]
     if dtype.kind == "f":
-        return data.movedim(1, -1).contiguous().view(torch.float16)[..., 0].float()
+        # Copied even where it is contiguous: bytes that lie at an odd offset are no float16.
+        items = data.movedim(1, -1).clone(memory_format=torch.contiguous_format)
+        return items.view(torch.float16)[..., 0].float()
     number = data[:, 0].int()
     for byte in range(1, dtype.itemsize):
         number = number | (data[:, byte].int() << (8 * byte))

@@ -631,6 +631,15 @@ def test_the_published_rule_of_a_batch_with_missing_maps() -> None:
     assert (both.weight[1] == 0).all() and (both.rest[1] == 1).all()
 
 
+@pytest.mark.parametrize("residual", [8, 9])
+def test_the_published_rule_of_one_cell_and_of_no_image(residual: int) -> None:
+    layout = LAYOUTS["one cell"]._replace(k=4, residual=residual)
+    one = record(made_up(layout)[0])
+    found = one.sparse(2, 3, rule="published")
+    torch.testing.assert_close(found.probs, found.crop_probs[:, None].expand(-1, 4, -1))
+    assert one[:0].sparse(2, 3, rule="published").probs.shape == (0, 4, 3)
+
+
 def test_the_published_rule_needs_logits() -> None:
     leaf, _ = made_up(LAYOUTS["no level"])
     with pytest.raises(ValueError, match=r"without `level`.*Remedy"):
