@@ -171,7 +171,7 @@ class LabelStore:
         """
         from tokenlabel.dataset.label_map import TokenLabelMap  # the store itself needs no torch
 
-        index = self._local.index()
+        index, row = self._local.index(), self.row(row)
         shard, local = self._local.shard(row)
         if canvas_size is None:
             width, height = index.sizes[row].tolist()
@@ -232,7 +232,7 @@ class LabelStore:
     def error(self, key: str | int) -> str:
         """Why an image has no map; empty when it has one."""
         shard, local = self._local.shard(self.row(key))
-        return str(shard.read("error", local, local + 1)[0].decode())
+        return shard.texts("error")[local]
 
 
 def _class_names(path: Path) -> list[str] | None:

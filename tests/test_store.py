@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.maps import Rows, attrs, random_rows, write_split
 from tests.shards import digest, edit_directory
 from tokenlabel.annotate.manifest import build_manifest
+from tokenlabel.dataset import new_file
 from tokenlabel.dataset.directory import StoredFile
 from tokenlabel.dataset.errors import FormatError
 from tokenlabel.dataset.keys import KeyTable
@@ -88,6 +89,28 @@ def test_images_with_errors_have_no_map(tmp_path: Path) -> None:
     assert store.error("b.jpg") == ""
     with pytest.raises(MissingMapError, match=r"'c/d.jpg' has no score map: the file is empty"):
         store["c/d.jpg"]
+
+
+def test_errors_that_are_no_text_are_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = new_file.encode_texts
+    monkeypatch.setattr(
+        new_file, "encode_texts", lambda texts: np.char.replace(text(texts), b"?", b"\xff")
+    )
+    write_split(tmp_path, KEYS, LAYOUT, errors={"c/d.jpg": "why?"})
+    store = LabelStore(tmp_path)
+    for read in (store.error, store.__getitem__):
+        with pytest.raises(FormatError, match="error: 'utf-8' codec can't decode"):
+            read("c/d.jpg")
+
+
+def test_leaves_by_row(split: tuple[Path, list[Rows]]) -> None:
+    store = LabelStore(split[0])
+    assert store.leaf(-1).planes == store.leaf(len(store) - 1).planes == store.planes(-1)
+    for row in (len(store), -len(store) - 1):
+        with pytest.raises(IndexError, match=f"row {row} is outside"):
+            store.leaf(row)
 
 
 def test_index_is_rebuilt_when_absent_stale_or_damaged(split: tuple[Path, list[Rows]]) -> None:
