@@ -410,10 +410,14 @@ def _packed(segment: PixelPath) -> bytes:
 
 
 def _points(path: PixelPath, size: Grid, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Source points at the centres of side x side equal parts of the image, and which are in it."""
+    """Source points at the centres of side x side equal parts of the image, and which are in it.
+
+    Those on the horizon of a perspective, which have none, are 0.
+    """
     at = (np.arange(side) + 0.5) / side
     x, y, inside = path(at * size[1], (at * size[0])[:, None])
-    return np.broadcast_to(x, inside.shape), np.broadcast_to(y, inside.shape), inside
+    x, y = (np.where(np.isfinite(v), v, 0.0) for v in np.broadcast_arrays(x, y))
+    return x, y, inside
 
 
 def _lattice(path: PixelPath, size: Grid) -> bytes:

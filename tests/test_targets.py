@@ -296,6 +296,19 @@ def test_nothing_of_the_image_is_left(name: str) -> None:
     assert (sparse.probs[0] == 0).all() and (sparse.crop_probs[0] == 0).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_points_on_the_horizon_have_no_source() -> None:
+    leaf = made_up(canvas_size=(170, 170))[0]
+    # Column 95 of the image, where sub-points and the points of a record lie, is the horizon.
+    far = F.perspective(leaf, None, None, coefficients=[1, 0, 0, 0, 1, 0, -1 / 95, 0])
+    labels = record(far, shrink=0.3)
+    assert np.isfinite(labels.record_layout.reach).all() and labels.word("shrink").isfinite()
+    targets = labels.targets(17)
+    there = targets.weight[0] > 0
+    assert 0 < there.sum() < 17**2
+    torch.testing.assert_close(targets.dense()[0].sum(1), there.float(), atol=1e-5, rtol=0)
+
+
 def test_what_was_cropped_away_does_not_come_back() -> None:
     leaf, _ = made_up(canvas_size=(80, 80))
     cropped = F.pad(F.crop(leaf, 20, 20, 40, 40), [20])
