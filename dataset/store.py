@@ -207,10 +207,24 @@ class LabelStore:
             IndexError, KeyError, FormatError, OSError: as `store[row]`; but an image that could
                 not be annotated gives targets of weight 0.
         """
-        from tokenlabel.dataset.token_labels import TokenLabels
+        from tokenlabel.dataset.path import UNIT_BOX, Matrix, PixelPath
+        from tokenlabel.dataset.token_labels import TokenLabels, student_grid
 
-        numbers = [self.row(row) for row in rows]
-        return TokenLabels.from_boxes(self, numbers, boxes, flips, grid, shrink)
+        leaves = []
+        turned = [False] * len(rows) if flips is None else flips
+        for row, box, flip in zip(rows, boxes, turned, strict=True):
+            x0, y0, x1, y1 = map(float, box)
+            width, height = x1 - x0, y1 - y0
+            if not (width > 0 and height > 0):
+                raise ValueError(
+                    f"a box is (x0, y0, x1, y1), x0 < x1 and y0 < y1; got {(x0, y0, x1, y1)}"
+                )
+            crop: Matrix = (width, 0.0, x0, 0.0, height, y0, 0.0, 0.0, 1.0)
+            if flip:
+                crop = (-width, 0.0, x1, 0.0, height, y0, 0.0, 0.0, 1.0)
+            leaf = self.leaf(self.row(row), (1, 1))
+            leaves.append(leaf.with_path(PixelPath(crop, UNIT_BOX), (1, 1)))
+        return TokenLabels.collate(leaves, None if grid is None else student_grid(grid), shrink)
 
     def row(self, key: str | int, near: int = -1) -> int:
         """Row of a key, found soonest if it is `near`; a row is checked and returned as it is."""

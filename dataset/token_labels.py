@@ -22,11 +22,10 @@ from torch._C import DisableTorchFunctionSubclass
 from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
 
 from tokenlabel.dataset.label_map import TokenLabelMap
-from tokenlabel.dataset.path import UNIT_BOX, Elastic, Fold, Matrix, PixelPath, product
+from tokenlabel.dataset.path import Elastic, Fold, PixelPath, product
 from tokenlabel.dataset.score_map import MapLayout
 
 if TYPE_CHECKING:
-    from tokenlabel.dataset.store import LabelStore
     from tokenlabel.dataset.windows import TokenTargets, TokenWindows
 
 Grid = tuple[int, int]
@@ -126,33 +125,6 @@ class TokenLabels(Tensor):
         labels = data.view(len(heads), longest).as_subclass(cls)
         labels._layout = _layout(labels)
         return labels
-
-    @classmethod
-    def from_boxes(
-        cls,
-        store: "LabelStore",
-        rows: Sequence[int],
-        boxes: Sequence[Sequence[float]],
-        flips: Sequence[bool] | None = None,
-        grid: int | Grid | None = None,
-        shrink: float = 0.0,
-    ) -> Self:
-        """The records of crops; `LabelStore.labels` describes it."""
-        leaves = []
-        turned = [False] * len(rows) if flips is None else flips
-        for row, box, flip in zip(rows, boxes, turned, strict=True):
-            x0, y0, x1, y1 = map(float, box)
-            width, height = x1 - x0, y1 - y0
-            if not (width > 0 and height > 0):
-                raise ValueError(
-                    f"a box is (x0, y0, x1, y1), x0 < x1 and y0 < y1; got {(x0, y0, x1, y1)}"
-                )
-            crop: Matrix = (width, 0.0, x0, 0.0, height, y0, 0.0, 0.0, 1.0)
-            if flip:
-                crop = (-width, 0.0, x1, 0.0, height, y0, 0.0, 0.0, 1.0)
-            leaf = store.leaf(row, (1, 1))
-            leaves.append(leaf.with_path(PixelPath(crop, UNIT_BOX), (1, 1)))
-        return cls.collate(leaves, None if grid is None else student_grid(grid), shrink)
 
     def __len__(self) -> int:
         if self.ndim != 2:
