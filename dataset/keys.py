@@ -8,7 +8,7 @@ system's cache, and a look-up is a binary search. Keys are sorted by their UTF-8
 import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, overload
@@ -99,16 +99,6 @@ class KeyTable(Sequence[str]):
         if row < start or (stop is not None and row >= stop):
             raise ValueError(f"{value!r} is not among the keys")
         return row
-
-    @classmethod
-    def from_keys(cls, keys: Iterable[str]) -> "KeyTable":
-        """A table in memory, of keys that are sorted already."""
-        blob, offsets = bytearray(), array("Q", [0])
-        for key in keys:
-            blob += key.encode()
-            offsets.append(len(blob))
-        text = bytes(blob)
-        return cls(len(offsets) - 1, lambda a, b: offsets[a:b].tolist(), lambda a, b: text[a:b])
 
     @classmethod
     def stored(cls, file: StoredFile) -> "KeyTable":

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -394,7 +395,9 @@ def test_columns_larger_than_a_block_are_stored_whole(
 @given(st.sets(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), max_size=40))
 def test_key_table_finds_what_is_there_and_nothing_else(keys: set[str]) -> None:
     ordered = sorted(keys, key=str.encode)
-    table = KeyTable.from_keys(ordered)
+    text = "".join(ordered).encode()
+    ends = [0, *accumulate(len(key.encode()) for key in ordered)]
+    table = KeyTable(len(ordered), lambda a, b: ends[a:b], lambda a, b: text[a:b])
     assert list(table) == ordered
     assert table[:] == ordered
     for row, key in enumerate(ordered):
