@@ -72,7 +72,7 @@ def _crop_boxes(labels: "TokenLabels") -> tuple[torch.Tensor, torch.Tensor, torc
     outside = (outside | (y1 > high_y + room) | (a == 0)) & labels.has_map
     if bool(outside.any()):
         raise error
-    mirrored = (labels.word("state") & MIRRORED) > 0
+    mirrored = labels.has(MIRRORED)
     wide, high = extent[2] - extent[0], extent[3] - extent[1]
     x0, x1 = (x0 - extent[0]) / wide, (x1 - extent[0]) / wide
     x0, x1 = torch.where(mirrored, 1 - x1, x0), torch.where(mirrored, 1 - x0, x1)

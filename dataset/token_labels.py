@@ -156,7 +156,11 @@ class TokenLabels(Tensor):
     @property
     def has_map(self) -> Tensor:
         """Whether the images have maps, bool [B]."""
-        return (self.word("state") & HAS_MAP) > 0
+        return self.has(HAS_MAP)
+
+    def has(self, bit: int) -> Tensor:
+        """Which records have a bit of the word "state", bool [B]."""
+        return (self.word("state") & bit) > 0
 
     def hard_label(self) -> Tensor:
         """One class an image, int64 [B]: the ground truth; -1 where unknown."""

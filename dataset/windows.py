@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenlabel.dataset.score_map import DROPPED, LEAST_REST, RESIDUAL_STEPS
-from tokenlabel.dataset.token_labels import HAS_MAP, LATTICE, MIRRORED, TILTED
+from tokenlabel.dataset.token_labels import LATTICE, MIRRORED, TILTED
 
 if TYPE_CHECKING:
     from tokenlabel.dataset.token_labels import Grid, TokenLabels
@@ -211,12 +211,12 @@ def _windows(labels: "TokenLabels", grid: "Grid", cells: _Cells) -> TokenWindows
     origin = row * columns + column
     window = (across_rows[..., :, None] * across_columns[..., None, :]).flatten(-2)
     if layout.tilted:
-        tilted = ((labels.word("state") & TILTED) > 0)[:, None]
+        tilted = labels.has(TILTED)[:, None]
         scattered = _scattered(labels, grid, size)
         origin = torch.where(tilted, scattered[0], origin)
         window = torch.where(tilted[..., None], scattered[1], window)
         weight = torch.where(tilted, scattered[2], weight)
-    there = (weight > _NOTHING) & ((labels.word("state") & HAS_MAP) > 0)[:, None]
+    there = (weight > _NOTHING) & labels.has_map[:, None]
     weight = torch.where(there, weight, 0.0)
     window = torch.where(there[..., None], window, 0.0)
     offsets = torch.arange(size[0], device=window.device)[:, None] * columns
@@ -264,7 +264,7 @@ def plane(labels: "TokenLabels", name: str) -> Tensor:
     data = labels.plane(name)
     dtype, _ = labels.record_layout.maps.planes()[name]
     if data.shape[2] > 1:
-        mirrored = ((labels.word("state") & MIRRORED) > 0).view(-1, *[1] * (data.ndim - 2))
+        mirrored = labels.has(MIRRORED).view(-1, *[1] * (data.ndim - 2))
         data = torch.where(mirrored, data[:, :, 1], data[:, :, 0])
     else:
         data = data[:, :, 0]
@@ -313,7 +313,7 @@ def _upright(
     low_x, low_y = torch.maximum(box[0], x0), torch.maximum(box[1], y0)
     high_x, high_y = torch.minimum(box[2], x1), torch.minimum(box[3], y1)
     if len(labels.record_layout.maps.views) > 1:  # the second is of the mirrored image
-        turn = ((labels.word("state") & MIRRORED) > 0)[:, None, None]
+        turn = labels.has(MIRRORED)[:, None, None]
         a, b, c = torch.where(turn, -a, a), torch.where(turn, -b, b), torch.where(turn, 1 - c, c)
         low_x, high_x = torch.where(turn, 1 - high_x, low_x), torch.where(turn, 1 - low_x, high_x)
         x0, x1 = torch.where(turn, 1 - x1, x0), torch.where(turn, 1 - x0, x1)
@@ -465,7 +465,7 @@ def _subpoint_windows(
     inside = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)  # NaN is nowhere
     u, v = (x - x0) * (columns / (x1 - x0)), (y - y0) * (rows / (y1 - y0))
     if len(labels.record_layout.maps.views) > 1:
-        turn = ((labels.word("state") & MIRRORED) > 0)[:, None, None]
+        turn = labels.has(MIRRORED)[:, None, None]
         u = torch.where(turn, columns - u, u)
     window = u.new_zeros(*u.shape[:2], size[0] * size[1])
     origin, shares = [], []
