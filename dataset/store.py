@@ -203,7 +203,7 @@ class LabelStore:
             shrink: as in `TokenLabelDataset`.
 
         Raises:
-            ValueError: an empty box, or not one of each for every row.
+            ValueError: no row, an empty box or one in pixels, or not one of each for every row.
             IndexError, KeyError, FormatError, OSError: as `store[row]`; but an image that could
                 not be annotated gives targets of weight 0.
         """
@@ -211,13 +211,20 @@ class LabelStore:
         from tokenlabel.dataset.token_labels import TokenLabels, student_grid
 
         leaves = []
-        turned = [False] * len(rows) if flips is None else flips
+        turned = np.zeros(len(rows), bool) if flips is None else np.asarray(flips)
+        if not len(rows) or not len(rows) == len(boxes) == len(turned) or turned.dtype != bool:
+            raise ValueError(
+                "each row needs a box, and a flip that is True or False if any are given; got "
+                f"{len(rows)} rows, {len(boxes)} boxes and {len(turned)} flips of {turned.dtype}"
+            )
         for row, box, flip in zip(rows, boxes, turned, strict=True):
             x0, y0, x1, y1 = map(float, box)
             width, height = x1 - x0, y1 - y0
-            if not (width > 0 and height > 0):
+            # One that shows more than its surroundings is in pixels.
+            if not (0 < width <= 4 and 0 < height <= 4):
                 raise ValueError(
-                    f"a box is (x0, y0, x1, y1), x0 < x1 and y0 < y1; got {(x0, y0, x1, y1)}"
+                    "a box is (x0, y0, x1, y1) with x0 < x1 and y0 < y1, normalised to the image; "
+                    f"got {(x0, y0, x1, y1)}. Remedy: divide pixels by the image's (width, height)"
                 )
             crop: Matrix = (width, 0.0, x0, 0.0, height, y0, 0.0, 0.0, 1.0)
             if flip:

@@ -127,10 +127,11 @@ class TokenLabelDataset(Dataset[Sample]):
             image, label = self.images[index]
             leaf = self._matched(key, image, label, leaves[position])
             if self.transform:
-                image, leaf = executor.run(self.transform, image, leaf)
-                self._check(image, leaf)
+                image, leaf = self._checked(executor.run(self.transform, image, leaf))
             images.append(image)
             leaves[position] = leaf
+        if not leaves:
+            return []
         records = TokenLabels.collate(leaves, self._to_labels.grid, self._to_labels.shrink)
         rows: Any = records.unbind()
         return list(zip(images, rows, strict=True))
@@ -195,15 +196,18 @@ class TokenLabelDataset(Dataset[Sample]):
         folder = key.partition("/")[0]
         return names.index(folder) if folder in names else -1
 
-    def _check(self, image: Any, leaf: Any) -> None:
+    def _checked(self, sample: Any) -> tuple[Any, TokenLabelMap]:
+        """What the transform gave back."""
+        image, leaf = sample if isinstance(sample, tuple) and len(sample) == 2 else (sample, None)
         if not isinstance(leaf, TokenLabelMap):
             raise TypeError(
                 "transform must give back (image, TokenLabelMap), as it got them; the second is "
-                f"{type(leaf).__name__}. Remedy: leave ToTokenLabels out of it; grid and shrink go "
-                "to TokenLabelDataset"
+                f"{type(leaf).__name__}. Remedy: pipelines of torchvision.transforms.v2 do; leave "
+                "ToTokenLabels out, as grid and shrink go to TokenLabelDataset"
             )
         if _size(image) != leaf.canvas_size:
             self._to_labels.check_inputs([image, leaf])
+        return image, leaf
 
 
 def _size(image: Any) -> tuple[int, int]:

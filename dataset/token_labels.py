@@ -262,6 +262,11 @@ class TokenLabels(Tensor):
         return torch.where(outside, torch.nan, points / (OUTSIDE - 1.0)).float()
 
     def _grid(self, grid: int | Grid | None) -> Grid:
+        if self.ndim != 2:
+            raise ValueError(
+                f"targets are those of a batch, [B, bytes], got {list(self.shape)}. Remedy: "
+                "labels[None] for one image, or a DataLoader"
+            )
         if grid is None:
             grid = self.grid
             if grid is None:

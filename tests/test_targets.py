@@ -516,11 +516,12 @@ def test_boxes_are_crops(store: LabelStore) -> None:
     torch.testing.assert_close(labels.crop(), expected.crop(), atol=1e-5, rtol=0)
     padded = store.labels([0], np.array([[-0.5, 0.0, 0.5, 1.0]])).targets((1, 2)).weight
     torch.testing.assert_close(padded, torch.tensor([[0.0, 1.0]]))
-    with pytest.raises(ValueError, match="x0 < x1 and y0 < y1; got"):
-        store.labels([0], [(0.5, 0, 0.5, 1)])
-    for lengths in (([0, 1], boxes[:1]), ([0], boxes[:1], [True, True])):
-        with pytest.raises(ValueError):
-            store.labels(*lengths)
+    for box in ((0.5, 0, 0.5, 1), (0, 0, 100, 80)):
+        with pytest.raises(ValueError, match="Remedy: divide pixels by the image's"):
+            store.labels([0], [box])
+    for wrong in (([0, 1], boxes[:1]), ([0], boxes[:1], [True, True]), ([0], boxes[:1], [0.5])):
+        with pytest.raises(ValueError, match="each row needs a box"):
+            store.labels(*wrong)
     tensors = store.labels(torch.tensor(rows), torch.tensor(boxes), torch.tensor(flips), 4, 0.3)
     assert torch.equal(tensors, labels)
     with pytest.raises(IndexError):

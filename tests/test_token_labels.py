@@ -234,3 +234,10 @@ def test_kept_in_memory_as_a_data_set() -> None:
     seen = [(index, batch) for indices, batch in loader for index in indices.tolist()]
     assert [index for index, _ in seen] == [0, 1, 2, 3, 4]
     assert all(type(batch) is TokenLabels for _, batch in seen)
+
+
+def test_targets_of_one_image_ask_for_a_batch() -> None:
+    one = TokenLabels.of(made_up()[0], (2, 2))
+    with pytest.raises(ValueError, match=r"Remedy: labels\[None\]"):
+        one.targets()
+    assert one[None].targets().weight.shape == (1, 4)
