@@ -176,7 +176,7 @@ def _plan(
 
 
 def _manifest(config: AnnotateConfig, root: Path, identity: Identity) -> Manifest:
-    """The split's manifest: made anew, and compared with the one that finished shards are of."""
+    """The split's manifest: rebuilt, and compared with the one that finished shards are of."""
     path = config.folder / MANIFEST
     saved: Manifest | None = None
     with suppress(FileNotFoundError, FormatError):

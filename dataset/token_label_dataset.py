@@ -30,7 +30,7 @@ class TokenLabelDataset(Dataset[Sample]):
 
         dataset = TokenLabelDataset("imagenet/train", "labels/train", transform=train_transform())
         for images, labels in DataLoader(dataset, batch_size=256, num_workers=8):
-            loss = TokenLabelLoss()(student(images.to(device)), labels.to(device))
+            loss = TokenLabelLoss()(*student(images.to(device)), labels.to(device))
 
     A sample's labels are a record of its map and of where its crop lies on it; nothing is computed
     before the batch is on its device.

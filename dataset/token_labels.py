@@ -89,7 +89,7 @@ class TokenLabels(Tensor):
     else, such as arithmetic on the last dimension, gives a plain tensor.
 
         for images, labels in loader:
-            loss = TokenLabelLoss()(student(images), labels)
+            loss = TokenLabelLoss()(*student(images), labels)
     """
 
     #: Read where records are batched, on the CPU, and handed on from there.

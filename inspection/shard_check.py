@@ -134,8 +134,8 @@ def _faults(shard: Shard, manifest: Path | None, images: Path | None) -> Iterato
     keys = columns.get("key", [])
     missing = [""] * shard.rows
 
-    def fault(row: int, text: str, mended: bool = True) -> Fault:
-        return Fault(name, row, keys[row] if keys else None, text, mended)
+    def fault(row: int, text: str, redone: bool = True) -> Fault:
+        return Fault(name, row, keys[row] if keys else None, text, redone)
 
     if keys:
         yield from (fault(*pair) for pair in key_fault(keys))

@@ -475,7 +475,7 @@ def test_readers_of_failing_storage_get_the_right_map_or_the_file_s_name(
         seen["index"] + seen["shard"],
         "the right map, or an error that names the file",
         f"{seen['maps']:,} maps right, none wrong, {seen['named']} errors that name the file; "
-        f"{seen['short']:,} short reads gone on with",
+        f"{seen['short']:,} short reads completed",
     )
 
 
