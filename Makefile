@@ -14,7 +14,7 @@ ARGS        ?=
 BIN := $(VENV)/bin
 # Named after what was installed, so that a changed requirement or a new module installs again and
 # anything else (a fresh checkout's time stamps, say) does not.
-STAMP := $(VENV)/installed-$(shell { cat pyproject.toml $(CONSTRAINTS); echo '$(EXTRAS)'; ls *.py */*.py */page_assets/*; } 2>/dev/null | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/installed-$(shell { cat pyproject.toml $(CONSTRAINTS); echo '$(EXTRAS)'; ls *.py */*.py */*/*.py */*/assets/*; } 2>/dev/null | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup annotate test soak check format clean
@@ -43,10 +43,11 @@ test: $(STAMP)  ## run the tests
 soak: $(STAMP)  ## try faults for up to an hour, and write what was seen to soak.md
 	@$(BIN)/python -m pytest tests/faults --soak --table soak.md $(ARGS)
 
-check: $(STAMP)  ## lint, formatting and types
+check: $(STAMP)  ## lint, formatting, types, and who imports whom
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy -p tokenlabel
+	@$(BIN)/lint-imports
 
 format: $(STAMP)  ## format the code and fix what ruff can fix
 	@$(BIN)/ruff check --fix .

@@ -46,10 +46,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from tokenlabel.annotate.config import AnnotateConfig, load_config
-from tokenlabel.annotate.errors import ConfigError
-from tokenlabel.annotate.markup import VisibleFormatter
-from tokenlabel.dataset.errors import TokenLabelError, visible
+from tokenlabel.errors import ConfigError, TokenLabelError, visible
 from tokenlabel.inspection.cli import compare_labels, inspect_labels
+from tokenlabel.terminal import VisibleFormatter
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -154,7 +153,7 @@ def annotate(config: str | None, **options: Any) -> None:
       python cli.py annotate --config nfnet_f6 --data /path/to/imagenet --split val
     """
     from tokenlabel.annotate.job import annotate as run
-    from tokenlabel.annotate.terminal import print_report, progress_display
+    from tokenlabel.annotate.progress import print_report, progress_display
 
     given = {name: value for name, value in options.items() if value is not None}
     settings = load_config(config, given)

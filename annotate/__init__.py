@@ -1,27 +1,26 @@
-"""Run a large teacher over a folder of images once, on Ray, and store per-patch top-k scores.
+"""Run a large teacher over a set of images once, on Ray, and store per-patch top-k scores.
 
-Names load on first use: a decode worker imports this package for a few kilobytes of code and
-must not pay for torch, timm and pydantic.
+`job` is the whole of it: `config` says what to do, `plan` what to write, the actors of `cluster`
+run a `teacher`, `report` says what came out.
+
+Names load on first use: a decode worker imports this package for a few kilobytes of code and must
+not pay for torch, timm and pydantic.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenlabel.annotate.config import AnnotateConfig
-    from tokenlabel.annotate.job import annotate
-    from tokenlabel.annotate.teacher import Teacher
+    from .config import AnnotateConfig
+    from .job import annotate
+    from .teacher.timm_teacher import Teacher
 
 __all__ = ["AnnotateConfig", "Teacher", "annotate"]
 
-_HOMES = {
-    "AnnotateConfig": "tokenlabel.annotate.config",
-    "Teacher": "tokenlabel.annotate.teacher",
-    "annotate": "tokenlabel.annotate.job",
-}
+_HOMES = {"AnnotateConfig": "config", "Teacher": "teacher.timm_teacher", "annotate": "job"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tokenlabel.annotate.errors import ConfigError
-from tokenlabel.dataset.score_map import MapLayout
-from tokenlabel.dataset.shard import VIEWS
+from .. import configs
+from ..dataset.format.score_map import MapLayout
+from ..dataset.format.shard import VIEWS
+from ..errors import ConfigError
 
 #: `data: sample` and `weights: sample` name what the extra `sample` installs.
 SAMPLE = "sample"
@@ -234,7 +235,7 @@ def _find(source: str) -> tuple[str, str]:
             return source, path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: cannot be read: {error}") from error
-    shipped = resources.files("tokenlabel.configs")
+    shipped = resources.files(configs)
     names = sorted(entry.name for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
     name = f"{source.removesuffix('.yaml')}.yaml"
     if name in names:

@@ -16,11 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tokenlabel.annotate.errors import StorageError
+from ..errors import ImageError, StorageError
 
-#: Endings of image files, in lower case: torchvision's, so that ImageFolder's images all have rows
-#: (listed here because importing torchvision costs a driver or worker 200 MB).
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 #: What an image may be inside, whatever its name says. The list keeps out formats that start
 #: other programs (EPS) or that no image folder holds.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF")
@@ -57,10 +54,6 @@ class DecodedBatch(NamedTuple):
     sizes: np.ndarray
     digests: np.ndarray
     errors: list[str]
-
-
-class ImageError(Exception):
-    """Why one image has no map."""
 
 
 def decode_batch(

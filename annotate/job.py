@@ -8,28 +8,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tokenlabel.annotate.cluster import plan_resources, ray_session
-from tokenlabel.annotate.config import SAMPLE, AnnotateConfig
-from tokenlabel.annotate.errors import ConfigError, FingerprintError, JobError, output_error
-from tokenlabel.annotate.images import EXTENSIONS
-from tokenlabel.annotate.lock import folder_lock
-from tokenlabel.annotate.manifest import NAME as MANIFEST
-from tokenlabel.annotate.manifest import (
-    Manifest,
-    build_manifest,
-    open_manifest,
-    scan,
-    shard_rows,
-)
-from tokenlabel.annotate.plan import Identity, Plan, make_plan, unfinished
-from tokenlabel.annotate.pool import Pool, Tally
-from tokenlabel.annotate.report import Report, make_report
-from tokenlabel.annotate.sample import sample_folder
-from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.files import TEMPORARY
-from tokenlabel.dataset.index import NAME as INDEX
-from tokenlabel.dataset.index import build_index, find_shards, open_index
-from tokenlabel.dataset.shard import Shard
+from ..dataset.format.files import TEMPORARY
+from ..dataset.format.index import NAME as INDEX
+from ..dataset.format.index import build_index, find_shards, open_index
+from ..dataset.format.lock import folder_lock
+from ..dataset.format.manifest import NAME as MANIFEST
+from ..dataset.format.manifest import Manifest, open_manifest, shard_rows
+from ..dataset.format.shard import Shard
+from ..dataset.sources.folder import EXTENSIONS, scan
+from ..errors import ConfigError, FingerprintError, FormatError, JobError, output_error
+from .classes import build_manifest
+from .cluster.pool import Pool, Tally
+from .cluster.session import plan_resources, ray_session
+from .config import SAMPLE, AnnotateConfig
+from .plan import Identity, Plan, make_plan, unfinished
+from .report import Report, make_report
+from .sample import sample_folder
 
 _log = logging.getLogger(__name__)
 #: Where the embedded sample is laid out.
@@ -156,7 +150,7 @@ def _looks_finished(folder: Path) -> bool:
 
 
 def _identify_here(config: AnnotateConfig, root: Path) -> Identity:
-    from tokenlabel.annotate.worker import build_teacher, identify
+    from .cluster.worker import build_teacher, identify
 
     identity = identify(build_teacher(config), root)
     if config.device == "auto":

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenlabel.annotate.config import AnnotateConfig
-from tokenlabel.annotate.errors import FingerprintError
-from tokenlabel.annotate.manifest import Manifest, shard_count
-from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.score_map import MapLayout
-from tokenlabel.dataset.shard import Shard, parse_shard_name, shard_name
+from ..dataset.format.manifest import Manifest, shard_count
+from ..dataset.format.score_map import MapLayout
+from ..dataset.format.shard import Shard, parse_shard_name, shard_name
+from ..errors import FingerprintError, FormatError
+from .config import AnnotateConfig
 
 #: Raised by one whenever the same settings would give other bytes.
 CONTENT_VERSION = 1

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenlabel.annotate.plan import Identity, Plan
-from tokenlabel.annotate.pool import Tally
-from tokenlabel.dataset.files import replacing
-from tokenlabel.dataset.shard import Shard, shard_name
+from ..dataset.format.files import replacing
+from ..dataset.format.shard import Shard, shard_name
+from .cluster.pool import Tally
+from .plan import Identity, Plan
 
 NAME = "report.json"
 #: Images with an error that a report lists by name; the shards name all of them.

@@ -9,8 +9,8 @@ import re
 import shutil
 from pathlib import Path
 
-from tokenlabel.annotate.errors import ConfigError
-from tokenlabel.dataset.files import replacing
+from ..dataset.format.files import replacing
+from ..errors import ConfigError
 
 #: Photographs from this number on are the split `val`.
 FIRST_VAL = 16

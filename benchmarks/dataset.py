@@ -36,10 +36,11 @@ from torchvision.transforms import v2
 
 from tokenlabel.annotate import AnnotateConfig, annotate
 from tokenlabel.annotate.sample import sample_folder
-from tokenlabel.dataset import LabelStore, TokenLabelDataset, chunks
-from tokenlabel.dataset.index import build_index
-from tokenlabel.dataset.recipe import IMAGENET_MEAN, IMAGENET_STD
-from tokenlabel.dataset.shard import shard_name, write_shard
+from tokenlabel.dataset import LabelStore, TokenLabelDataset
+from tokenlabel.dataset.format import chunks
+from tokenlabel.dataset.format.index import build_index
+from tokenlabel.dataset.format.shard import shard_name, write_shard
+from tokenlabel.dataset.transforms.recipe import IMAGENET_MEAN, IMAGENET_STD
 
 BATCH = 48
 PUBLISHED_K = 5

@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from torchvision.transforms import v2
 
 from tokenlabel.dataset import MapLayout, TokenLabelMap, TokenLabels
-from tokenlabel.dataset.label_map import shuffled
+from tokenlabel.dataset.label_map.label_map import shuffled
 from tokenlabel.supervise import CutMix, MixedLabels, MixUp, TokenLabelLoss
 
 LAYOUT = MapLayout(("identity",), (18, 18), 16, 1000, residual=64)

@@ -39,21 +39,23 @@ import numpy as np
 import ray
 from PIL import Image
 
-from tokenlabel.annotate import AnnotateConfig, actor, annotate
-from tokenlabel.annotate.cluster import Resources, ray_session
-from tokenlabel.annotate.encode import encode
+from tokenlabel.annotate import AnnotateConfig, annotate
+from tokenlabel.annotate.classes import build_manifest
+from tokenlabel.annotate.cluster.pool import Pool
+from tokenlabel.annotate.cluster.session import Resources, actor, ray_session
 from tokenlabel.annotate.images import decode_batch
-from tokenlabel.annotate.manifest import NAME as MANIFEST
-from tokenlabel.annotate.manifest import Manifest, build_manifest, open_manifest, scan
 from tokenlabel.annotate.plan import Identity, Plan, make_plan, unfinished
-from tokenlabel.annotate.pool import Pool
 from tokenlabel.annotate.sample import sample_folder
+from tokenlabel.annotate.teacher.encode import encode
 from tokenlabel.dataset import LabelStore
-from tokenlabel.dataset.directory import HEAD, MAGIC
-from tokenlabel.dataset.index import NAME as INDEX
-from tokenlabel.dataset.index import build_index
-from tokenlabel.dataset.score_map import MapLayout
-from tokenlabel.dataset.shard import shard_name, write_shard
+from tokenlabel.dataset.format.directory import HEAD, MAGIC
+from tokenlabel.dataset.format.index import NAME as INDEX
+from tokenlabel.dataset.format.index import build_index
+from tokenlabel.dataset.format.manifest import NAME as MANIFEST
+from tokenlabel.dataset.format.manifest import Manifest, open_manifest
+from tokenlabel.dataset.format.score_map import MapLayout
+from tokenlabel.dataset.format.shard import shard_name, write_shard
+from tokenlabel.dataset.sources.folder import scan
 
 # ---- teachers ----
 

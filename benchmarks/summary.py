@@ -18,8 +18,8 @@ import numpy as np
 from timm.data import ImageNetInfo
 
 from tokenlabel.dataset import LabelStore
-from tokenlabel.dataset.index import build_index
-from tokenlabel.dataset.shard import shard_name, write_shard
+from tokenlabel.dataset.format.index import build_index
+from tokenlabel.dataset.format.shard import shard_name, write_shard
 
 SHARD = 4096
 ROWS = (10 * SHARD, 1_281_167)

@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as F
 
 from tokenlabel.annotate import AnnotateConfig, annotate
 from tokenlabel.dataset import LabelStore, TokenLabelMap, TokenLabels
-from tokenlabel.dataset.path import PixelPath, transform_box
+from tokenlabel.dataset.label_map.path import PixelPath, transform_box
 
 PUBLISHED_K = 5
 GRID = 14

@@ -1,36 +1,35 @@
-"""Read label maps and keep them aligned with any augmentation. Needs no Ray, timm or click.
+"""Read label maps and keep them aligned with any augmentation. Needs no ray, timm or click.
 
-Names load on first use, so that the annotation job's driver and decode workers, which need the
-file format and the errors only, do not pay for torch.
+`TokenLabelDataset` pairs images (`sources`) with the maps of a `LabelStore` (`format`); a map
+follows its image through any pipeline (`label_map`, `transforms`) and becomes the targets of the
+student's patches on its device (`targets`).
+
+Names load on first use, so that an annotation job, which needs the file format only, does not pay
+for torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tokenlabel.dataset.errors import FormatError, TokenLabelError
-
 if TYPE_CHECKING:
-    from tokenlabel.dataset.augment import AutoAugment, RandAugment, TrivialAugmentWide
-    from tokenlabel.dataset.label_map import TokenLabelMap
-    from tokenlabel.dataset.recipe import eval_transform, train_transform
-    from tokenlabel.dataset.score_map import MapLayout, ScoreMap
-    from tokenlabel.dataset.store import LabelStore, MissingMapError
-    from tokenlabel.dataset.targets import ToTokenLabels
-    from tokenlabel.dataset.token_label_dataset import TokenLabelDataset
-    from tokenlabel.dataset.token_labels import TokenLabels
-    from tokenlabel.dataset.windows import TokenTargets, TokenWindows
+    from .format.score_map import MapLayout, ScoreMap
+    from .label_map.label_map import TokenLabelMap
+    from .store import LabelStore
+    from .targets.token_labels import TokenLabels
+    from .targets.windows import TokenTargets, TokenWindows
+    from .token_label_dataset import TokenLabelDataset
+    from .transforms.recipe import eval_transform, train_transform
+    from .transforms.to_token_labels import ToTokenLabels
+    from .transforms.torchvision import AutoAugment, RandAugment, TrivialAugmentWide
 
 __all__ = [
     "AutoAugment",
-    "FormatError",
     "LabelStore",
     "MapLayout",
-    "MissingMapError",
     "RandAugment",
     "ScoreMap",
     "ToTokenLabels",
     "TokenLabelDataset",
-    "TokenLabelError",
     "TokenLabelMap",
     "TokenLabels",
     "TokenTargets",
@@ -41,28 +40,23 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AutoAugment": "augment",
-    "LabelStore": "store",
-    "MapLayout": "score_map",
-    "MissingMapError": "store",
-    "RandAugment": "augment",
-    "ScoreMap": "score_map",
-    "ToTokenLabels": "targets",
-    "TokenLabelDataset": "token_label_dataset",
-    "TokenLabelMap": "label_map",
-    "TokenLabels": "token_labels",
-    "TokenTargets": "windows",
-    "TokenWindows": "windows",
-    "TrivialAugmentWide": "augment",
-    "eval_transform": "recipe",
-    "train_transform": "recipe",
+    "format.score_map": ("MapLayout", "ScoreMap"),
+    "label_map.label_map": ("TokenLabelMap",),
+    "store": ("LabelStore",),
+    "targets.token_labels": ("TokenLabels",),
+    "targets.windows": ("TokenTargets", "TokenWindows"),
+    "token_label_dataset": ("TokenLabelDataset",),
+    "transforms.recipe": ("eval_transform", "train_transform"),
+    "transforms.to_token_labels": ("ToTokenLabels",),
+    "transforms.torchvision": ("AutoAugment", "RandAugment", "TrivialAugmentWide"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -9,27 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokenlabel.dataset.directory import StoredFile
-from tokenlabel.dataset.errors import FormatError, TokenLabelError
-from tokenlabel.dataset.index import Index, find_shards, open_index, open_shard
-from tokenlabel.dataset.keys import KeyTable
-from tokenlabel.dataset.score_map import MapLayout, ScoreMap
-from tokenlabel.dataset.shard import Shard
+from ..errors import FormatError, MissingMapError
+from .format import manifest
+from .format.directory import StoredFile
+from .format.index import Index, find_shards, open_index, open_shard
+from .format.keys import KeyTable
+from .format.score_map import MapLayout, ScoreMap
+from .format.shard import Shard
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tokenlabel.dataset.label_map import TokenLabelMap
-    from tokenlabel.dataset.token_labels import Grid, TokenLabels
-
-#: The file that holds the images of a split in order, and the names of the classes.
-MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION = "manifest", "tokenlabel-manifest", 2
+    from .label_map.label_map import TokenLabelMap
+    from .targets.token_labels import Grid, TokenLabels
 
 _log = logging.getLogger(__name__)
-
-
-class MissingMapError(TokenLabelError, KeyError):
-    """A key has no score map: unknown, or its image could not be annotated."""
 
 
 class LabelStore:
@@ -64,7 +58,7 @@ class LabelStore:
         with open_shard(find_shards(self.root)[0]) as shard:
             self.attrs: dict[str, Any] = shard.attrs
             self.layout: MapLayout = shard.layout
-        self.classes = _class_names(self.root / MANIFEST)
+        self.classes = _class_names(self.root / manifest.NAME)
         if self.classes is not None:
             self.attrs["class_names"] = self.classes
         self._local = _Handles(self.root)
@@ -169,7 +163,7 @@ class LabelStore:
             row: of the map.
             canvas_size: (h, w) of the image in pixels; None: as it was annotated.
         """
-        from tokenlabel.dataset.label_map import TokenLabelMap  # the store itself needs no torch
+        from .label_map.label_map import TokenLabelMap  # the store itself needs no torch
 
         index, row = self._local.index(), self.row(row)
         shard, local = self._local.shard(row)
@@ -207,8 +201,8 @@ class LabelStore:
             IndexError, KeyError, FormatError, OSError: as `store[row]`; but an image that could
                 not be annotated gives targets of weight 0.
         """
-        from tokenlabel.dataset.path import UNIT_BOX, Matrix, PixelPath
-        from tokenlabel.dataset.token_labels import TokenLabels, student_grid
+        from .label_map.path import UNIT_BOX, Matrix, PixelPath
+        from .targets.token_labels import TokenLabels, student_grid
 
         leaves = []
         turned = np.zeros(len(rows), bool) if flips is None else np.asarray(flips)
@@ -258,7 +252,7 @@ class LabelStore:
 
 def _class_names(path: Path) -> list[str] | None:
     try:
-        with StoredFile(path, MANIFEST_FORMAT, MANIFEST_VERSION, "delete it") as file:
+        with StoredFile(path, manifest.FORMAT, manifest.VERSION, "delete it") as file:
             return file.texts("class_names") if "class_names" in file.columns else None
     except FileNotFoundError:
         return None

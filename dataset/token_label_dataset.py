@@ -11,13 +11,14 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from tokenlabel.dataset import executor
-from tokenlabel.dataset.label_map import TokenLabelMap
-from tokenlabel.dataset.path import PixelPath
-from tokenlabel.dataset.sources import ImageSource
-from tokenlabel.dataset.store import LabelStore, MissingMapError
-from tokenlabel.dataset.targets import ToTokenLabels
-from tokenlabel.dataset.token_labels import TokenLabels
+from ..errors import MissingMapError
+from .label_map.label_map import TokenLabelMap
+from .label_map.path import PixelPath
+from .sources.image_source import ImageSource
+from .store import LabelStore
+from .targets.token_labels import TokenLabels
+from .transforms import executor
+from .transforms.to_token_labels import ToTokenLabels
 
 #: Images whose keys are looked up at the start, where missing maps are no error.
 _SAMPLED = 100

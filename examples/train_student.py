@@ -35,13 +35,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from tokenlabel.dataset import (
-    LabelStore,
-    TokenLabelDataset,
-    TokenLabelError,
-    eval_transform,
-    train_transform,
-)
+from tokenlabel.dataset import LabelStore, TokenLabelDataset, eval_transform, train_transform
+from tokenlabel.errors import TokenLabelError
 from tokenlabel.supervise import CutMix, MixUp, TokenLabelLoss, TokenStudent
 
 

@@ -22,12 +22,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tokenlabel.annotate.passes import onto
-from tokenlabel.annotate.teacher import Teacher
-from tokenlabel.dataset.path import UNIT_BOX, Box
-from tokenlabel.dataset.store import LabelStore
-from tokenlabel.inspection.picture_files import PictureFiles
-from tokenlabel.inspection.teacher import rebuild_teachers
+from ..annotate.teacher.passes import onto
+from ..annotate.teacher.timm_teacher import Teacher
+from ..dataset.label_map.path import UNIT_BOX, Box
+from ..dataset.store import LabelStore
+from .pictures.image_files import PictureFiles
+from .teacher import rebuild_teachers
 
 #: Fractions of the image's area: the whole, then what RandomResizedCrop takes, in four parts.
 SCALES = ((1.0, 1.0), (0.7, 1.0), (0.4, 0.7), (0.2, 0.4), (0.08, 0.2))
@@ -99,7 +99,7 @@ def measure_agreement(
 
     Raises:
         ConfigError: images or weights are not found; TeacherError for the teacher.
-        PictureError: an image is not the one that was annotated.
+        ImageError: an image is not the one that was annotated.
         FormatError: the labels are damaged.
     """
     store = LabelStore(root)

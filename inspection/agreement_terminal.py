@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tokenlabel.annotate.markup import escape
+from ..terminal import escape
 
 _METRICS = {
     "kl": ("KL(teacher || target), nats", ".3f"),

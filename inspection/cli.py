@@ -12,7 +12,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from tokenlabel.dataset.errors import FormatError
+from ..errors import FormatError
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -64,7 +64,7 @@ def inspect_labels(labels: Path, key: str | None, as_json: bool, **options: Any)
 
     Exit status: 0 all is well, 1 something is wrong or could not be done, 2 bad usage.
     """
-    from tokenlabel.inspection.splits import find_splits
+    from .splits import find_splits
 
     _check_usage(key, as_json, options)
     splits = find_splits(labels)
@@ -106,12 +106,12 @@ def _console() -> Console:
 
 
 def _one_map(splits: Sequence[Path], key: str, as_json: bool, options: dict[str, Any]) -> None:
-    from tokenlabel.inspection.single import map_facts, print_map
-    from tokenlabel.inspection.splits import find_key
+    from .single import map_facts, print_map
+    from .splits import find_key
 
     store = find_key(splits, key)
     if options["png"]:
-        from tokenlabel.inspection.pictures import save_png
+        from .pictures.sheet import save_png
 
         save_png(store, key, options["png"], options["images"])
         click.echo(options["png"])
@@ -124,9 +124,9 @@ def _one_map(splits: Sequence[Path], key: str, as_json: bool, options: dict[str,
 
 
 def _page(splits: Sequence[Path], key: str | None, options: dict[str, Any]) -> None:
-    from tokenlabel.dataset.store import LabelStore
-    from tokenlabel.inspection.page import save_page
-    from tokenlabel.inspection.progress import progress_bar
+    from ..dataset.store import LabelStore
+    from ..terminal import progress_bar
+    from .page.page import save_page
 
     with progress_bar("drawing") as watch:
         report = save_page(
@@ -144,9 +144,9 @@ def _page(splits: Sequence[Path], key: str | None, options: dict[str, Any]) -> N
 
 
 def _summary(splits: Sequence[Path], everything: bool, as_json: bool) -> None:
-    from tokenlabel.inspection.progress import progress_bar
-    from tokenlabel.inspection.summary import summarise
-    from tokenlabel.inspection.terminal import print_summary
+    from ..terminal import progress_bar
+    from .summary import summarise
+    from .terminal import print_summary
 
     console, summaries = _console(), []
     with _faults() as faults:
@@ -180,11 +180,11 @@ def _faults() -> Iterator[list[str]]:
 
 
 def _verify(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -> None:
-    from tokenlabel.inspection.progress import progress_bar
-    from tokenlabel.inspection.repair import held, remove_bad_files
-    from tokenlabel.inspection.splits import split_images
-    from tokenlabel.inspection.verify import verify
-    from tokenlabel.inspection.verify_terminal import print_check
+    from ..terminal import progress_bar
+    from .splits import split_images
+    from .verify.repair import held, remove_bad_files
+    from .verify.verify import verify
+    from .verify.verify_terminal import print_check
 
     workers = options["workers"] if options["workers"] is not None else cpu_count() or 1
     checks = []
@@ -213,9 +213,9 @@ def _verify(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -> N
 
 
 def _agreement(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -> None:
-    from tokenlabel.inspection.agreement import measure_agreement
-    from tokenlabel.inspection.agreement_terminal import print_agreement
-    from tokenlabel.inspection.progress import progress_bar
+    from ..terminal import progress_bar
+    from .agreement import measure_agreement
+    from .agreement_terminal import print_agreement
 
     results = []
     for split in splits:
@@ -252,9 +252,9 @@ def compare_labels(a: Path, b: Path, everything: bool, as_json: bool) -> None:
     Examples:
       python cli.py compare-labels labels/train labels-compact/train
     """
-    from tokenlabel.inspection.compare import compare, pair_splits
-    from tokenlabel.inspection.compare_terminal import print_comparison
-    from tokenlabel.inspection.progress import progress_bar
+    from ..terminal import progress_bar
+    from .compare import compare, pair_splits
+    from .compare_terminal import print_comparison
 
     results = []
     for one, two in pair_splits(a, b):

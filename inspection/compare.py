@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from tokenlabel.annotate.errors import ConfigError
-from tokenlabel.dataset.keys import KeyTable
-from tokenlabel.dataset.path import UNIT_BOX
-from tokenlabel.dataset.score_map import ScoreMap
-from tokenlabel.dataset.store import LabelStore
-from tokenlabel.inspection.divergence import divergence
-from tokenlabel.inspection.names import ClassNames
-from tokenlabel.inspection.patch_map import Floats
-from tokenlabel.inspection.splits import find_splits
-from tokenlabel.inspection.statistics import LogHistogram
-from tokenlabel.inspection.summary import SAMPLE_IMAGES
+from ..dataset.format.keys import KeyTable
+from ..dataset.format.score_map import ScoreMap
+from ..dataset.label_map.path import UNIT_BOX
+from ..dataset.store import LabelStore
+from ..errors import ConfigError
+from .divergence import divergence
+from .names import ClassNames
+from .patch_map import Floats
+from .splits import find_splits
+from .statistics import LogHistogram
+from .summary import SAMPLE_IMAGES
 
 _LISTED = 10
 Watch = Callable[[int, int], None]

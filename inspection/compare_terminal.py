@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tokenlabel.annotate.markup import escape
+from ..terminal import escape
 
 
 def print_comparison(facts: dict[str, Any], console: Console) -> None:

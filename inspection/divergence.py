@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokenlabel.inspection.patch_map import Floats
+from .patch_map import Floats
 
 #: Of a probability, so that KL stays finite where one side has no mass at all.
 FLOOR = 1e-12

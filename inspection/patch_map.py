@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.score_map import ScoreMap
+from ..dataset.format.score_map import ScoreMap
+from ..errors import FormatError
 
 Floats = npt.NDArray[np.floating]
 Ids = npt.NDArray[np.int64]

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from tokenlabel.annotate.markup import escape, one_line
-from tokenlabel.dataset.store import LabelStore
-from tokenlabel.inspection.names import ClassNames
-from tokenlabel.inspection.patch_map import patch_map
+from ..dataset.store import LabelStore
+from ..terminal import escape, one_line
+from .names import ClassNames
+from .patch_map import patch_map
 
 #: Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")

@@ -4,10 +4,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenlabel.annotate.errors import ConfigError
-from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.shard import parse_shard_name
-from tokenlabel.dataset.store import LabelStore, MissingMapError
+from ..dataset.format.shard import parse_shard_name
+from ..dataset.store import LabelStore
+from ..errors import ConfigError, FormatError, MissingMapError
 
 
 def find_splits(labels: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenlabel.inspection.patch_map import PatchMap
+from .patch_map import PatchMap
 
 _BINS = 1000
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

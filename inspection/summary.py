@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.shard import Shard
-from tokenlabel.dataset.store import LabelStore
-from tokenlabel.inspection.names import ClassNames
-from tokenlabel.inspection.patch_map import patch_map
-from tokenlabel.inspection.statistics import MapStatistics
+from ..dataset.format.shard import Shard
+from ..dataset.store import LabelStore
+from ..errors import FormatError
+from .names import ClassNames
+from .patch_map import patch_map
+from .statistics import MapStatistics
 
 #: Maps read for the statistics of patches, unless all are asked for.
 SAMPLE_IMAGES = 5000

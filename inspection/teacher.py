@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokenlabel.annotate.config import SAMPLE
-from tokenlabel.annotate.errors import ConfigError, TeacherError
-from tokenlabel.annotate.model import PRETRAINED
-from tokenlabel.annotate.teacher import Teacher
-from tokenlabel.annotate.weights import SAMPLE_MODEL
-from tokenlabel.dataset.errors import FormatError
+from ..annotate.config import SAMPLE
+from ..annotate.teacher.model import PRETRAINED
+from ..annotate.teacher.timm_teacher import Teacher
+from ..annotate.teacher.weights import SAMPLE_MODEL
+from ..errors import ConfigError, FormatError, TeacherError
 
 
 class Teachers(NamedTuple):

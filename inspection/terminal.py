@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tokenlabel.annotate.markup import escape
-from tokenlabel.inspection.summary import TIMES
+from ..terminal import escape
+from .summary import TIMES
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _LISTED = 10

@@ -1,11 +1,11 @@
 """Supervise a student with token targets: loss, mix labels with images, students."""
 
-from tokenlabel.supervise.loss import TokenLabelLoss
-from tokenlabel.supervise.lvvit import LVViT, lvvit_l, lvvit_m, lvvit_s, lvvit_t
-from tokenlabel.supervise.mix_token import MixToken, TokenBox
-from tokenlabel.supervise.mixed import MixedLabels
-from tokenlabel.supervise.mixing import CutMix, MixUp, MixUpOrCutMix
-from tokenlabel.supervise.student import TokenStudent
+from .loss import TokenLabelLoss
+from .lvvit import LVViT, lvvit_l, lvvit_m, lvvit_s, lvvit_t
+from .mix_token import MixToken, TokenBox
+from .mixed import MixedLabels
+from .mixing import CutMix, MixUp, MixUpOrCutMix
+from .student import TokenStudent
 
 __all__ = [
     "CutMix",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokenlabel.dataset import TokenWindows
+from ..dataset.targets.windows import TokenWindows
 
 #: Images at a time, so that the entries of the windows, expanded, stay small beside the logits.
 #: On a CPU a few fit its cache, and one alone would cost its threads too many barriers; measured at

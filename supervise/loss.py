@@ -6,9 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tokenlabel.dataset import TokenLabels, TokenTargets, TokenWindows
-from tokenlabel.supervise.cross_entropy import cross_entropy
-from tokenlabel.supervise.mixed import MixedLabels
+from ..dataset.targets.token_labels import TokenLabels
+from ..dataset.targets.windows import TokenTargets, TokenWindows
+from .cross_entropy import cross_entropy
+from .mixed import MixedLabels
 
 ClassTarget = Literal["label", "crop", "both"]
 Grid = tuple[int, int]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from tokenlabel.supervise.lvvit_layers import Block, initialise, stem
-from tokenlabel.supervise.mix_token import TokenBox
+from .lvvit_layers import Block, initialise, stem
+from .mix_token import TokenBox
 
 __all__ = ["LVViT", "lvvit_l", "lvvit_m", "lvvit_s", "lvvit_t"]
 

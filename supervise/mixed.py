@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenlabel.dataset import TokenLabels, TokenTargets, TokenWindows
+from ..dataset.targets.token_labels import TokenLabels
+from ..dataset.targets.windows import TokenTargets, TokenWindows
 
 Grid = tuple[int, int]
 _LEAST = 1e-12

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from tokenlabel.dataset import TokenLabels
-from tokenlabel.supervise.mixed import MixedLabels, check_records
+from ..dataset.targets.token_labels import TokenLabels
+from .mixed import MixedLabels, check_records
 
 __all__ = ["CutMix", "MixUp", "MixUpOrCutMix"]
 

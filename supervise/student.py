@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from tokenlabel.supervise.backbone import OVERRIDE, Grid, new_linear
-from tokenlabel.supervise.lvvit import LVViT
-from tokenlabel.supervise.mix_token import TokenBox, TokenExchange
-from tokenlabel.supervise.timm_backbone import timm_backbone
-from tokenlabel.supervise.torchvision_backbone import torchvision_backbone
-from tokenlabel.supervise.transformers_backbone import transformers_backbone
+from .backbones.backbone import OVERRIDE, Grid, new_linear
+from .backbones.timm import timm_backbone
+from .backbones.torchvision import torchvision_backbone
+from .backbones.transformers import transformers_backbone
+from .lvvit import LVViT
+from .mix_token import TokenBox, TokenExchange
 
 __all__ = ["TokenStudent"]
 

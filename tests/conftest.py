@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.faults.table import ROWS, write_table
-from tokenlabel.annotate.cluster import ray_session
+from tokenlabel.annotate.cluster.session import ray_session
 from tokenlabel.annotate.sample import sample_folder
 
 torch.set_num_threads(1)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from tokenlabel.annotate.config import AnnotateConfig
-from tokenlabel.dataset.score_map import DROPPED
-from tokenlabel.dataset.shard import Shard
+from tokenlabel.dataset.format.score_map import DROPPED
+from tokenlabel.dataset.format.shard import Shard
 from tokenlabel.dataset.store import LabelStore
 
 #: 64 px images and 2 x 2 maps keep a job's teacher from costing more than its start. The last

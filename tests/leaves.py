@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.maps import random_maps
 from tokenlabel.dataset import LabelStore, MapLayout, ScoreMap, TokenLabelMap, TokenLabels
-from tokenlabel.dataset.label_map import shuffled
+from tokenlabel.dataset.label_map.label_map import shuffled
 
 Size = tuple[int, int]
 SIZE = (90, 120)

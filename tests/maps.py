@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tokenlabel.annotate.encode import encode
-from tokenlabel.dataset.score_map import MapLayout
-from tokenlabel.dataset.shard import shard_name, write_shard
+from tokenlabel.annotate.teacher.encode import encode
+from tokenlabel.dataset.format.score_map import MapLayout
+from tokenlabel.dataset.format.shard import shard_name, write_shard
 
 FLOOR = 0.003
 

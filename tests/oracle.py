@@ -18,9 +18,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from tokenlabel.dataset.label_map import TokenLabelMap
-from tokenlabel.dataset.targets import ToTokenLabels
-from tokenlabel.dataset.windows import TokenWindows
+from tokenlabel.dataset.label_map.label_map import TokenLabelMap
+from tokenlabel.dataset.targets.windows import TokenWindows
+from tokenlabel.dataset.transforms.to_token_labels import ToTokenLabels
 
 Size = tuple[int, int]
 GRIDS: list[Size] = [(14, 14), (16, 16), (7, 7), (24, 24), (12, 16)]

@@ -11,10 +11,10 @@ from PIL import Image
 from tests.maps import attrs
 from tokenlabel.annotate.images import file_digest
 from tokenlabel.dataset import LabelStore
-from tokenlabel.dataset.new_file import create, encode_texts
-from tokenlabel.dataset.score_map import MapLayout
-from tokenlabel.dataset.shard import shard_name, write_shard
-from tokenlabel.dataset.store import MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
+from tokenlabel.dataset.format import manifest
+from tokenlabel.dataset.format.new_file import create, encode_texts
+from tokenlabel.dataset.format.score_map import MapLayout
+from tokenlabel.dataset.format.shard import shard_name, write_shard
 
 #: Class ids of the four quadrants, row by row, and their colours in the image.
 QUADRANTS = (7, 3, 40, 21)
@@ -81,5 +81,5 @@ def write_store(
 
 def write_class_names(root: Path, names: Sequence[str]) -> None:
     """Give a label set the names of its classes, where `annotate` puts them."""
-    with create(root / MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION, {}) as file:
+    with create(root / manifest.NAME, manifest.FORMAT, manifest.VERSION, {}) as file:
         file.add("class_names", encode_texts(names))

@@ -6,8 +6,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from tokenlabel.dataset import MapLayout, TokenLabelMap, TokenLabels, TokenWindows
-from tokenlabel.dataset.label_map import shuffled
-from tokenlabel.dataset.token_labels import WORDS
+from tokenlabel.dataset.label_map.label_map import shuffled
+from tokenlabel.dataset.targets.token_labels import WORDS
 
 SIZE = (32, 32)
 

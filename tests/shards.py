@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tests.faults.attacks import parsed, with_directory
-from tokenlabel.dataset.score_map import ScoreMap
+from tokenlabel.dataset.format.score_map import ScoreMap
 
 
 def digest(entry: ScoreMap) -> str:

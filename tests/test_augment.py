@@ -13,11 +13,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-import tokenlabel.dataset.kernels  # noqa: F401
-from tokenlabel.dataset import augment
-from tokenlabel.dataset.label_map import TokenLabelMap
-from tokenlabel.dataset.timm_augment import TimmAugment
-from tokenlabel.dataset.token_labels import TokenLabels
+import tokenlabel.dataset.label_map.kernels  # noqa: F401
+from tokenlabel.dataset.label_map.label_map import TokenLabelMap
+from tokenlabel.dataset.targets.token_labels import TokenLabels
+from tokenlabel.dataset.transforms import torchvision as augment
+from tokenlabel.dataset.transforms.timm import TimmAugment
 
 GEOMETRIC = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"}
 SIZE = (24, 32)  # height, width

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from tokenlabel.dataset import chunks
-from tokenlabel.dataset.chunks import STRATEGIES, encode_chunk, inflate, unshuffle
+from tokenlabel.dataset.format import chunks
+from tokenlabel.dataset.format.chunks import STRATEGIES, encode_chunk, inflate, unshuffle
 
 
 @pytest.fixture(params=["zlib", "deflate"])

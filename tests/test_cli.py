@@ -13,7 +13,7 @@ from tests.jobs import SMALL, arguments, config, run
 from tests.maps import write_split
 from tokenlabel.annotate import annotate
 from tokenlabel.cli import main
-from tokenlabel.dataset.score_map import MapLayout
+from tokenlabel.dataset.format.score_map import MapLayout
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tests.maps import attrs, random_rows, write_split
 from tests.pictured import write_class_names
 from tokenlabel.cli import main
-from tokenlabel.dataset.score_map import MapLayout
-from tokenlabel.dataset.shard import shard_name, write_shard
+from tokenlabel.dataset.format.score_map import MapLayout
+from tokenlabel.dataset.format.shard import shard_name, write_shard
 from tokenlabel.inspection.compare import compare
 from tokenlabel.inspection.divergence import divergence
 

@@ -6,9 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from tokenlabel.annotate.config import AnnotateConfig, load_config
-from tokenlabel.annotate.errors import ConfigError
 from tokenlabel.cli import main
-from tokenlabel.dataset.score_map import MapLayout
+from tokenlabel.dataset.format.score_map import MapLayout
+from tokenlabel.errors import ConfigError
 
 SHIPPED = ["sample", "nfnet_f6", "efficientnetv2_l"]
 

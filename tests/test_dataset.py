@@ -19,13 +19,13 @@ from tests.jobs import config
 from tokenlabel.annotate import annotate
 from tokenlabel.dataset import (
     LabelStore,
-    MissingMapError,
     TokenLabelDataset,
     TokenLabels,
     ToTokenLabels,
     train_transform,
 )
-from tokenlabel.dataset.sources import ImageSource
+from tokenlabel.dataset.sources.image_source import ImageSource
+from tokenlabel.errors import MissingMapError
 
 GRID = (3, 4)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.maps import random_maps
-from tokenlabel.annotate.encode import encode
-from tokenlabel.dataset.score_map import DROPPED, MapLayout, ScoreMap
+from tokenlabel.annotate.teacher.encode import encode
+from tokenlabel.dataset.format.score_map import DROPPED, MapLayout, ScoreMap
 
 LAYOUT = MapLayout(("identity",), (3, 2), 8, 40, residual=10)
 

@@ -14,10 +14,11 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from tests.leaves import LAYOUT, made_up
-from tokenlabel.dataset import RandAugment, ToTokenLabels, executor, train_transform
-from tokenlabel.dataset.recipe import RandomErasing, ResizeToCover
-from tokenlabel.dataset.timm_augment import TimmAugment
-from tokenlabel.dataset.token_labels import TokenLabels
+from tokenlabel.dataset import RandAugment, ToTokenLabels, train_transform
+from tokenlabel.dataset.targets.token_labels import TokenLabels
+from tokenlabel.dataset.transforms import executor
+from tokenlabel.dataset.transforms.recipe import RandomErasing, ResizeToCover
+from tokenlabel.dataset.transforms.timm import TimmAugment
 
 SIZE = (90, 120)
 _FLOAT = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])

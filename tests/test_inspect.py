@@ -16,9 +16,9 @@ from tests.maps import write_split
 from tests.pictured import painted, write_class_names, write_store
 from tokenlabel.annotate import annotate
 from tokenlabel.cli import main
-from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.score_map import MapLayout
+from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.store import LabelStore
+from tokenlabel.errors import FormatError
 from tokenlabel.inspection import summary
 from tokenlabel.inspection.agreement import SCALES, measure_agreement
 from tokenlabel.inspection.names import ClassNames

@@ -14,18 +14,18 @@ from PIL import Image
 
 from tests.jobs import assert_nearly_equal, config, digests
 from tokenlabel.annotate import annotate
-from tokenlabel.annotate.errors import (
+from tokenlabel.annotate.teacher.weights import load_weights
+from tokenlabel.dataset.format.lock import folder_lock
+from tokenlabel.dataset.format.score_map import DROPPED, MapLayout
+from tokenlabel.dataset.store import LabelStore
+from tokenlabel.errors import (
     ConfigError,
     FingerprintError,
+    FormatError,
     JobError,
     LockedError,
     TeacherError,
 )
-from tokenlabel.annotate.lock import folder_lock
-from tokenlabel.annotate.weights import load_weights
-from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.score_map import DROPPED, MapLayout
-from tokenlabel.dataset.store import LabelStore
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 

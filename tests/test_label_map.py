@@ -20,12 +20,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.transforms.v2.functional._utils import _KERNEL_REGISTRY
 
-from tokenlabel.dataset.label_map import TokenLabelMap
-from tokenlabel.dataset.path import PixelPath
-from tokenlabel.dataset.score_map import MapLayout
-from tokenlabel.dataset.targets import ToTokenLabels
-from tokenlabel.dataset.token_labels import TokenLabels
-from tokenlabel.dataset.windows import plane
+from tokenlabel.dataset.format.score_map import MapLayout
+from tokenlabel.dataset.label_map.label_map import TokenLabelMap
+from tokenlabel.dataset.label_map.path import PixelPath
+from tokenlabel.dataset.targets.token_labels import TokenLabels
+from tokenlabel.dataset.targets.windows import plane
+from tokenlabel.dataset.transforms.to_token_labels import ToTokenLabels
 
 SIZE = (120, 160)
 METADATA = ("planes", "map_layout", "label", "extent", "canvas_size", "source_size", "path")

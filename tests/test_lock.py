@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tokenlabel.annotate.errors import LockedError, OutputError
-from tokenlabel.annotate.lock import NAME, folder_lock, holder
+from tokenlabel.dataset.format.lock import NAME, folder_lock, holder
+from tokenlabel.errors import LockedError, OutputError
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from tokenlabel.annotate.lock import folder_lock\n"
+    "import sys, time; from pathlib import Path\n"
+    "from tokenlabel.dataset.format.lock import folder_lock\n"
     "with folder_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 )
 

@@ -10,10 +10,10 @@ from timm.data import ImageNetInfo
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from tokenlabel.annotate.errors import ConfigError
-from tokenlabel.annotate.images import EXTENSIONS
-from tokenlabel.annotate.manifest import Manifest, build_manifest, open_manifest, scan
-from tokenlabel.dataset.errors import FormatError
+from tokenlabel.annotate.classes import build_manifest
+from tokenlabel.dataset.format.manifest import Manifest, open_manifest
+from tokenlabel.dataset.sources.folder import EXTENSIONS, scan
+from tokenlabel.errors import ConfigError, FormatError
 
 WNIDS = ImageNetInfo("imagenet-1k").label_names()
 
@@ -184,7 +184,7 @@ def test_a_flipped_byte_is_found_on_verifying(tmp_path: Path) -> None:
 def test_a_folder_of_many_names_is_merged_from_sorted_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokenlabel.annotate.manifest._RUN", 3)
+    monkeypatch.setattr("tokenlabel.dataset.sources.folder._RUN", 3)
     names = [f"{number * 7 % 10}{tail}.png" for number in range(10) for tail in ("", "/a", "-")]
     root = fill(tmp_path / "train", *names)
     assert list(build(root).keys) == sorted(names, key=str.encode)

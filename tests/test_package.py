@@ -26,10 +26,10 @@ def python(code: str, *arguments: str, cwd: Path | None = None) -> str:
     ("module", "unwanted"),
     [
         ("tokenlabel.dataset", ["ray", "timm", "click", "pydantic", "rich"]),
-        ("tokenlabel.dataset.recipe", ["ray", "timm", "click", "pydantic", "rich"]),
+        ("tokenlabel.dataset.transforms.recipe", ["ray", "timm", "click", "pydantic", "rich"]),
         ("tokenlabel.supervise", ["ray", "timm", "click", "pydantic", "rich", "transformers"]),
         ("tokenlabel.annotate.images", ["torch", "ray", "timm", "pydantic", "h5py"]),
-        ("tokenlabel.annotate.pool", ["torch", "timm"]),
+        ("tokenlabel.annotate.cluster.pool", ["torch", "timm"]),
         ("tokenlabel.annotate.job", ["torch", "timm"]),
         ("tokenlabel.cli", ["torch", "timm", "ray"]),
     ],
@@ -41,7 +41,7 @@ def test_imports_are_light(module: str, unwanted: list[str], tmp_path: Path) -> 
 
 def test_public_names(tmp_path: Path) -> None:
     python("from tokenlabel.annotate import AnnotateConfig, Teacher, annotate", cwd=tmp_path)
-    python("from tokenlabel.dataset import LabelStore, ScoreMap, FormatError", cwd=tmp_path)
+    python("from tokenlabel import LabelStore, ScoreMap, FormatError", cwd=tmp_path)
     with pytest.raises(AssertionError, match="has no attribute 'nope'"):
         python("import tokenlabel.annotate as a; a.nope", cwd=tmp_path)
 
@@ -61,7 +61,7 @@ def test_wheel_and_sdist_hold_what_they_must(tmp_path: Path) -> None:
         "tokenlabel/configs/nfnet_f6.yaml",
         "tokenlabel/dataset/store.py",
         "tokenlabel/annotate/job.py",
-        "tokenlabel/inspection/page_assets/page.html",
+        "tokenlabel/inspection/page/assets/page.html",
     } <= names
     assert wheel.name.endswith("-py3-none-any.whl"), "nothing to compile"
     assert not [name for name in names if "test" in name or name.startswith(("dataset", "cli"))]

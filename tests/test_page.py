@@ -16,15 +16,14 @@ from tests.jobs import config
 from tests.maps import write_split
 from tests.pictured import GRID, painted, painted_map, write_class_names, write_store
 from tokenlabel.annotate import annotate
-from tokenlabel.annotate.errors import ConfigError, OutputError
-from tokenlabel.dataset import FormatError, LabelStore, MissingMapError
-from tokenlabel.dataset.score_map import MapLayout
+from tokenlabel.dataset import LabelStore
+from tokenlabel.dataset.format.score_map import MapLayout
+from tokenlabel.errors import ConfigError, FormatError, ImageError, MissingMapError, OutputError
 from tokenlabel.inspection.names import ClassNames
-from tokenlabel.inspection.page import PageReport, save_page
-from tokenlabel.inspection.page_data import PICTURE_BYTES, SplitData, jpeg
+from tokenlabel.inspection.page.data import PICTURE_BYTES, SplitData, jpeg
+from tokenlabel.inspection.page.page import PageReport, save_page
 from tokenlabel.inspection.patch_map import patch_map
-from tokenlabel.inspection.picture_files import PictureError
-from tokenlabel.inspection.picture_map import viridis
+from tokenlabel.inspection.pictures.map_facts import viridis
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -469,7 +468,7 @@ def test_a_picture_that_changed_is_listed_not_shown(tmp_path: Path) -> None:
     assert (report.shown, report.total, report.errors) == (2, 3, 1)
     (error,) = embedded(report.path)["errors"]
     assert error["key"] == "b.png" and "must be the image that was annotated" in error["error"]
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         save_page([store], tmp_path / "a.html", tmp_path / "images", keys=["b.png"])
 
 

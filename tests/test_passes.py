@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tokenlabel.annotate.passes import Pass, onto
+from tokenlabel.annotate.teacher.passes import Pass, onto
 
 CPU = torch.device("cpu")
 

@@ -10,14 +10,13 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from tests.pictured import GRID, PAINT, QUADRANTS, painted, painted_map, write_store
-from tokenlabel.annotate.errors import ConfigError, OutputError
-from tokenlabel.dataset import LabelStore, MissingMapError
-from tokenlabel.inspection.overlay import class_overlay, mass_overlay, printable, shortened
+from tokenlabel.dataset import LabelStore
+from tokenlabel.errors import ConfigError, ImageError, MissingMapError, OutputError
 from tokenlabel.inspection.patch_map import patch_map
-from tokenlabel.inspection.picture_augment import GRID as PATCHES
-from tokenlabel.inspection.picture_augment import _angle, _outline, augmentations
-from tokenlabel.inspection.picture_files import PictureError, PictureFiles
-from tokenlabel.inspection.picture_map import (
+from tokenlabel.inspection.pictures.augmentations import GRID as PATCHES
+from tokenlabel.inspection.pictures.augmentations import _angle, _outline, augmentations
+from tokenlabel.inspection.pictures.image_files import PictureFiles
+from tokenlabel.inspection.pictures.map_facts import (
     VIRIDIS,
     legend,
     letters_of,
@@ -25,7 +24,8 @@ from tokenlabel.inspection.picture_map import (
     rgb,
     viridis,
 )
-from tokenlabel.inspection.pictures import save_png
+from tokenlabel.inspection.pictures.overlay import class_overlay, mass_overlay, printable, shortened
+from tokenlabel.inspection.pictures.sheet import save_png
 
 KEY = "a/painted.png"
 
@@ -198,10 +198,10 @@ def test_another_picture_is_refused(store: LabelStore, images: Path, tmp_path: P
     target = tmp_path / "out.png"
     target.write_text("as it was")
     (copy / "train" / KEY).write_bytes(painted((180, 101)))
-    with pytest.raises(PictureError, match=r"digest [0-9a-f]{16}; its digest is [0-9a-f]{16}"):
+    with pytest.raises(ImageError, match=r"digest [0-9a-f]{16}; its digest is [0-9a-f]{16}"):
         save_png(store, KEY, target, copy)
     (copy / "train" / KEY).unlink()
-    with pytest.raises(PictureError, match="cannot read the image"):
+    with pytest.raises(ImageError, match="cannot read the image"):
         files.read(KEY)
     assert target.read_text() == "as it was" and len([*tmp_path.iterdir()]) == 2
 
@@ -212,10 +212,10 @@ def test_damaged_files_and_keys_that_lead_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(MissingMapError, match=r"no score map for 'c\.png'"):
         PictureFiles(store, tmp_path / "images").read("c.png")
     cut = write_store(tmp_path / "cut", tmp_path / "images", {"c.png": painted((99, 99))[:-100]})
-    with pytest.raises(PictureError, match="cannot decode the image"):
+    with pytest.raises(ImageError, match="cannot decode the image"):
         PictureFiles(cut, tmp_path / "images").read("c.png")
     outside = write_store(tmp_path / "evil", tmp_path / "images" / "x", {"../a.png": painted()})
-    with pytest.raises(PictureError, match="a path below"):
+    with pytest.raises(ImageError, match="a path below"):
         PictureFiles(outside, tmp_path / "images" / "x")
 
 

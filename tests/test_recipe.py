@@ -20,10 +20,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-import tokenlabel.dataset.kernels  # noqa: F401
-from tokenlabel.dataset.label_map import TokenLabelMap
-from tokenlabel.dataset.recipe import RandomErasing, eval_transform, train_transform
-from tokenlabel.dataset.timm_augment import TimmAugment
+import tokenlabel.dataset.label_map.kernels  # noqa: F401
+from tokenlabel.dataset.label_map.label_map import TokenLabelMap
+from tokenlabel.dataset.transforms.recipe import RandomErasing, eval_transform, train_transform
+from tokenlabel.dataset.transforms.timm import TimmAugment
 
 FILL = (124, 116, 104)
 GEOMETRIC = ["Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"]

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from tests.maps import attrs, random_rows, write_split
 from tests.shards import digest, edit_directory
-from tokenlabel.dataset import new_file
-from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.score_map import MapLayout
-from tokenlabel.dataset.shard import Shard, parse_shard_name, shard_name, write_shard
+from tokenlabel.dataset.format import new_file
+from tokenlabel.dataset.format.score_map import MapLayout
+from tokenlabel.dataset.format.shard import Shard, parse_shard_name, shard_name, write_shard
+from tokenlabel.errors import FormatError
 
 LAYOUT = MapLayout(("identity",), (3, 5), 4, 1000, residual=6)
 #: Every plane in every form that there is.

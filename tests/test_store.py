@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 
 from tests.maps import Rows, attrs, random_rows, write_split
 from tests.shards import digest, edit_directory
-from tokenlabel.annotate.manifest import build_manifest
-from tokenlabel.dataset import new_file
-from tokenlabel.dataset.directory import StoredFile
-from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.keys import KeyTable
-from tokenlabel.dataset.new_file import create
-from tokenlabel.dataset.score_map import MapLayout
-from tokenlabel.dataset.shard import HEADER, Shard, shard_name, write_shard
-from tokenlabel.dataset.store import LabelStore, MissingMapError
+from tokenlabel.annotate.classes import build_manifest
+from tokenlabel.dataset.format import new_file
+from tokenlabel.dataset.format.directory import StoredFile
+from tokenlabel.dataset.format.keys import KeyTable
+from tokenlabel.dataset.format.new_file import create
+from tokenlabel.dataset.format.score_map import MapLayout
+from tokenlabel.dataset.format.shard import HEADER, Shard, shard_name, write_shard
+from tokenlabel.dataset.store import LabelStore
+from tokenlabel.errors import FormatError, MissingMapError
 
 LAYOUT = MapLayout(("identity", "hflip"), (3, 5), 4, 1000, residual=6)
 KEYS = sorted(
@@ -151,7 +151,7 @@ def test_a_read_only_folder_is_indexed_in_memory(
     def refuse(*_: object) -> None:  # what a read-only file system does; root ignores chmod
         raise PermissionError(30, "Read-only file system")
 
-    monkeypatch.setattr("tokenlabel.dataset.index.build_index", refuse)
+    monkeypatch.setattr("tokenlabel.dataset.format.index.build_index", refuse)
     store = LabelStore(root)
     assert not (root / "index").exists()
     np.testing.assert_array_equal(store[7].codes, written[2].maps["codes"][1])
@@ -379,8 +379,8 @@ def test_pickles_carry_no_handles(split: tuple[Path, list[Rows]]) -> None:
 def test_columns_larger_than_a_block_are_stored_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr("tokenlabel.dataset.new_file._BLOCK", block)
-    monkeypatch.setattr("tokenlabel.dataset.directory._BLOCK", block)
+    monkeypatch.setattr("tokenlabel.dataset.format.new_file._BLOCK", block)
+    monkeypatch.setattr("tokenlabel.dataset.format.directory._BLOCK", block)
     want = np.arange(30, dtype="<u8").reshape(10, 3)
     with create(tmp_path / "f", "test", 1, {}) as file:
         for rows in (slice(0, 7), slice(7, 7), slice(7, 10)):

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.convnext import CNBlockConfig
 
 from tokenlabel.supervise import LVViT, TokenStudent
-from tokenlabel.supervise.backbone import grid_of
+from tokenlabel.supervise.backbones.backbone import grid_of
 from tokenlabel.supervise.mix_token import MixToken
 
 CLASSES = 7

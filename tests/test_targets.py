@@ -22,7 +22,7 @@ from tests.jobs import config
 from tests.leaves import CLASSES, LAYOUT, LAYOUTS, SIZE, by_points, dense, made_up, record, stored
 from tokenlabel.annotate import annotate
 from tokenlabel.dataset import LabelStore, TokenLabelMap, TokenLabels, TokenTargets, ToTokenLabels
-from tokenlabel.dataset.path import PixelPath
+from tokenlabel.dataset.label_map.path import PixelPath
 
 Move = Callable[[TokenLabelMap], TokenLabelMap]
 TWO_VIEWS = LAYOUTS["two views"]

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenlabel.annotate.config import AnnotateConfig
-from tokenlabel.annotate.dense import AUX_RULE, HEAD_RULE, MEAN_RULE, TOKEN_RULE, dense_form
-from tokenlabel.annotate.encode import encode
-from tokenlabel.annotate.errors import TeacherError
-from tokenlabel.annotate.passes import onto
-from tokenlabel.annotate.teacher import Teacher, TeacherOutput
-from tokenlabel.dataset.score_map import DROPPED, MapLayout
+from tokenlabel.annotate.teacher.dense import AUX_RULE, HEAD_RULE, MEAN_RULE, TOKEN_RULE, dense_form
+from tokenlabel.annotate.teacher.encode import encode
+from tokenlabel.annotate.teacher.passes import onto
+from tokenlabel.annotate.teacher.timm_teacher import Teacher, TeacherOutput
+from tokenlabel.dataset.format.score_map import DROPPED, MapLayout
+from tokenlabel.errors import TeacherError
 
 CLASSES = 12
 SIZE = (96, 160)  # not square, or a transposed grid would pass

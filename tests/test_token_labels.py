@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from tests.leaves import LAYOUT, LAYOUTS, SIZE, made_up, record
 from tokenlabel.dataset import TokenLabelMap, TokenLabels
-from tokenlabel.dataset.token_labels import HEAD, planes_size
+from tokenlabel.dataset.targets.token_labels import HEAD, planes_size
 
 
 def a_batch(count: int = 5, **options: Any) -> TokenLabels:

@@ -8,12 +8,12 @@ import pytest
 
 from tests.fixtures.freeze import digest
 from tests.shards import edit_directory
-from tokenlabel.annotate.manifest import open_manifest
-from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.index import VERSION as INDEX_VERSION
-from tokenlabel.dataset.shard import VERSION, Shard, shard_name, write_shard
-from tokenlabel.dataset.store import LabelStore, MissingMapError
-from tokenlabel.inspection.verify import verify
+from tokenlabel.dataset.format.index import VERSION as INDEX_VERSION
+from tokenlabel.dataset.format.manifest import open_manifest
+from tokenlabel.dataset.format.shard import VERSION, Shard, shard_name, write_shard
+from tokenlabel.dataset.store import LabelStore
+from tokenlabel.errors import FormatError, MissingMapError
+from tokenlabel.inspection.verify.verify import verify
 
 FIXTURES = Path(__file__).with_name("fixtures")
 SHARD = shard_name(0, 1)

@@ -19,17 +19,18 @@ from tests.jobs import config, digests
 from tests.maps import attrs, random_rows, write_split
 from tests.shards import edit_directory
 from tokenlabel.annotate import annotate
+from tokenlabel.annotate.classes import build_manifest
 from tokenlabel.annotate.images import file_digest
-from tokenlabel.annotate.lock import folder_lock
-from tokenlabel.annotate.manifest import build_manifest, open_manifest
 from tokenlabel.cli import main
-from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.index import build_index
-from tokenlabel.dataset.score_map import MapLayout
-from tokenlabel.dataset.shard import Shard, shard_name, write_shard
-from tokenlabel.inspection.index_check import index_difference
-from tokenlabel.inspection.shard_check import check_shard
-from tokenlabel.inspection.verify import verify
+from tokenlabel.dataset.format.index import build_index
+from tokenlabel.dataset.format.lock import folder_lock
+from tokenlabel.dataset.format.manifest import open_manifest
+from tokenlabel.dataset.format.score_map import MapLayout
+from tokenlabel.dataset.format.shard import Shard, shard_name, write_shard
+from tokenlabel.errors import FormatError
+from tokenlabel.inspection.verify.index_check import index_difference
+from tokenlabel.inspection.verify.shard_check import check_shard
+from tokenlabel.inspection.verify.verify import verify
 
 #: FLIPS=20000 CUTS=500 for the soak.
 FLIPS, CUTS = int(os.environ.get("FLIPS", 500)), int(os.environ.get("CUTS", 50))

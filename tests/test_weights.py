@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tokenlabel.annotate.errors import TeacherError
-from tokenlabel.annotate.model import build_model
-from tokenlabel.annotate.weights import load_weights, weights_digest
+from tokenlabel.annotate.teacher.model import build_model
+from tokenlabel.annotate.teacher.weights import load_weights, weights_digest
+from tokenlabel.errors import TeacherError
 
 torch.set_num_threads(2)
 needs_sample = pytest.mark.skipif(

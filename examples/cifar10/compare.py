@@ -27,7 +27,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
-from tokenlabel.dataset import LabelStore, TokenLabelError, TokenLabels
+from tokenlabel.dataset import LabelStore, TokenLabels
+from tokenlabel.errors import TokenLabelError
 from tokenlabel.supervise import TokenLabelLoss, TokenStudent
 
 SIZE, PATCH = 32, 4

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenlabel.dataset.directory import HEAD, MAGIC
+from tokenlabel.dataset.format.directory import HEAD, MAGIC
 
 Found = dict[str, Any]
 Attack = Callable[[Found], Any]

@@ -12,8 +12,8 @@ from collections import Counter
 from pathlib import Path
 
 from tests.shards import digest
-from tokenlabel.dataset.errors import FormatError
 from tokenlabel.dataset.store import LabelStore
+from tokenlabel.errors import FormatError
 
 INDEX, SHARD, SHORT = range(3)
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from tests.jobs import environment
 from tests.shards import digest
-from tokenlabel.dataset import LabelStore, MissingMapError, TokenLabelDataset
-from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.index import build_index
+from tokenlabel.dataset import LabelStore, TokenLabelDataset
+from tokenlabel.dataset.format.index import build_index
+from tokenlabel.errors import FormatError, MissingMapError
 
 #: What a split that is not whole may say. Every other FormatError counts as "damaged".
 CLEAR = {

@@ -14,7 +14,8 @@ from typing import Any
 
 import ray
 
-from tokenlabel.annotate import AnnotateConfig, actor, annotate
+from tokenlabel.annotate import AnnotateConfig, annotate
+from tokenlabel.annotate.cluster import actor
 from tokenlabel.annotate.plan import Identity
 
 

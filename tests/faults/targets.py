@@ -10,12 +10,13 @@ import numpy as np
 
 from tests.faults.attacks import ATTACKS, attack
 from tests.maps import attrs, random_rows, write_split
-from tokenlabel.annotate.manifest import build_manifest, open_manifest
-from tokenlabel.dataset.errors import FormatError
-from tokenlabel.dataset.index import NAME, _load, build_index, find_shards
-from tokenlabel.dataset.score_map import MapLayout
-from tokenlabel.dataset.shard import COLUMNS, Shard, shard_name, write_shard
-from tokenlabel.dataset.store import LabelStore, MissingMapError
+from tokenlabel.annotate.classes import build_manifest
+from tokenlabel.dataset.format.index import NAME, _load, build_index, find_shards
+from tokenlabel.dataset.format.manifest import open_manifest
+from tokenlabel.dataset.format.score_map import MapLayout
+from tokenlabel.dataset.format.shard import COLUMNS, Shard, shard_name, write_shard
+from tokenlabel.dataset.store import LabelStore
+from tokenlabel.errors import FormatError, MissingMapError
 
 KINDS = ("shard", "index", "split", "manifest")
 #: What may come of reading: all as it was written, other content, an error that says so.

@@ -19,8 +19,8 @@ from tests.faults.processes import (
     assert_gone,
 )
 from tests.jobs import digests
-from tokenlabel.annotate.manifest import open_manifest
-from tokenlabel.dataset.shard import Shard
+from tokenlabel.dataset.format.manifest import open_manifest
+from tokenlabel.dataset.format.shard import Shard
 
 KINDS = ("driver", "teacher actor", "decode worker", "raylet")
 #: The killer strikes far more often than the default of `retries` allows for.

@@ -17,10 +17,10 @@ from tests.faults.readers import Readers, content, rebuilt
 from tests.jobs import arguments, digests, environment, repeat_images, run
 from tests.maps import Rows, attrs, write_split
 from tokenlabel.cli import main
-from tokenlabel.dataset.score_map import MapLayout
-from tokenlabel.dataset.shard import shard_name, write_shard
+from tokenlabel.dataset.format.score_map import MapLayout
+from tokenlabel.dataset.format.shard import shard_name, write_shard
 from tokenlabel.dataset.store import LabelStore
-from tokenlabel.inspection.verify import verify
+from tokenlabel.inspection.verify.verify import verify
 
 IMAGES, SHARDS, READERS = 32, 8, 8
 OPTIONS = {"shard_size": 4, "batch_size": 4}

@@ -25,16 +25,15 @@ from PIL import Image, PngImagePlugin
 
 from tests.faults.attacks import ATTACKS, attack, parsed, with_directory
 from tests.maps import attrs, random_rows, write_split
+from tokenlabel.annotate.classes import build_manifest
 from tokenlabel.annotate.config import load_config
-from tokenlabel.annotate.errors import ConfigError
 from tokenlabel.annotate.images import decode_batch
-from tokenlabel.annotate.manifest import build_manifest
 from tokenlabel.cli import main
-from tokenlabel.dataset.errors import FormatError, visible
-from tokenlabel.dataset.score_map import MapLayout
-from tokenlabel.dataset.shard import Shard, shard_name, write_shard
+from tokenlabel.dataset.format.score_map import MapLayout
+from tokenlabel.dataset.format.shard import Shard, shard_name, write_shard
 from tokenlabel.dataset.store import LabelStore
-from tokenlabel.inspection.verify import verify
+from tokenlabel.errors import ConfigError, FormatError, visible
+from tokenlabel.inspection.verify.verify import verify
 
 LAYOUT = MapLayout(("identity",), (2, 3), 2, 10, residual=3)
 KEYS = ["a/b.jpg", "b/c.jpg", "c/d.jpg"]
@@ -144,8 +143,8 @@ def test_what_is_no_file_does_not_hang_its_reader(split: Path, name: str) -> Non
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from tokenlabel.dataset.store import LabelStore\n"
-        "from tokenlabel.inspection.verify import verify\n"
-        "from tokenlabel.dataset.errors import FormatError\n"
+        "from tokenlabel.inspection.verify.verify import verify\n"
+        "from tokenlabel.errors import FormatError\n"
         "split = Path(sys.argv[1])\n"
         "assert verify(split).ok is False or sys.argv[2] == 'index'\n"
         "try:\n    print(len(LabelStore(split)))\n"

@@ -23,10 +23,10 @@ import ray
 from ray.cluster_utils import Cluster
 
 from tests.jobs import config, digests, environment, repeat_images
-from tokenlabel.annotate import actor, annotate
-from tokenlabel.annotate.cluster import _loopback_only, places, plan_resources
-from tokenlabel.annotate.errors import ConfigError, JobError
+from tokenlabel.annotate import annotate
+from tokenlabel.annotate.cluster.session import _loopback_only, actor, places, plan_resources
 from tokenlabel.annotate.plan import Identity, Plan
+from tokenlabel.errors import ConfigError, JobError
 
 HERE = Path(__file__).parent
 #: For the drivers of clusters that are bound to the loopback interface.

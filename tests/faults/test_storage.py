@@ -23,9 +23,9 @@ import pytest
 
 from tests.faults.readers import content
 from tests.jobs import arguments, digests, environment, repeat_images, run
-from tokenlabel.annotate.errors import LockedError
-from tokenlabel.annotate.lock import folder_lock
+from tokenlabel.dataset.format.lock import folder_lock
 from tokenlabel.dataset.store import LabelStore
+from tokenlabel.errors import LockedError
 
 IMAGES = 80  # ten shards of eight
 #: Counts of calls: for ever; and beyond those that look at the first images before the job.

@@ -1,0 +1,100 @@
+"""Per-patch soft labels for vision transformers: annotate once, read aligned with any augmentation.
+
+The public names, each imported when it is first used:
+
+    import tokenlabel as tl
+
+    dataset = tl.TokenLabelDataset("imagenet/train", "labels/train", transform=tl.train_transform())
+    student, criterion = tl.TokenStudent(model), tl.TokenLabelLoss()
+
+Rooms: `dataset` reads label maps, `annotate` makes them, `supervise` trains with them, `inspection`
+shows them. Importing this package, or `tokenlabel.dataset`, loads no ray, timm or click.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .annotate import AnnotateConfig, Teacher
+    from .dataset import (
+        AutoAugment,
+        LabelStore,
+        MapLayout,
+        RandAugment,
+        ScoreMap,
+        TokenLabelDataset,
+        TokenLabelMap,
+        TokenLabels,
+        TokenTargets,
+        TokenWindows,
+        ToTokenLabels,
+        TrivialAugmentWide,
+        eval_transform,
+        train_transform,
+    )
+    from .errors import FormatError, MissingMapError, TokenLabelError
+    from .supervise import (
+        CutMix,
+        LVViT,
+        MixedLabels,
+        MixToken,
+        MixUp,
+        MixUpOrCutMix,
+        TokenBox,
+        TokenLabelLoss,
+        TokenStudent,
+        lvvit_l,
+        lvvit_m,
+        lvvit_s,
+        lvvit_t,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AnnotateConfig",
+    "AutoAugment",
+    "CutMix",
+    "FormatError",
+    "LVViT",
+    "LabelStore",
+    "MapLayout",
+    "MissingMapError",
+    "MixToken",
+    "MixUp",
+    "MixUpOrCutMix",
+    "MixedLabels",
+    "RandAugment",
+    "ScoreMap",
+    "Teacher",
+    "ToTokenLabels",
+    "TokenBox",
+    "TokenLabelDataset",
+    "TokenLabelError",
+    "TokenLabelLoss",
+    "TokenLabelMap",
+    "TokenLabels",
+    "TokenStudent",
+    "TokenTargets",
+    "TokenWindows",
+    "TrivialAugmentWide",
+    "eval_transform",
+    "lvvit_l",
+    "lvvit_m",
+    "lvvit_s",
+    "lvvit_t",
+    "train_transform",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for room in ("errors", "dataset", "annotate", "supervise"):
+            module = import_module(f".{room}", __name__)
+            if name in getattr(module, "__all__", vars(module)):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,116 @@
+"""What the annotation job shows a person: a bar in a terminal, plain lines in a log, a report."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+import rich.progress as rp
+from rich.console import Console
+from rich.table import Table
+
+from ..terminal import escape
+from .cluster.pool import Tally
+from .report import Report
+
+#: Seconds between two lines in a log.
+LOG_SECONDS = 10.0
+
+
+@contextmanager
+def progress_display(console: Console) -> Iterator[Callable[[Tally, int, int], None]]:
+    """A function to call with the run's tally, its number of images and the split's."""
+    if console.is_terminal:
+        columns = (
+            rp.TextColumn("{task.description}"),
+            rp.BarColumn(),
+            rp.MofNCompleteColumn(),
+            rp.TextColumn("{task.fields[rate]}"),
+            rp.TimeRemainingColumn(),
+            rp.TextColumn("{task.fields[errors]}"),
+        )
+        with rp.Progress(*columns, console=console, speed_estimate_period=120) as bar:
+            task = bar.add_task("starting", total=None, rate="", errors="")
+
+            def show(tally: Tally, images: int, _: int) -> None:
+                bar.update(
+                    task,
+                    description=f"{tally.teachers} teacher{'s' * (tally.teachers != 1)}",
+                    total=images,
+                    completed=min(tally.images, images),
+                    rate=f"{tally.rate:.1f} images/s" if tally.rate else "",
+                    errors=f"{tally.errors} errors" if tally.errors else "",
+                )
+
+            yield show
+        return
+    last = time.monotonic()
+
+    def log(tally: Tally, images: int, split: int) -> None:
+        nonlocal last
+        if time.monotonic() - last < LOG_SECONDS:
+            return
+        last = time.monotonic()
+        left = f"{max(images - tally.images, 0) / tally.rate:.0f} s left" if tally.rate else "…"
+        console.print(
+            f"{min(tally.images, images)}/{images} images of this run ({split} in the split), "
+            f"{tally.rate or 0:.1f} images/s, {left}, {tally.errors} errors, "
+            f"{tally.teachers} teachers",
+            soft_wrap=True,
+        )
+
+    yield log
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The end report as a table, with the errors and failed shards below it."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in _rows(report):
+        table.add_row(f"[bold]{name}[/bold]", escape(value))
+    console.print(table)
+    for key, reason in report.error_list[:10]:
+        console.print(f"  [yellow]no map[/yellow] {escape(repr(key))}: {escape(reason)}")
+    if report.errors > 10:
+        console.print(f"  … and {report.errors - 10} more: see `inspect-labels --json`")
+    for shard, reason in islice(report.failed.items(), 10):
+        console.print(f"  [red]failed[/red] shard {shard}: {escape(reason)}")
+    if len(report.failed) > 10:
+        console.print(f"  … and {len(report.failed) - 10} more: see report.json")
+    if report.failed:
+        console.print("[red]Some shards failed.[/red] Run the same command again to try just them.")
+    if report.max_errors_exceeded:
+        console.print(
+            f"[red]Too many images have no map[/red] ({report.errors} of {report.images}); "
+            "the limit is the option max_errors."
+        )
+
+
+def _rows(report: Report) -> Iterator[tuple[str, str]]:
+    yield (
+        "shards",
+        f"{report.folder} ({report.shards}: {report.written} new, {report.skipped} kept)",
+    )
+    yield "images", f"{report.images}, {report.errors} of them without a map"
+    height, width = report.grid
+    views = " + ".join(report.views)
+    yield "maps", f"{height} x {width} patches, top {report.k} of {report.num_classes}, {views}"
+    how = "0 up to rounding, as it must be" if report.dense_exact else "not expected to be 0"
+    yield (
+        "teacher",
+        f"{report.teacher}; patch logits: {report.dense_rule}; their mean differs from the "
+        f"pooled logits by {report.dense_error:.1e} ({how})",
+    )
+    if report.top1 is not None and report.top5 is not None:
+        yield (
+            "teacher accuracy",
+            f"top-1 {report.top1:.1%}, top-5 {report.top5:.1%} of {report.labelled} images with a "
+            "known class",
+        )
+    if report.mass is not None:
+        yield "top-k mass", f"{report.mass:.3f} of the probability, mean over patches"
+    if report.bytes_per_image is not None:
+        yield "size", f"{report.bytes_per_image:,.0f} bytes an image"
+    speed = f"{report.seconds:.1f} s"
+    if report.images_per_second and report.busy:
+        speed += f", {report.images_per_second:.1f} images/s, teachers busy {report.busy:.1%}"
+    yield "time", speed

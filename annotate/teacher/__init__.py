@@ -1,0 +1,1 @@
+"""Teachers: images in, logits of every patch out. The only room that imports timm to annotate."""

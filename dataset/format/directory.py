@@ -1,0 +1,303 @@
+"""The container of shards, index and manifest: an HDF5 file with a directory of ours in front.
+
+HDF5 skips its user block, and there the directory says what the file holds and at which offsets.
+HDF5 itself can be crashed by a damaged file, so nothing here reads HDF5: each number of the
+directory is compared with the size of the file before it is used. docs/format.md has the layout.
+"""
+
+import json
+import math
+import mmap
+import os
+import re
+import stat
+import struct
+import threading
+import weakref
+import zlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from ...errors import FormatError, NewerVersionError
+from .chunks import inflate
+
+MAGIC = b"\x89TOKENLABEL\r\n\x1a\n\0"
+#: Before the directory: the magic, its size in bytes and its CRC-32.
+HEAD = struct.Struct(f"<{len(MAGIC)}sII")
+#: How many times smaller than its content a deflate stream can be, and bytes it has besides.
+MOST_TIMES, SLACK = 1032, 64
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_LARGEST = 1 << 20
+_BLOCK = 1 << 20
+_FIRST = 4096  # bytes read at first: most directories are smaller
+_DTYPE = re.compile(r"\|u1|\|S[1-9]\d{0,8}|<[iu][248]|<f[248]")
+# What wrong types and numbers in a directory raise when they are used.
+_WRONG = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
+
+
+class Column(NamedTuple):
+    """A dataset that lies in one piece.
+
+    Attributes:
+        dtype, shape: of the values.
+        offset, size: in the file, in bytes.
+        crc: CRC-32 of these bytes.
+        gzip: whether they are one zlib stream; else they are the values, little-endian.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+    crc: int
+    gzip: bool
+
+
+class Maps(NamedTuple):
+    """The datasets with a chunk an image, which lie one behind the other, image by image.
+
+    Attributes:
+        offset: in the file, of the first chunk.
+        size: bytes of all chunks.
+        planes: dtype and shape, without the row, of the datasets in order.
+    """
+
+    offset: int
+    size: int
+    planes: dict[str, tuple[np.dtype, tuple[int, ...]]]
+
+
+class StoredFile:
+    """A file of ours open for reading; any number of threads may read at once.
+
+    Args:
+        path: of the file.
+        kind: what the attribute `format` must say.
+        version: the only version that is read.
+        remedy: what to do about a damaged file, a sentence of its own.
+
+    Raises:
+        OSError: as the system does, naming the file.
+        NewerVersionError: a later release wrote it.
+        FormatError: it is no such file, of an older version, damaged or cut short.
+
+    Attributes:
+        attrs: the attributes: str, int, float and lists of them.
+        columns: the datasets in one piece by name.
+        maps: the datasets with a chunk an image; None where there are none.
+        end: size of the file.
+    """
+
+    def __init__(self, path: Path, kind: str, version: int, remedy: str) -> None:
+        self.path, self._remedy = path, f"Remedy: {remedy}"
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        # Non-blocking, so that a named pipe cannot hang its reader.
+        self._handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+        # Closed with its last user: who drops it from a cache never hurts another who reads.
+        self._close = weakref.finalize(self, os.close, self._handle)
+        self._close.atexit = False
+        self._lock = threading.Lock()
+        try:
+            status = os.fstat(self._handle)
+            self.end = status.st_size
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is not a regular file")
+            self._parse(kind, version)
+        except FormatError:
+            self.close()
+            raise
+        except _WRONG as error:
+            self.close()
+            raise self.damaged(error) from error
+
+    def _parse(self, kind: str, version: int) -> None:
+        start = self._some(_FIRST, 0)
+        if start.startswith(_HDF5):
+            raise FormatError(
+                f"{self.path} is of format version 1, which no release reads. Remedy: delete the "
+                "files of this split, or name another folder, and run `annotate` again"
+            )
+        magic, size, crc = HEAD.unpack(start[: HEAD.size].ljust(HEAD.size, b"\0"))
+        if magic != MAGIC:
+            raise ValueError(f"it must begin with {MAGIC!r}, not with {start[: len(MAGIC)]!r}")
+        if size > min(self.end, _LARGEST):
+            raise ValueError(f"its directory cannot have {size} bytes")
+        text = start[HEAD.size : HEAD.size + size]
+        text += self._some(size - len(text), HEAD.size + len(text))
+        if zlib.crc32(text) != crc:
+            raise ValueError("its directory has a wrong checksum")
+        found = json.loads(text)
+        self.attrs: dict[str, Any] = dict(found["attrs"])
+        self._identify(kind, version)
+        if found["size"] != self.end:
+            raise ValueError(f"it must have {found['size']} bytes, it has {self.end}")
+        self._rest, self._crc = found["block"], found["crc"]
+        self._inside(self._rest, 0)
+        self._used = HEAD.size + size
+        self.columns = {name: self._column(**entry) for name, entry in found["columns"].items()}
+        self.maps = self._maps(**found["maps"]) if "maps" in found else None
+
+    def _identify(self, kind: str, version: int) -> None:
+        name, number = self.attrs.get("format"), self.attrs.get("version")
+        if name != kind:
+            raise FormatError(
+                f"{self.path}: expected format {kind!r}, found {name!r}. {self._remedy}"
+            )
+        if type(number) is not int or number < 1:
+            raise ValueError(f"the format version must be 1 or more, got {number!r}")
+        if number > version:
+            raise NewerVersionError(
+                f"{self.path} is version {number} of {kind}; this release of tokenlabel reads up "
+                f"to version {version}. Remedy: install a newer tokenlabel"
+            )
+        if number < version:
+            raise ValueError(f"it is version {number} of {kind}, which no release reads")
+
+    def _column(
+        self, dtype: str, shape: list[int], offset: int, size: int, crc: int, **more: Any
+    ) -> Column:
+        column = Column(*_array(dtype, shape), offset, size, crc, bool(more.get("gzip")))
+        self._inside(offset, size)
+        nbytes = math.prod(column.shape) * column.dtype.itemsize
+        if nbytes > (size + SLACK) * MOST_TIMES if column.gzip else nbytes != size:
+            raise ValueError(f"{size} bytes cannot be {dtype} {column.shape}")
+        return column
+
+    def _maps(self, offset: int, size: int, planes: list[Any], **_: Any) -> Maps:
+        self._inside(offset, size)
+        return Maps(offset, size, {name: _array(dtype, shape) for name, dtype, shape in planes})
+
+    def _inside(self, offset: int, size: int) -> None:
+        if {type(offset), type(size)} != {int} or min(offset, size) < 0 or offset + size > self.end:
+            raise ValueError(f"bytes {offset} to {offset} + {size} lie outside of it")
+
+    def column(self, name: str, dtype: np.dtype | str, shape: tuple[int, ...]) -> Column:
+        """A column that must have this dtype and shape; FormatError where it has not.
+
+        "S" stands for texts of any length.
+        """
+        if name not in self.columns:
+            raise self.damaged(f"the dataset {name!r} is missing")
+        column: Column = self.columns[name]
+        fits = column.dtype.kind == "S" if dtype == "S" else column.dtype == dtype
+        if column.shape != shape or not fits:
+            raise self.damaged(
+                f"{name} must be {dtype} {shape}, got {column.dtype.str} {column.shape}"
+            )
+        return column
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of a column, as by slicing.
+
+        Its CRC is compared where all of it is read: of all rows, and of any rows if it is gzip.
+        """
+        column = self.columns[name]
+        start, stop, _ = slice(start, stop).indices(column.shape[0])
+        count = max(stop - start, 0)
+        row = math.prod(column.shape[1:]) * column.dtype.itemsize
+        if not column.gzip and count < column.shape[0]:
+            data = bytearray(self.pread(row * count, column.offset + row * start))
+            return np.frombuffer(data, column.dtype).reshape(count, *column.shape[1:])
+        plain: bytes | bytearray = b"".join(self.blocks(name))
+        if zlib.crc32(plain) != column.crc:
+            raise self.damaged(f"{name} has a wrong checksum")
+        try:
+            plain = inflate(plain, row * column.shape[0]) if column.gzip else plain
+        except ValueError as error:
+            raise self.damaged(f"{name}: {error}") from error
+        return np.frombuffer(bytearray(plain), column.dtype).reshape(column.shape)[start:stop]
+
+    def texts(self, name: str) -> list[str]:
+        """A column of texts."""
+        try:
+            return [text.decode() for text in self.read(name).tolist()]
+        except (AttributeError, UnicodeDecodeError) as error:
+            raise self.damaged(f"{name}: {error}") from error
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """The bytes of a column as they lie in the file, not all of them in memory at once."""
+        column = self.columns[name]
+        yield from self._blocks(column.offset, column.offset + column.size)
+
+    def _blocks(self, start: int, stop: int) -> Iterator[bytes]:
+        for offset in range(start, stop, _BLOCK):
+            yield self.pread(min(_BLOCK, stop - offset), offset)
+
+    def check_bytes(self) -> None:
+        """Read the whole file; FormatError unless every byte is as it was written."""
+        if any(map(any, self._blocks(self._used, self._rest))):
+            raise self.damaged("bytes between the directory and HDF5's part are not 0")
+        crc = 0
+        for block in self._blocks(self._rest, self.end):
+            crc = zlib.crc32(block, crc)
+        if crc != self._crc:
+            raise self.damaged("bytes of it were changed: they have a wrong checksum")
+
+    def mapped(self, name: str, dtype: np.dtype | str, shape: tuple[int, ...]) -> np.ndarray:
+        """A column that is not gzip as a read-only view of the file, nothing of which is read."""
+        column = self.column(name, dtype, shape)
+        if column.gzip:
+            raise self.damaged(f"{name} must not be compressed")
+        if not column.size:
+            return np.empty(shape, dtype)
+        return np.frombuffer(self._map, dtype, math.prod(shape), column.offset).reshape(shape)
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        return mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """Bytes of the file, all of them; FormatError where it ends before, OSError as given."""
+        # Before room is made for them.
+        data = b"" if offset + size > self.end else self._some(size, offset)
+        if len(data) != size:
+            raise self.damaged(f"it ends before byte {offset + size}: it was cut short")
+        return data
+
+    def _some(self, size: int, offset: int) -> bytes:
+        """Bytes of the file, fewer where it ends."""
+        data = b""
+        try:
+            # Systems may give fewer than there are.
+            while len(data) < size and (more := self._once(size - len(data), offset + len(data))):
+                data = data + more if data else more
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from error
+        return data
+
+    def _once(self, size: int, offset: int) -> bytes:
+        if not self._close.alive:
+            raise ValueError(f"{self.path} is closed")
+        if hasattr(os, "pread"):
+            return os.pread(self._handle, size, offset)
+        with self._lock:  # Windows
+            os.lseek(self._handle, offset, os.SEEK_SET)
+            return os.read(self._handle, size)
+
+    def damaged(self, reason: object) -> FormatError:
+        """The error for a file that does not hold what it must."""
+        return FormatError(
+            f"{self.path} is damaged, cut short or not of this format: {reason}. {self._remedy}"
+        )
+
+    def close(self) -> None:
+        """Close the file; views of it stay."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _array(dtype: str, shape: list[int]) -> tuple[np.dtype, tuple[int, ...]]:
+    if not _DTYPE.fullmatch(dtype):
+        raise ValueError(f"{dtype!r} is no type of the format")
+    if not 1 <= len(shape) <= 6 or any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"{shape} is no shape")
+    return np.dtype(dtype), tuple(shape)

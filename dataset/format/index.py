@@ -1,0 +1,276 @@
+"""`index`: where every key of a split is, derived from the shards and rebuilt at any time.
+
+The index holds the key table, labels, sizes and error flags of all rows, and the size and digest of
+each shard, by which a stale index is recognised. The shards are the truth.
+"""
+
+import logging
+import os
+import tempfile
+from bisect import bisect_right
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ...errors import FormatError
+from .directory import StoredFile
+from .files import replacing
+from .keys import KeyTable, KeyWriter
+from .shard import Shard, parse_shard_name, shard_name
+
+NAME = "index"
+FORMAT = "tokenlabel-index"
+VERSION = 3
+#: Columns of the rows beside the keys: dtype and width.
+COLUMNS: dict[str, tuple[str, int]] = {
+    "label": ("<i4", 1),
+    "size": ("<i4", 2),
+    "failed": ("|u1", 1),
+}
+#: How often an index is built that does not fit the shards: they may change at that moment.
+_TRIES = 2
+
+_log = logging.getLogger(__name__)
+
+
+class Index(NamedTuple):
+    """The rows of a split, in order.
+
+    Attributes:
+        keys: the sorted keys.
+        labels: int32 [n], ground truth or -1.
+        sizes: int32 [n, 2], (width, height) of the images.
+        failed: bool [n], True where the image has no map.
+        shard_rows: uint64 [shards + 1], the first row of each shard, and the number of rows.
+        shard_sha256: the content digest of each shard.
+        file: the file.
+    """
+
+    keys: KeyTable
+    labels: np.ndarray
+    sizes: np.ndarray
+    failed: np.ndarray
+    shard_rows: np.ndarray
+    shard_sha256: list[str]
+    file: StoredFile
+
+    def shard(self, row: int) -> int:
+        """The shard that holds a row."""
+        return bisect_right(self.shard_rows.data, row) - 1
+
+    def fits(self, shard: Shard, number: int) -> bool:
+        """Whether a shard is the one that was indexed, here and there undamaged."""
+        first, last = self.shard_rows[number : number + 2].tolist()
+        if shard.attrs["sha256"] != self.shard_sha256[number] or shard.rows != last - first:
+            return False
+        if "extent" in shard:
+            shard.read("extent")  # all of it, by which it is checked: maps read single rows
+        # Read, not mapped, whose pages would stay in memory.
+        ends = self.file.read("key_offsets", first, last + 1)
+        keys = shard.read("key").tolist()
+        same = np.diff(ends).tolist() == list(map(len, keys))
+        return (
+            same
+            and self.file.read("key_bytes", int(ends[0]), int(ends[-1])).tobytes() == b"".join(keys)
+            and all(
+                np.array_equal(self.file.read(name, first, last), column)
+                for name, column in _columns(shard).items()
+            )
+        )
+
+
+def _columns(shard: Shard) -> dict[str, np.ndarray]:
+    return {
+        "label": shard.read("label"),
+        "size": shard.read("size"),
+        "failed": (shard.read("error") != b"").view(np.uint8),
+    }
+
+
+def find_shards(root: Path) -> list[Path]:
+    """The complete, ordered list of a split's shards.
+
+    Raises FileNotFoundError when there is none, FormatError when some are missing or when the
+    folder mixes splits of different length.
+    """
+    found = sorted(
+        (parsed, entry.path)
+        for entry in os.scandir(root)
+        if (parsed := parse_shard_name(entry.name))
+    )
+    if not found:
+        below = [
+            folder.path
+            for folder in sorted(os.scandir(root), key=lambda entry: entry.name)
+            if folder.is_dir() and any(map(parse_shard_name, os.listdir(folder.path)))
+        ]
+        remedy = f"name a split: {' or '.join(below)}" if below else "run `annotate` into it"
+        raise FileNotFoundError(f"{root} holds no shards. Remedy: {remedy}")
+    totals = sorted({shards for (_, shards), _ in found})
+    if len(totals) > 1:
+        raise FormatError(
+            f"{root} mixes shards of splits of {' and '.join(map(str, totals))} shards. "
+            "Remedy: keep one set, move the others away"
+        )
+    present = {shard for (shard, _), _ in found}
+    missing = [shard for shard in range(totals[0]) if shard not in present]
+    if missing:
+        names = ", ".join(shard_name(shard, totals[0]) for shard in missing[:3])
+        raise FormatError(
+            f"{root} is incomplete: {len(missing)} of {totals[0]} shards are missing ({names}"
+            f"{', …' if len(missing) > 3 else ''}). Remedy: wait for the job that makes them, or "
+            "run the same `annotate` again"
+        )
+    return [Path(path) for _, path in found]
+
+
+def open_index(root: Path) -> Index:
+    """The index of a split; built first where it is absent, stale or damaged.
+
+    A folder that cannot be written to gets no file: the index is then built for this process.
+    """
+    shards = find_shards(root)
+    path = root / NAME
+    for _ in range(_TRIES):
+        try:
+            return _load(path, shards)
+        except FileNotFoundError:
+            _log.info("%s has no index yet: building it", root)
+        except (FormatError, OSError) as error:
+            _log.info("rebuilding the index: %s", error)
+        try:
+            build_index(root, shards)
+        except OSError as error:
+            _log.info("the index cannot be kept in %s (%s): it is built in memory", root, error)
+            return _built_in_memory(root, shards, error)
+    try:  # where others delete or replace the index all the time
+        return _built_in_memory(root, shards, OSError("it is gone or of other shards each time"))
+    except FormatError as error:
+        raise FormatError(
+            f"{root} changes while it is read: {error}. Remedy: wait for the job that writes to it"
+        ) from error
+
+
+def _built_in_memory(root: Path, shards: list[Path], reason: OSError) -> Index:
+    try:
+        # Mapped memory outlives the file's name, so the folder may go at once.
+        with tempfile.TemporaryDirectory(prefix="tokenlabel-") as folder:
+            path = Path(folder) / NAME
+            write_index(path, shards)
+            return _load(path, shards)
+    except OSError as error:
+        raise OSError(
+            f"{root} needs an index, and it can be written neither there ({reason}) nor to the "
+            f"temporary folder ({error}). Remedy: name a folder with room in TMPDIR"
+        ) from error
+
+
+def build_index(root: Path, shards: list[Path] | None = None) -> Path:
+    """Write `index` from the shards; return its path.
+
+    Raises FormatError for shards that do not belong together or have gone meanwhile.
+    """
+    path = root / NAME
+    with replacing(path) as temporary:
+        write_index(temporary, shards or find_shards(root))
+    return path
+
+
+def _load(path: Path, shards: list[Path]) -> Index:
+    # Not closed: keys and columns are read from it, and it closes with the last of them.
+    file = StoredFile(path, FORMAT, VERSION, "delete it; it is rebuilt")
+    if "shard_size" not in file.columns:
+        raise file.damaged("it has no shard_size")
+    try:
+        sizes = [shard.stat().st_size for shard in shards]
+    except FileNotFoundError as error:
+        raise FormatError(f"{error.filename} has been deleted meanwhile") from error
+    if file.read("shard_size").tolist() != sizes:
+        raise FormatError(f"{path} is older than the shards")
+    keys, count = KeyTable.stored(file), len(shards)
+    columns = {
+        name: file.mapped(name, dtype, (len(keys),) if width == 1 else (len(keys), width))
+        for name, (dtype, width) in COLUMNS.items()
+    }
+    shard_rows = file.mapped("shard_rows", "<u8", (count + 1,)).astype("=u8")
+    ends = shard_rows.tolist()
+    if (ends[0], ends[-1]) != (0, len(keys)) or ends != sorted(set(ends)):
+        raise file.damaged(f"the shards' rows do not ascend from 0 to {len(keys)}")
+    file.column("shard_sha256", "|S64", (count,))
+    index = Index(
+        keys=keys,
+        labels=columns["label"],
+        sizes=columns["size"],
+        failed=columns["failed"].view(bool),
+        shard_rows=shard_rows,
+        shard_sha256=[digest.decode("latin1") for digest in file.read("shard_sha256").tolist()],
+        file=file,
+    )
+    # Another run's shards may have the same sizes; one header tells. The others are compared
+    # when they are opened.
+    with open_shard(shards[0]) as shard:
+        if shard.attrs["sha256"] != index.shard_sha256[0]:
+            raise FormatError(f"{path} is of other shards")
+    return index
+
+
+def open_shard(path: Path) -> Shard:
+    """Open a shard that was there a moment ago.
+
+    Raises FormatError as `Shard`, and where it has gone, as by `inspect-labels --repair`.
+    """
+    try:
+        return Shard(path)
+    except FileNotFoundError as error:
+        raise FormatError(
+            f"{path} has been deleted meanwhile. Remedy: wait for the job that rewrites it, or run "
+            "the same `annotate` again"
+        ) from error
+
+
+def write_index(path: Path, shards: list[Path]) -> None:
+    """Write the index of `shards` to `path`, row by row in constant memory.
+
+    Raises FormatError for shards that do not belong together or have gone meanwhile.
+    """
+    # What finds an index starts without h5py.
+    from .new_file import create
+
+    with create(path, FORMAT, VERSION, {}) as file:
+        keys, first = KeyWriter(file), None
+        rows, sizes, digests = [0], [], []
+        for number, shard_path in enumerate(shards):
+            with open_shard(shard_path) as shard:
+                first = first or shard
+                _check_neighbours(shard, number, rows[-1], first)
+                keys.append(shard.read("key").tolist())
+                for name, column in _columns(shard).items():
+                    file.append(name, column)
+                rows.append(rows[-1] + shard.rows)
+                sizes.append(shard.end)
+                digests.append(shard.attrs["sha256"].encode())
+                file.attrs["fingerprint"] = shard.attrs["fingerprint"]
+        file.add("shard_rows", np.array(rows, "<u8"))
+        file.add("shard_size", np.array(sizes, "<u8"))
+        file.add("shard_sha256", np.array(digests, "S64"))
+
+
+def _check_neighbours(shard: Shard, number: int, row: int, first: Shard) -> None:
+    """Raise FormatError unless this shard begins where the one before it ended."""
+    attrs, path = shard.attrs, shard.path
+    for what, one, other in (
+        ("fingerprint", first.attrs["fingerprint"], attrs["fingerprint"]),
+        ("layout", first.layout, shard.layout),
+    ):
+        if one != other:
+            raise FormatError(
+                f"shards of different runs in one folder: {first.path.name} has {what} {one}, "
+                f"{path.name} has {other}. Remedy: delete those of the run that is not wanted and "
+                "annotate again"
+            )
+    if (attrs["shard"], attrs["first_row"]) != (number, row):
+        raise FormatError(
+            f"{path} says it is shard {attrs['shard']} from row {attrs['first_row']}; its name and "
+            f"neighbours say {number} from row {row}. Remedy: delete it and annotate again"
+        )

@@ -1,0 +1,163 @@
+"""Millions of image keys in a file, looked up through the page cache instead of Python objects.
+
+A key table is two columns that are not compressed, `key_bytes` (the UTF-8 keys, end to end) and
+`key_offsets` (where each starts, and the end). Opening costs nothing, data-loader workers share the
+system's cache, and a look-up is a binary search. Keys are sorted by their UTF-8 bytes.
+"""
+
+import sys
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+
+from ...errors import FormatError
+from .directory import StoredFile
+
+if TYPE_CHECKING:
+    from .new_file import NewFile
+
+_FENCES = 8192  # keys kept as objects, at most
+
+
+class KeyTable(Sequence[str]):
+    """Sorted keys as a sequence of str, with `find`; 8 bytes and the key's own length an image.
+
+    Args:
+        rows: number of keys.
+        ends: (first, last) -> numbers first to last - 1 of where keys begin, and the last one ends.
+        text: (first, last) -> bytes first to last - 1 of the keys, end to end.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        ends: Callable[[int, int], Sequence[int]],
+        text: Callable[[int, int], bytes],
+    ) -> None:
+        self._rows, self._ends, self._text = rows, ends, text
+        self._fence = lru_cache(2 * _FENCES)(self._raw)  # where every search begins
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = index + len(self) if index < 0 else index
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {index} is outside 0..{len(self) - 1}")
+        return _decoded(self._raw(row))
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, self._rows, _FENCES):
+            stop = min(start + _FENCES, self._rows)
+            begin, *ends = self._ends(start, stop + 1)
+            text = self._text(begin, ends[-1])
+            for first, last in pairwise((begin, *ends)):
+                yield _decoded(text[first - begin : last - begin])
+
+    def _raw(self, row: int) -> bytes:
+        first, last = self._ends(row, row + 2)
+        return self._text(first, last)
+
+    def find(self, key: str, near: int = -1) -> int:
+        """Row of `key`, or -1; soonest where that is row `near`."""
+        wanted = key.encode(errors="surrogatepass")  # which no key has
+        if 0 <= near < self._rows and self._raw(near) == wanted:
+            return near
+        fences = range(0, self._rows, self._rows // _FENCES + 1)
+        after = bisect_right(fences, wanted, key=self._fence)
+        if after == 0:
+            return -1
+        start = fences[after - 1]
+        stop = fences[after] if after < len(fences) else self._rows
+        ends = self._ends(start, stop + 1)
+        begin = ends[0]
+        text = self._text(begin, ends[-1])
+
+        def at(row: int) -> bytes:
+            return text[ends[row] - begin : ends[row + 1] - begin]
+
+        row = bisect_right(range(stop - start), wanted, key=at) - 1
+        return start + row if row >= 0 and at(row) == wanted else -1
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self.find(key) >= 0
+
+    def index(self, value: str, start: int = 0, stop: int | None = None) -> int:
+        """Row of `value`; raises ValueError when absent."""
+        row = self.find(value)
+        if row < start or (stop is not None and row >= stop):
+            raise ValueError(f"{value!r} is not among the keys")
+        return row
+
+    @classmethod
+    def stored(cls, file: StoredFile) -> "KeyTable":
+        """The table that `KeyWriter` stored.
+
+        Read, not mapped: searches would in time make all of it memory of the process.
+        """
+        for name in ("key_offsets", "key_bytes"):
+            if name not in file.columns or file.columns[name].gzip:
+                raise file.damaged(f"the dataset {name!r} is missing or compressed")
+        rows, size = file.columns["key_offsets"].shape[0] - 1, file.columns["key_bytes"].shape[0]
+        first = file.column("key_offsets", "<u8", (rows + 1,)).offset
+        start = file.column("key_bytes", "|u1", (size,)).offset
+
+        def ends(a: int, b: int) -> Sequence[int]:
+            numbers = array("Q", file.pread(8 * (b - a), first + 8 * a))
+            if sys.byteorder == "big":
+                numbers.byteswap()
+            return numbers
+
+        def text(a: int, b: int) -> bytes:  # damaged offsets must not ask for all memory
+            return file.pread(max(min(b, size) - a, 0), start + min(a, size))
+
+        if rows < 1 or (ends(0, 1)[0], ends(rows, rows + 1)[0]) != (0, size):
+            raise file.damaged("the key offsets do not span the key bytes")
+        return cls(rows, ends, text)
+
+
+def _decoded(key: bytes) -> str:
+    try:
+        return key.decode()
+    except UnicodeDecodeError:
+        raise FormatError(
+            f"keys are UTF-8, but one is {key[:99]!r}: the key table is damaged. Remedy: delete "
+            "the file it is in, index or manifest; it is rebuilt"
+        ) from None
+
+
+class KeyWriter:
+    """Stores sorted keys as the key table of a new file, in constant memory."""
+
+    def __init__(self, file: "NewFile") -> None:
+        self._file, self._end = file, 0
+        self._last: bytes | None = None
+        self.rows = 0
+        file.append("key_offsets", np.zeros(1, "<u8"))
+
+    def append(self, keys: Sequence[bytes]) -> None:
+        """Add UTF-8 keys; raises FormatError unless each sorts after the one before it."""
+        before = self._last
+        for key in keys:
+            if before is not None and key <= before:
+                raise FormatError(
+                    "keys must be unique and sorted by their UTF-8 bytes: "
+                    f"{key.decode(errors='replace')!r} comes after "
+                    f"{before.decode(errors='replace')!r}"
+                )
+            before = key
+        ends = self._end + np.cumsum([len(key) for key in keys], dtype="<u8")
+        self._file.append("key_bytes", np.frombuffer(b"".join(keys), "|u1"))
+        self._file.append("key_offsets", ends)
+        self._last, self._end, self.rows = before, int(ends[-1]), self.rows + len(keys)

@@ -1,0 +1,364 @@
+"""One shard: the maps of consecutive images in one file. The spec is docs/format.md.
+
+All names and dtypes of the format stand here and in `score_map`; writer and reader use them.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import FormatError
+from .chunks import STRATEGIES, encode_chunk, inflate, unshuffle
+from .directory import MOST_TIMES, SLACK, StoredFile
+from .score_map import DROPPED, MapLayout, ScoreMap
+
+if TYPE_CHECKING:
+    from .new_file import NewFile
+
+FORMAT = "tokenlabel-shard"
+VERSION = 2
+VIEWS = ("identity", "hflip")
+#: Attributes without which a file is no shard, and their types.
+HEADER: dict[str, type] = {
+    **dict.fromkeys(("num_classes", "k", "residual"), int),
+    **dict.fromkeys(("shard", "shards", "first_row", "errors"), int),
+    **dict.fromkeys(("step", "floor"), float),
+    **dict.fromkeys(("views", "extent"), list),
+    **dict.fromkeys(("sha256", "fingerprint"), str),
+}
+#: Columns: dtype ("S": texts) and what follows the row in their shape. The last one may be absent.
+COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "key": ("S", ()),
+    "label": ("<i4", ()),
+    "size": ("<i4", (2,)),
+    "digest": ("<u8", ()),
+    "error": ("S", ()),
+    "extent": ("<f4", (4,)),
+}
+_NAME = re.compile(r"shard-(\d{5,})-of-(\d{5,})\.h5")
+_MOST_CLASSES = 1 << 24  # vectors of so many numbers are made of a map
+_REMEDY = "delete the file and run `annotate` again; it remakes just what is missing"
+#: What the planes of an image without a map hold, so that nobody takes them for labels.
+_BLANK: dict[str, float] = {"codes": DROPPED, "residual_codes": DROPPED, "level": np.nan}
+
+_Extent = tuple[float, float, float, float]
+
+
+def shard_name(shard: int, shards: int) -> str:
+    """File name of shard `shard` (from 0) of `shards`."""
+    return f"shard-{shard:05d}-of-{shards:05d}.h5"
+
+
+def parse_shard_name(name: str) -> tuple[int, int] | None:
+    """(shard, shards) of a shard's file name; None for any other file."""
+    match = _NAME.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+class ContentDigest:
+    """The sha256 of a shard's decoded arrays, fed block by block."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, tuple[str, Any]] = {}
+        self._rows: dict[str, int] = {}
+
+    def update(self, name: str, block: np.ndarray) -> None:
+        """Add the next rows of dataset `name`."""
+        little = np.ascontiguousarray(block, block.dtype.newbyteorder("<"))
+        if name not in self._parts:
+            self._parts[name] = (f"{little.dtype.str} {block.shape[1:]}", hashlib.sha256())
+        self._parts[name][1].update(little.data)
+        self._rows[name] = self._rows.get(name, 0) + len(block)
+
+    def hexdigest(self) -> str:
+        """Digest over name, dtype, row shape, row count and content, in order of the names."""
+        total = hashlib.sha256()
+        for name in sorted(self._parts):
+            kind, content = self._parts[name]
+            total.update(f"{name} {kind} {self._rows[name]}\n".encode() + content.digest())
+        return total.hexdigest()
+
+
+class ShardWriter:
+    """Fills a new file with one shard, rows in order. Made by `write_shard`.
+
+    Attributes:
+        attrs: further attributes (str, list of str, int or float); may be added to until the
+            `with` block ends.
+    """
+
+    def __init__(
+        self,
+        file: "NewFile",
+        layout: MapLayout,
+        keys: Sequence[str],
+        labels: Sequence[int] | np.ndarray,
+        extents: np.ndarray | None,
+    ) -> None:
+        rows = len(keys)
+        if rows == 0 or len(labels) != rows:
+            raise ValueError(f"a shard needs rows, and a label for each; got {rows}, {len(labels)}")
+        self.attrs = file.attrs
+        self._file, self._keys, self._planes = file, list(keys), layout.planes()
+        self._errors: list[str] = []
+        self._digest = ContentDigest()
+        self._rows: dict[str, np.ndarray] = {
+            "label": np.asarray(labels, "<i4"),
+            "size": np.zeros((rows, 2), "<i4"),
+            "digest": np.zeros(rows, "<u8"),
+        }
+        if extents is not None:
+            self._rows["extent"] = np.asarray(extents, "<f4").reshape(rows, 4)
+        file.create_maps(rows, self._planes)
+
+    def append(
+        self,
+        maps: Mapping[str, np.ndarray],
+        sizes: np.ndarray,
+        digests: np.ndarray,
+        errors: Sequence[str],
+    ) -> None:
+        """Write the next rows.
+
+        Args:
+            maps: the planes of `layout.planes()` by name, [b, *shape] each, in the stored dtype.
+            sizes: int [b, 2], images' (width, height) in pixels.
+            digests: uint64 [b] of the image files.
+            errors: b texts, empty where the image has a map. The planes of the others are blanked.
+        """
+        start, count = len(self._errors), len(errors)
+        bad = np.array([bool(error) for error in errors])
+        blocks = {}
+        for name, (dtype, shape) in self._planes.items():
+            block = maps[name]
+            if block.dtype != dtype or block.shape != (count, *shape):
+                raise ValueError(
+                    f"{name} must be {dtype} {(count, *shape)}, got {block.dtype} {block.shape}"
+                )
+            if bad.any():
+                block = block.copy()  # what comes from the object store is read-only
+                blank = np.inf if dtype == np.float16 and name == "codes" else _BLANK.get(name, 0)
+                block[bad] = blank
+            blocks[name] = block
+            self._digest.update(name, block)
+        # Row by row, so that what is read together lies together.
+        for row in range(count):
+            self._file.append_map(
+                [encode_chunk(block[row], STRATEGIES[name]) for name, block in blocks.items()]
+            )
+        self._rows["size"][start : start + count] = sizes
+        self._rows["digest"][start : start + count] = digests
+        self._errors += errors
+
+    def finish(self) -> None:
+        """Write the columns and what the header says of the content."""
+        from .new_file import encode_texts
+
+        if len(self._errors) != len(self._keys):
+            raise ValueError(f"{len(self._keys)} rows were promised, {len(self._errors)} written")
+        texts = {"key": encode_texts(self._keys), "error": encode_texts(self._errors)}
+        for name, column in (texts | self._rows).items():
+            self._digest.update(name, column)
+            self._file.add(name, column, gzip=name in texts)
+        self._file.add("bounds", self._file.bounds)
+        self.attrs["errors"] = sum(map(bool, self._errors))
+        self.attrs["sha256"] = self._digest.hexdigest()
+
+
+@contextmanager
+def write_shard(
+    path: Path,
+    layout: MapLayout,
+    keys: Sequence[str],
+    labels: Sequence[int] | np.ndarray,
+    attrs: dict[str, Any],
+    extents: np.ndarray | None = None,
+) -> Iterator[ShardWriter]:
+    """Write one shard in a `with` block; it appears at `path`, whole, when the block ends well.
+
+    Any exception out of the block, or a row too few, discards it.
+
+    Args:
+        path: final path of the shard.
+        layout: shapes and dtypes.
+        keys: the keys of all its rows, in order, sorted by their UTF-8 bytes.
+        labels: their ground-truth classes, -1 where unknown.
+        attrs: attributes that docs/format.md asks of the writer.
+        extents: [n, 4] boxes (x0, y0, x1, y1), normalised to the image, that the maps cover; None
+            when every map covers its whole image.
+    """
+    # What only reads shards starts without h5py.
+    from .files import replacing
+    from .new_file import create
+
+    shapes = {
+        "num_classes": layout.num_classes,
+        "k": layout.k,
+        "views": list(layout.views),
+        "residual": layout.residual,
+        "step": float(layout.step),
+    }
+    with (
+        replacing(path) as temporary,
+        create(temporary, FORMAT, VERSION, {"floor": 0.0, **shapes, **attrs}) as file,
+    ):
+        writer = ShardWriter(file, layout, keys, labels, extents)
+        yield writer
+        writer.finish()
+
+
+class Shard(StoredFile):
+    """One shard open for reading; its header and shapes are checked before anything is read.
+
+    Attributes:
+        attrs: the attributes as str, int, float and lists.
+        layout: shapes and dtypes.
+        rows: number of images.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, FORMAT, VERSION, _REMEDY)
+        try:
+            self._check()
+        except (OverflowError, TypeError, ValueError) as error:
+            raise self.damaged(error) from error
+
+    def _check(self) -> None:
+        attrs = self.attrs
+        if missing := [name for name in HEADER if name not in attrs]:
+            raise ValueError(f"the header lacks {', '.join(missing)}")
+        for name, kind in HEADER.items():
+            if type(attrs[name]) is not kind:
+                raise ValueError(f"{name} must be {kind.__name__}, got {attrs[name]!r}")
+        if tuple(attrs["views"]) not in (VIEWS[:1], VIEWS):
+            raise ValueError(f"views must be {VIEWS[:1]} or {VIEWS}, got {attrs['views']}")
+        box = attrs["extent"]
+        if len(box) != 4 or not all(type(side) in (int, float) for side in box):
+            raise ValueError(f"extent must be a box of 4 numbers, got {box}")
+        if not 0 <= attrs["step"] < math.inf:
+            raise ValueError(f"step must be 0 or more nats, got {attrs['step']}")
+        if not max(attrs["k"], attrs["residual"]) <= attrs["num_classes"] <= _MOST_CLASSES:
+            raise ValueError(f"num_classes cannot be {attrs['num_classes']}")
+        maps = self.maps
+        if maps is None or "codes" not in maps.planes or "key" not in self.columns:
+            raise ValueError("it has no codes or no key")
+        _, _, height, width = maps.planes["codes"][1]  # ValueError for other ranks
+        self.layout = MapLayout(
+            tuple(attrs["views"]),
+            (height, width),
+            attrs["k"],
+            attrs["num_classes"],
+            attrs["residual"],
+            attrs["step"],
+            "level" in maps.planes,
+        )
+        self._planes = self.layout.planes()
+        if list(maps.planes.items()) != list(self._planes.items()):
+            raise ValueError(f"its planes must be {self._planes}, got {maps.planes}")
+        self._sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in self._planes.values()]
+        self.rows: int = self.columns["key"].shape[0]
+        for name, (dtype, tail) in COLUMNS.items():
+            if name != "extent" or name in self:
+                self.column(name, dtype, (self.rows, *tail))
+        chunks = self.rows * len(self._sizes)
+        self._chunks = maps
+        wide = "bounds" in self.columns and self.columns["bounds"].dtype == "<u8"
+        self._bounds = self.column("bounds", "<u8" if wide else "<u4", (chunks + 1,))
+        if self._bounds.gzip or min(self._sizes) == 0 or self.rows == 0:
+            raise ValueError("its maps must have rows and bytes, and bounds that lie open")
+        if sum(self._sizes) * self.rows > (maps.size + SLACK * chunks) * MOST_TIMES:
+            raise ValueError(f"{maps.size} bytes cannot be {self.rows} maps of {self._planes}")
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of a dataset, decoded as stored (texts as bytes).
+
+        Raises FormatError where the stored bytes do not decode, OSError where the system does not
+        give them.
+        """
+        if name not in self._planes:
+            return super().read(name, start, stop)
+        dtype, shape = self._planes[name]
+        number = list(self._planes).index(name)
+        start, stop, _ = slice(start, stop).indices(self.rows)
+        block = np.empty((max(stop - start, 0), *shape), dtype)
+        for row in range(start, stop):
+            block[row - start] = unshuffle(self._inflated(row, number, number + 1), dtype, shape)
+        return block
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the shard has this dataset."""
+        return name in self._planes or (name in COLUMNS and name in self.columns)
+
+    def planes(self, row: int) -> bytes:
+        """The planes of a row, inflated and otherwise as stored, one behind the other.
+
+        Items of more than a byte are still shuffled. Raises as `read`.
+        """
+        return self._inflated(row, 0, len(self._sizes))
+
+    def _inflated(self, row: int, first: int, last: int) -> bytes:
+        """Planes `first` to `last` - 1 of a row."""
+        width = self._bounds.dtype.itemsize
+        start = self._bounds.offset + (row * len(self._sizes) + first) * width
+        bounds = np.frombuffer(
+            self.pread((last - first + 1) * width, start), self._bounds.dtype
+        ).tolist()
+        sizes = self._sizes[first:last]
+        # Deflate cannot do worse: more than this is no chunk of ours, and not worth the memory.
+        most = min(self._chunks.size, bounds[0] + sum(2 * size + 1024 for size in sizes))
+        if bounds != sorted(bounds) or bounds[-1] > most:
+            raise self._unreadable(row, f"its chunks cannot lie at {bounds}")
+        begin = self._chunks.offset + bounds[0]
+        data = memoryview(self.pread(bounds[-1] - bounds[0], begin))
+        try:
+            parts = [
+                inflate(data[a - bounds[0] : b - bounds[0]], size)
+                for a, b, size in zip(bounds, bounds[1:], sizes, strict=False)
+            ]
+        except ValueError as error:
+            raise self._unreadable(row, error) from error
+        return b"".join(parts)
+
+    def _unreadable(self, row: int, reason: object) -> FormatError:
+        return FormatError(
+            f"{self.path}: the map of row {row} cannot be read: {reason}. Remedy: {_REMEDY}"
+        )
+
+    def map(self, row: int) -> ScoreMap:
+        """What is stored of a row."""
+        plain, start = memoryview(self.planes(row)), 0
+        empty = (len(self.layout.views), 0)
+        found: dict[str, Any] = {
+            "residual_classes": np.empty(empty, self.layout.class_dtype),
+            "residual_codes": np.empty(empty, np.uint8),
+            "level": None,
+        }
+        for (name, (dtype, shape)), size in zip(self._planes.items(), self._sizes, strict=True):
+            found[name] = unshuffle(plain[start : start + size], dtype, shape)
+            start += size
+        width, height = self.read("size", row, row + 1)[0].tolist()
+        label, extent = self.read("label", row, row + 1).item(), self.extent(row)
+        return ScoreMap(self.layout, label=label, size=(width, height), extent=extent, **found)
+
+    def extent(self, row: int) -> _Extent:
+        """Box (x0, y0, x1, y1), normalised to the image, that the row's map covers."""
+        box = self.read("extent", row, row + 1)[0] if "extent" in self else self.attrs["extent"]
+        x0, y0, x1, y1 = map(float, box)
+        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+            raise self._unreadable(row, f"it cannot cover {(x0, y0, x1, y1)} of its image")
+        return x0, y0, x1, y1
+
+    def content_digest(self, block: int = 256) -> str:
+        """The sha256 of the decoded arrays as they are now; `attrs["sha256"]` is what it was."""
+        digest = ContentDigest()
+        for name in (*self._planes, *(name for name in COLUMNS if name in self)):
+            step = block if name in self._planes else self.rows
+            for start in range(0, self.rows, step):
+                digest.update(name, self.read(name, start, start + step))
+        return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What each patch of a student is taught: records of a batch, and targets on its device."""

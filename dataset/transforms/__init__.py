@@ -1,0 +1,1 @@
+"""Pipelines for images with label maps, and the augmentations of other libraries."""

@@ -1,0 +1,60 @@
+# mypy: allow-subclassing-any
+"""`ToTokenLabels`: the end of a pipeline of your own, from label maps to records."""
+
+from typing import Any
+
+import PIL.Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from ..label_map.label_map import TokenLabelMap
+from ..targets.token_labels import Grid, TokenLabels, student_grid
+
+
+class ToTokenLabels(v2.Transform):
+    """Turns every `TokenLabelMap` of a sample into `TokenLabels`. Ends a pipeline.
+
+    Args:
+        grid: the student's patches, (h, w), or one number for a square, for `labels.targets()`;
+            None: whoever asks for targets says it.
+        shrink: as in `TokenLabelDataset`.
+
+    Raises:
+        ValueError: a bad option; when called, for a map whose canvas is not the size of the
+            sample's image.
+    """
+
+    _transformed_types = (TokenLabelMap,)
+
+    def __init__(self, grid: int | Grid | None = None, *, shrink: float = 0.0) -> None:
+        super().__init__()
+        self.grid = None if grid is None else student_grid(grid)
+        if not 0 <= shrink:
+            raise ValueError(f"shrink must be 0 or more, such as 0.3; got {shrink}")
+        self.shrink = shrink
+
+    def check_inputs(self, flat_inputs: list[Any]) -> None:
+        """Refuse maps that do not lie on the sample's image."""
+        sizes = {tuple(F.get_size(image)) for image in _images(flat_inputs)}
+        for leaf in flat_inputs:
+            if isinstance(leaf, TokenLabelMap) and sizes - {leaf.canvas_size}:
+                raise ValueError(
+                    "a label map must lie on its image; the map's canvas is (h, w) = "
+                    f"{leaf.canvas_size}, the image is {sorted(sizes)}. Remedy: give from_scores "
+                    "the image's size, and send image and map through the same transforms"
+                )
+
+    def transform(self, inpt: TokenLabelMap, params: dict[str, Any]) -> TokenLabels:
+        """The record of one map."""
+        return TokenLabels.of(inpt, self.grid, self.shrink)
+
+
+def _images(flat_inputs: list[Any]) -> list[Any]:
+    """The leaves of a sample that v2 transforms take for images."""
+    explicit = (PIL.Image.Image, tv_tensors.Image, tv_tensors.Video)
+    images = [leaf for leaf in flat_inputs if isinstance(leaf, explicit)]
+    if images:
+        return images
+    pure = [leaf for leaf in flat_inputs if F.is_pure_tensor(leaf)]
+    return [leaf for leaf in pure[:1] if leaf.ndim >= 2]

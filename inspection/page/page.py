@@ -1,0 +1,174 @@
+"""A page to browse label maps: one HTML file that needs no network and no server."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...dataset.store import LabelStore
+from ...errors import ConfigError, FormatError, ImageError, TokenLabelError
+from ..pictures.image_files import PictureFiles
+from ..pictures.map_facts import COLOURS, LETTERS, OTHER, VIRIDIS
+from ..pictures.output import output_file
+from .data import SplitData
+
+#: Images without a map that a page lists by name.
+LISTED_ERRORS = 1000
+#: In the order in which they make up the one script.
+_SCRIPTS = ("data.js", "summary.js", "gallery.js", "viewer.js", "patches.js", "start.js")
+
+
+class PageReport(NamedTuple):
+    """What a page holds.
+
+    Attributes:
+        path: the file.
+        shown: images on it, of `total` that have a map.
+        errors: images without a map, and those whose file or map cannot be read.
+        size: of the file, in bytes.
+    """
+
+    path: Path
+    shown: int
+    total: int
+    errors: int
+    size: int
+
+
+def save_page(
+    stores: Sequence[LabelStore],
+    path: Path,
+    images: Path | None = None,
+    *,
+    limit: int = 200,
+    keys: Sequence[str] | None = None,
+    watch: Callable[[int, int], None] | None = None,
+) -> PageReport:
+    """Write a page with images and label maps to browse.
+
+    Args:
+        stores: label sets, one for each split.
+        path: HTML file to write; it is replaced as a whole or not at all.
+        images: folder of the images, DATA/SPLIT or DATA; None for the embedded sample.
+        limit: images to show, evenly spaced over all that have a map.
+        keys: images to show, instead.
+        watch: called with (images done, images to do).
+
+    Raises:
+        ConfigError: the images are not found, or there is nothing to show.
+        MissingMapError: one of `keys` is unknown or has no map.
+        ImageError, FormatError: there is none whose file and map can be read; with others,
+            those that cannot are listed on the page.
+        OutputError: the file cannot be written.
+    """
+    if limit < 1:
+        raise ConfigError(f"a page must show at least 1 image, got {limit}. Remedy: raise it")
+    chosen = _spread(stores, limit) if keys is None else [_find(stores, key) for key in keys]
+    if not chosen:
+        raise ConfigError(
+            "a page needs an image that has a map; there is none in "
+            f"{', '.join(str(store.root) for store in stores)}. Remedy: see what inspect-labels "
+            "says of their errors"
+        )
+    splits = [SplitData(store, name) for store, name in zip(stores, _names(stores), strict=True)]
+    shown: list[dict[str, Any]] = []
+    unreadable: list[dict[str, Any]] = []
+    fault: TokenLabelError | None = None
+    files: dict[int, PictureFiles] = {}
+    for done, (number, row) in enumerate(chosen):
+        store = stores[number]
+        if number not in files:
+            files[number] = PictureFiles(store, images)
+        key = store.keys[row]
+        try:
+            image = splits[number].image(key, files[number].read(key))
+        except (ImageError, FormatError) as error:
+            fault = fault or error
+            unreadable.append({"split": number, "key": key, "error": str(error)})
+        else:
+            shown.append({"split": number, **image})
+        if watch:
+            watch(done + 1, len(chosen))
+    if not shown and fault:
+        raise fault
+    total = sum(int((~store.failed).sum()) for store in stores)
+    failed = sum(int(store.failed.sum()) for store in stores)
+    data = {
+        "splits": [split.facts() for split in splits],
+        "images": shown,
+        "errors": [*unreadable, *islice(_failures(stores), LISTED_ERRORS)],
+        "failed": failed + len(unreadable),
+        "total": total,
+        "picked": keys is not None,
+        "colours": COLOURS,
+        "letters": LETTERS,
+        "other": OTHER,
+        "viridis": VIRIDIS,
+    }
+    with output_file(path) as temporary:
+        temporary.write_text(_document(data), encoding="utf-8")
+    return PageReport(path, len(shown), total, failed + len(unreadable), path.stat().st_size)
+
+
+def _spread(stores: Sequence[LabelStore], limit: int) -> list[tuple[int, int]]:
+    """(store, row) of images with a map, evenly spaced over all of them."""
+    rows = [np.flatnonzero(~store.failed) for store in stores]
+    ends = np.cumsum([len(part) for part in rows])
+    total = int(ends[-1]) if len(ends) else 0
+    places = np.linspace(0, total - 1, min(limit, total)).round().astype(int)
+    found = []
+    for place in places.tolist():
+        number = int(np.searchsorted(ends, place, side="right"))
+        found.append((number, int(rows[number][place - ends[number]])))  # from the end
+    return found
+
+
+def _find(stores: Sequence[LabelStore], key: str) -> tuple[int, int]:
+    number = next((number for number, store in enumerate(stores) if key in store), 0)
+    row = stores[number].row(key)  # raises MissingMapError where none has it
+    if stores[number].failed[row]:
+        stores[number][key]  # raises with the reason
+    return number, row
+
+
+def _names(stores: Sequence[LabelStore]) -> list[str]:
+    """Names of the splits: of their folders, or the whole paths where these are the same."""
+    names = [store.root.resolve().name for store in stores]
+    return names if len({*names}) == len(names) else [str(store.root) for store in stores]
+
+
+def _failures(stores: Sequence[LabelStore]) -> Iterator[dict[str, Any]]:
+    for number, store in enumerate(stores):
+        for row in np.flatnonzero(store.failed).tolist():
+            yield {"split": number, "key": store.keys[row], "error": store.error(row)}
+
+
+def _document(data: dict[str, Any]) -> str:
+    """The template with style, script and data in it, and a policy that allows nothing else."""
+    folder = resources.files(__package__) / "assets"
+    html, style = ((folder / name).read_text("utf-8") for name in ("page.html", "page.css"))
+    script = "\n".join((folder / name).read_text("utf-8") for name in _SCRIPTS)
+    policy = (
+        f"default-src 'none'; script-src '{_source(script)}'; "
+        f"style-src '{_source(style)}'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return Template(html).substitute(policy=policy, style=style, script=script, data=_json(data))
+
+
+def _source(text: str) -> str:
+    """What a content security policy calls an inline text by."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _json(data: dict[str, Any]) -> str:
+    """JSON in ASCII that cannot end the script element it stands in, or start a comment there."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,0 +1,1 @@
+"""An image with its label map, drawn as a PNG."""

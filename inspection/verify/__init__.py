@@ -1,0 +1,1 @@
+"""Is a label set complete, undamaged, of one run and in order?"""

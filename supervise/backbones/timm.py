@@ -1,0 +1,77 @@
+"""Students of timm: whatever has its `forward_features` and `forward_head`. Imports no timm."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .backbone import Backbone, as_map
+
+_INTERFACE = ("forward_features", "forward_head", "get_classifier", "reset_classifier")
+
+
+def timm_backbone(model: Any) -> Backbone | None:
+    """Describe a model of timm's interface; None for another."""
+    if not all(callable(getattr(model, name, None)) for name in _INTERFACE):
+        return None
+    size = getattr(_embedding(model), "img_size", None)
+    if size is None:
+        config = getattr(model, "pretrained_cfg", None) or {}
+        size = tuple(config.get("input_size", (3, 224, 224)))[-2:]
+    dense = getattr(model, "aux_head", None) is not None  # VOLO
+    return Backbone(
+        _volo_features if dense else _features,
+        (int(size[0]), int(size[1])),
+        int(model.num_classes),
+        _reset,
+        _embedding,
+        dense,
+    )
+
+
+def _embedding(model: Any) -> nn.Module | None:
+    embedding = getattr(model, "patch_embed", None)
+    return embedding if isinstance(embedding, nn.Module) else None
+
+
+def _features(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    features = model.forward_features(images)
+    logits = model.forward_head(features)
+    if isinstance(logits, tuple):  # DeiT in its distilled training: both heads, as in evaluation
+        logits = (logits[0] + logits[1]) / 2
+    if isinstance(features, Tensor):
+        features = _final_norm(model)(features)
+    patches = as_map(
+        features,
+        (images.shape[-2], images.shape[-1]),
+        getattr(model, "num_prefix_tokens", 0),
+        channels_last=str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC"),
+    )
+    return logits, patches
+
+
+def _final_norm(model: Any) -> nn.Module:
+    """The norm that some models apply after pooling; their patches need it as much."""
+    for owner, name in ((model, "fc_norm"), (getattr(model, "head", None), "norm")):
+        norm = getattr(owner, name, None)
+        if isinstance(norm, nn.Module):
+            return norm
+    return nn.Identity()
+
+
+def _reset(model: Any, num_classes: int) -> None:
+    like = next(model.parameters())
+    model.reset_classifier(num_classes)
+    heads = model.get_classifier()
+    for head in heads if isinstance(heads, tuple) else (heads,):
+        head.to(device=like.device, dtype=like.dtype)
+
+
+def _volo_features(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = model.forward_features(images)
+    if model.training:
+        logits = model.head(model.head_drop(tokens[:, 0]))
+    else:  # adds half of the patches' maximum
+        logits = model.forward_head(tokens)
+    dense = model.aux_head(model.head_drop(tokens))
+    size = (images.shape[-2], images.shape[-1])
+    return logits, as_map(dense, size, prefix=1, channels_last=True)

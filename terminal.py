@@ -1,0 +1,52 @@
+"""What all terminal output shares: consoles, progress bars, and text of files made harmless."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import rich.progress as rp
+from rich import markup
+from rich.console import Console
+
+from .errors import visible
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that takes text as it is: no emoji codes, no highlighting."""
+    return Console(stderr=stderr, emoji=False, highlight=False)
+
+
+def one_line(text: str) -> str:
+    """Text as it can be shown on a line."""
+    return visible(text).replace("\n", r"\n")
+
+
+def escape(text: str) -> str:
+    """The same for rich's markup."""
+    return markup.escape(one_line(text))
+
+
+class VisibleFormatter(logging.Formatter):
+    """Formats log records so that nothing in them steers a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's text, with control characters as escapes."""
+        return visible(super().format(record))
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with (done, total); shows a bar on stderr if that is a terminal."""
+    stderr = console(stderr=True)
+    if not stderr.is_terminal:
+        yield lambda done, total: None
+        return
+    columns = (
+        rp.TextColumn(what),
+        rp.BarColumn(),
+        rp.MofNCompleteColumn(),
+        rp.TimeRemainingColumn(),
+    )
+    with rp.Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
