@@ -47,7 +47,8 @@ class AnnotateConfig(BaseModel):
     out: str = Field("labels", description="folder to write to; shards go to OUT/SPLIT")
 
     model: str = Field(
-        "tf_efficientnet_lite0", description="teacher: name of a timm classification model"
+        "tf_efficientnet_lite0",
+        description="teacher: a timm classification model, or FILE.py:FUNCTION of your own",
     )
     weights: str = Field(
         "pretrained",

@@ -21,14 +21,14 @@ class Identity:
     """What the driver must know of a teacher without loading it.
 
     Attributes:
-        model: timm name.
+        model: its name.
         weights_digest: hex sha256 of the state dict.
         preprocessing: input size, mean, std, interpolation.
         grid: (H, W) of its maps.
         num_classes: number of classes.
         class_names: their names, None where unknown.
         device: "cpu" or "cuda".
-        dense_rule: how the dense logits are computed, and `dense_exact` whether their mean must be
+        head_mode: how the patch logits are computed, and `dense_exact` whether their mean must be
             the pooled logits; `dense_error` is the largest difference met on the first images.
         notes: warnings from building the teacher, to be shown to the user.
         libraries: versions of the libraries on its node, and its `processor`. Other ones give
@@ -43,7 +43,7 @@ class Identity:
     num_classes: int
     class_names: list[str] | None
     device: str
-    dense_rule: str
+    head_mode: str
     dense_exact: bool
     dense_error: float
     notes: tuple[str, ...] = ()
@@ -94,7 +94,7 @@ def make_plan(
         "weights": teacher.weights_digest,
         "num_classes": teacher.num_classes,
         "class_names": _digest(teacher.class_names),
-        "dense_rule": teacher.dense_rule,
+        "dense_rule": teacher.head_mode,
         "device": teacher.device,
         "preprocessing": teacher.preprocessing,
         "k": layout.k,
@@ -114,7 +114,7 @@ def make_plan(
     attrs = {
         "teacher": teacher.model,
         "weights_digest": teacher.weights_digest,
-        "dense_rule": teacher.dense_rule,
+        "dense_rule": teacher.head_mode,
         "preprocessing": _json(teacher.preprocessing),
         "floor": config.floor,
         "extent": [0.0, 0.0, 1.0, 1.0],

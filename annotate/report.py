@@ -100,7 +100,7 @@ def make_report(
         written=len(tally.written),
         skipped=skipped,
         failed=tally.failed,
-        dense_rule=identity.dense_rule,
+        dense_rule=identity.head_mode,
         dense_exact=identity.dense_exact,
         dense_error=identity.dense_error,
         seconds=round(seconds, 3),

@@ -25,7 +25,7 @@ def sample_folder(parent: Path) -> Path:
     Raises:
         ConfigError: the extra `sample` is not installed.
     """
-    from timm.data import ImageNetInfo
+    from .teacher.timm_teacher import wordnet_ids
 
     spec = importlib.util.find_spec("foolbox")  # finds it without importing it
     places = spec.submodule_search_locations if spec else None
@@ -35,13 +35,13 @@ def sample_folder(parent: Path) -> Path:
             "the embedded sample needs the package foolbox. Remedy: pip install "
             "'tokenlabel[sample]', or name your own images with `data`"
         )
-    info = ImageNetInfo("imagenet-1k")
+    classes = wordnet_ids()
     folder = parent / "sample"
     for image in images:
         match = _NAME.fullmatch(image.name)
         assert match, image.name
         split = "train" if int(match[1]) < FIRST_VAL else "val"
-        target = folder / split / info.index_to_label_name(int(match[2])) / image.name
+        target = folder / split / classes[int(match[2])] / image.name
         if not (target.is_file() and target.stat().st_size == image.stat().st_size):
             target.parent.mkdir(parents=True, exist_ok=True)
             with replacing(target) as temporary:

@@ -24,8 +24,8 @@ from ...errors import JobError, LockedError
 from ..config import AnnotateConfig
 from ..images import DecodedBatch, decode_batch
 from ..plan import Identity, Plan
+from ..teacher.annotator import Annotator, TeacherOutput
 from ..teacher.identity import build_teacher, identify
-from ..teacher.timm_teacher import Teacher, TeacherOutput
 from .actor import Progress
 from .window import DecodeWindow
 
@@ -161,7 +161,7 @@ def _collected_warnings() -> Iterator[list[str]]:
 class _Pending:
     """A batch on its way through the device and back."""
 
-    def __init__(self, batch: DecodedBatch, teacher: Teacher, plan: Plan) -> None:
+    def __init__(self, batch: DecodedBatch, teacher: Annotator, plan: Plan) -> None:
         self.batch, self.since = batch, time.monotonic()
         images, count = batch.images, len(batch.errors)
         if count < plan.batch_size:
