@@ -24,6 +24,7 @@ from click.testing import CliRunner
 from PIL import Image, PngImagePlugin
 
 from tests.faults.attacks import ATTACKS, attack, parsed, with_directory
+from tests.faults.table import Observed
 from tests.maps import attrs, random_rows, write_split
 from tokenlabel.annotate.classes import build_manifest
 from tokenlabel.annotate.config import load_config
@@ -38,7 +39,6 @@ from tokenlabel.inspection.verify.verify import verify
 LAYOUT = MapLayout(("identity",), (2, 3), 2, 10, residual=3)
 KEYS = ["a/b.jpg", "b/c.jpg", "c/d.jpg"]
 FIRST = shard_name(0, 1)
-Observed = Callable[[str, int, str, str], None]
 #: What a process may take beyond what it has, for a hostile file of some kilobytes.
 MEMORY = 128 << 20
 
