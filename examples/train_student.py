@@ -72,13 +72,7 @@ def arguments() -> argparse.Namespace:
     add("--min-scale", type=float, default=0.08, help="smallest crop, as a fraction of the image")
     add("--crop-pct", type=float, default=0.875, help="of the validation images, as timm has it")
     add("--erase-prob", type=float, default=0.25)
-    add(
-        "--mix",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="fraction of tl.MixUp or tl.CutMix batches",
-    )
+    add("--mix", type=float, default=0.0, metavar="P", help="fraction of MixUp or CutMix batches")
     add("--ema", type=float, default=0.0, metavar="DECAY", help="validate averaged weights too")
     add("--precision", default="bfloat16", choices=["bfloat16", "float32"])
     add("--workers", type=int, default=4, help="data loader processes, for each process")
