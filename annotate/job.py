@@ -150,7 +150,7 @@ def _looks_finished(folder: Path) -> bool:
 
 
 def _identify_here(config: AnnotateConfig, root: Path) -> Identity:
-    from .cluster.worker import build_teacher, identify
+    from .teacher.identity import build_teacher, identify
 
     identity = identify(build_teacher(config), root)
     if config.device == "auto":

@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from tokenlabel.annotate import AnnotateConfig, annotate
 from tokenlabel.annotate.cluster.session import ray_session
-from tokenlabel.annotate.cluster.worker import build_teacher
 from tokenlabel.annotate.images import DecodedBatch, decode_batch
 from tokenlabel.annotate.sample import sample_folder
+from tokenlabel.annotate.teacher.identity import build_teacher
 from tokenlabel.annotate.teacher.timm_teacher import Teacher, TeacherOutput
 from tokenlabel.dataset.sources.folder import scan
 
