@@ -91,7 +91,7 @@ def split_folder(config: AnnotateConfig) -> Path:
     if not root.is_dir():
         there = sorted(p.name for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
         raise ConfigError(
-            f"no folder {root}: `data` must hold a folder a split, and `split` name one; "
+            f"no folder {root}: `data` must hold a folder per split, and `split` name one; "
             + (f"{data} holds {', '.join(there[:5])}" if there else f"{data} holds no folder")
             + ". Remedy: check `data` and `split`"
         )
