@@ -21,16 +21,17 @@ class Identity:
     """What the driver must know of a teacher without loading it.
 
     Attributes:
-        model: timm name.
-        weights_digest: hex sha256 of the state dict.
+        model: its name.
+        weights_digest: hex sha256 of the weights.
         preprocessing: input size, mean, std, interpolation.
         grid: (H, W) of its maps.
         num_classes: number of classes.
-        class_names: their names, None where unknown.
+        class_names: their names, None if unknown.
         device: "cpu" or "cuda".
-        dense_rule: how the dense logits are computed, and `dense_exact` whether their mean must be
-            the pooled logits; `dense_error` is the largest difference met on the first images.
-        notes: warnings from building the teacher, to be shown to the user.
+        head_mode: how the patch logits are computed.
+        exact: whether their mean must equal the pooled logits, and `pooled_error` the largest
+            difference on the first images.
+        notes: warnings from building the teacher, for the user.
         libraries: versions of the libraries on its node, and its `processor`. Other ones give
             codes that differ by one in rare cells, so shards record them; they are not in the
             fingerprint, so a job may resume on another machine.
@@ -43,9 +44,9 @@ class Identity:
     num_classes: int
     class_names: list[str] | None
     device: str
-    dense_rule: str
-    dense_exact: bool
-    dense_error: float
+    head_mode: str
+    exact: bool
+    pooled_error: float
     notes: tuple[str, ...] = ()
     libraries: dict[str, str] = field(default_factory=dict)
 
@@ -94,7 +95,7 @@ def make_plan(
         "weights": teacher.weights_digest,
         "num_classes": teacher.num_classes,
         "class_names": _digest(teacher.class_names),
-        "dense_rule": teacher.dense_rule,
+        "dense_rule": teacher.head_mode,
         "device": teacher.device,
         "preprocessing": teacher.preprocessing,
         "k": layout.k,
@@ -114,7 +115,7 @@ def make_plan(
     attrs = {
         "teacher": teacher.model,
         "weights_digest": teacher.weights_digest,
-        "dense_rule": teacher.dense_rule,
+        "dense_rule": teacher.head_mode,
         "preprocessing": _json(teacher.preprocessing),
         "floor": config.floor,
         "extent": [0.0, 0.0, 1.0, 1.0],

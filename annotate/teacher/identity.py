@@ -69,9 +69,9 @@ def identify(teacher: Teacher, root: Path) -> Identity:
         num_classes=teacher.num_classes,
         class_names=teacher.class_names,
         device=teacher.device.type,
-        dense_rule=teacher.rule,
-        dense_exact=teacher.exact,
-        dense_error=float(teacher.check(batch.images)),
+        head_mode=teacher.rule,
+        exact=teacher.exact,
+        pooled_error=float(teacher.check(batch.images)),
         libraries=libraries(teacher.device),
     )
 
