@@ -15,8 +15,9 @@ from ..dataset.format.lock import folder_lock
 from ..dataset.format.manifest import NAME as MANIFEST
 from ..dataset.format.manifest import Manifest, open_manifest, shard_rows
 from ..dataset.format.shard import Shard
-from ..dataset.sources.folder import EXTENSIONS, scan
-from ..errors import ConfigError, FingerprintError, FormatError, JobError, output_error
+from ..dataset.sources.folder import open_source
+from ..dataset.sources.image_source import ImageSource
+from ..errors import FingerprintError, FormatError, JobError, output_error
 from .classes import build_manifest
 from .cluster.pool import Pool, Tally
 from .cluster.session import plan_resources, ray_session
@@ -55,52 +56,30 @@ def annotate(
         FormatError: a finished shard is damaged.
     """
     begin = time.monotonic()
-    root = split_folder(config)
+    data = sample_folder(SAMPLE_PARENT) if config.data == SAMPLE else Path(config.data)
+    source = open_source(data, config.split)
     folder = config.folder.absolute()
     with folder_lock(folder) as run, _told_errors(), _no_temporary(folder):
         if _looks_finished(config.folder):
             # Nothing to run: the teacher is only asked who it is, here in this process.
-            identity = _identify_here(config, root)
-            plan, todo = _plan(config, root, run, identity)
+            identity = _identify_here(config, source)
+            plan, todo = _plan(config, source, run, identity)
             if not todo:
                 return _finish(config, plan, identity, Tally(), 0, begin)
         with ray_session(config.ray_address):
             resources = plan_resources(config)
             if resources.gpus == 0:
                 config = config.model_copy(update={"device": "cpu"})
-            with Pool((config, root, resources.threads), resources) as pool:
+            with Pool((config, source, resources.threads), resources) as pool:
                 identity = pool.identify(resources.teachers)
                 for note in identity.notes:
                     _log.warning(note)
-                plan, todo = _plan(config, root, run, identity)
+                plan, todo = _plan(config, source, run, identity)
                 images = sum(len(shard_rows(plan.rows, plan.shard_size, shard)) for shard in todo)
                 tally = pool.run(
                     plan, todo, config.retries, lambda now: progress(now, images, plan.rows)
                 )
         return _finish(config, plan, identity, tally, len(todo), begin)
-
-
-def split_folder(config: AnnotateConfig) -> Path:
-    """The folder of the split's images, absolute; lays the embedded sample out if asked for.
-
-    Raises:
-        ConfigError: it is not there, or holds no image.
-    """
-    data = sample_folder(SAMPLE_PARENT) if config.data == SAMPLE else Path(config.data)
-    root = (data / config.split).absolute()
-    if not root.is_dir():
-        there = sorted(p.name for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
-        raise ConfigError(
-            f"no folder {root}: `data` must hold a folder per split, and `split` name one; "
-            + (f"{data} holds {', '.join(there[:5])}" if there else f"{data} holds no folder")
-            + ". Remedy: check `data` and `split`"
-        )
-    if next(scan(root), None) is None:
-        raise ConfigError(
-            f"no images found in {root} or its folders. Remedy: check the path; the images of a "
-            f"split lie in DATA/SPLIT/CLASS/ and end in {', '.join(EXTENSIONS)}"
-        )
-    return root
 
 
 @contextmanager
@@ -149,10 +128,10 @@ def _looks_finished(folder: Path) -> bool:
     return False
 
 
-def _identify_here(config: AnnotateConfig, root: Path) -> Identity:
+def _identify_here(config: AnnotateConfig, source: ImageSource) -> Identity:
     from .teacher.identity import build_teacher, identify
 
-    identity = identify(build_teacher(config), root)
+    identity = identify(build_teacher(config), source)
     if config.device == "auto":
         # This machine may be a head node without the GPUs that made the shards.
         with Shard(find_shards(config.folder)[0]) as shard, suppress(KeyError, ValueError):
@@ -162,14 +141,14 @@ def _identify_here(config: AnnotateConfig, root: Path) -> Identity:
 
 
 def _plan(
-    config: AnnotateConfig, root: Path, run: str, identity: Identity
+    config: AnnotateConfig, source: ImageSource, run: str, identity: Identity
 ) -> tuple[Plan, list[int]]:
-    manifest = _manifest(config, root, identity)
-    plan = make_plan(config, root, run, manifest, identity)
+    manifest = _manifest(config, source, identity)
+    plan = make_plan(config, source, run, manifest, identity)
     return plan, unfinished(plan)
 
 
-def _manifest(config: AnnotateConfig, root: Path, identity: Identity) -> Manifest:
+def _manifest(config: AnnotateConfig, source: ImageSource, identity: Identity) -> Manifest:
     """The split's manifest: rebuilt, and compared with the one that finished shards are of."""
     path = config.folder / MANIFEST
     saved: Manifest | None = None
@@ -178,7 +157,7 @@ def _manifest(config: AnnotateConfig, root: Path, identity: Identity) -> Manifes
     if saved and not config.rescan:
         return saved
     fresh_path = path.with_name(f".{MANIFEST}{TEMPORARY}")
-    fresh = build_manifest(root, fresh_path, identity.class_names, identity.num_classes)
+    fresh = build_manifest(source, fresh_path, identity.class_names, identity.num_classes)
     has_shards = any(config.folder.glob("shard-*.h5"))
     if saved and saved.digest != fresh.digest and has_shards:
         fresh_path.unlink()

@@ -9,6 +9,7 @@ from typing import Any
 from ..dataset.format.manifest import Manifest, shard_count
 from ..dataset.format.score_map import MapLayout
 from ..dataset.format.shard import Shard, parse_shard_name, shard_name
+from ..dataset.sources.image_source import ImageSource
 from ..errors import FingerprintError, FormatError
 from .config import AnnotateConfig
 
@@ -56,7 +57,7 @@ class Plan:
     """Everything an actor needs to make any shard of the run.
 
     Attributes:
-        root: folder of the split's images.
+        source: of the split's images.
         folder: folder of its shards, which holds the manifest.
         run: id that the folder's lock must show.
         rows, shards, shard_size, batch_size, window: sizes, in images and batches.
@@ -67,7 +68,7 @@ class Plan:
         label_space: "teacher" or "folders".
     """
 
-    root: Path
+    source: ImageSource
     folder: Path
     run: str
     rows: int
@@ -83,7 +84,7 @@ class Plan:
 
 
 def make_plan(
-    config: AnnotateConfig, root: Path, run: str, manifest: Manifest, teacher: Identity
+    config: AnnotateConfig, source: ImageSource, run: str, manifest: Manifest, teacher: Identity
 ) -> Plan:
     """Combine options, images and teacher."""
     layout = config.layout(teacher.grid, teacher.num_classes)
@@ -127,7 +128,7 @@ def make_plan(
         "split_rows": rows,
     }
     return Plan(
-        root=root,
+        source=source,
         folder=config.folder.absolute(),
         run=run,
         rows=rows,

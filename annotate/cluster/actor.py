@@ -1,10 +1,10 @@
 """The teacher actor as Ray sees it. Light to import: the driver needs neither torch nor timm."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 
+from ...dataset.sources.image_source import ImageSource
 from ..config import AnnotateConfig
 from ..plan import Identity, Plan
 
@@ -30,10 +30,10 @@ class Progress(NamedTuple):
 class TeacherActor:
     """Passes the driver's calls to a `Worker`."""
 
-    def __init__(self, config: AnnotateConfig, root: Path, threads: int) -> None:
+    def __init__(self, config: AnnotateConfig, source: ImageSource, threads: int) -> None:
         from .worker import Worker
 
-        self._worker = Worker(config, root, threads)
+        self._worker = Worker(config, source, threads)
 
     @ray.method(concurrency_group="control")
     def ready(self) -> Identity:

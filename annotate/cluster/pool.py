@@ -56,7 +56,7 @@ class Pool:
     A context manager: leaving it kills the actors.
 
     Args:
-        arguments: of the actors: config, image folder, threads.
+        arguments: of the actors: config, image source, threads.
         resources: how many actors, with what.
     """
 

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 import ray.exceptions as rx
 
+from ...dataset.sources.image_source import ImageSource
 from ...errors import StorageError
 from ..images import DecodedBatch, failed_batch, join_batches
 
@@ -19,7 +20,7 @@ class DecodeWindow:
 
     Args:
         decode: the remote `decode_batch`.
-        root: image folder.
+        source: of the split's images.
         batches: the keys of each batch.
         sizes: (height, width) of the teacher's input in each pass.
         interpolation: how to resize.
@@ -29,13 +30,13 @@ class DecodeWindow:
     def __init__(
         self,
         decode: Any,
-        root: str,
+        source: ImageSource,
         batches: Sequence[list[str]],
         sizes: Sequence[tuple[int, int]],
         interpolation: str,
         depth: int,
     ) -> None:
-        self._decode, self._root, self._sizes = decode, root, sizes
+        self._decode, self._source, self._sizes = decode, source, sizes
         self._interpolation = interpolation
         self._waiting = deque(batches)
         self._under_way: deque[tuple[list[str], Any]] = deque()
@@ -43,7 +44,7 @@ class DecodeWindow:
             self._submit_next()
 
     def _submit(self, keys: list[str]) -> Any:
-        return self._decode.remote(self._root, keys, self._sizes, self._interpolation)
+        return self._decode.remote(self._source, keys, self._sizes, self._interpolation)
 
     def _submit_next(self) -> None:
         if self._waiting:

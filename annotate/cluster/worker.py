@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from ...dataset.format.manifest import NAME as MANIFEST
 from ...dataset.format.manifest import open_manifest, shard_rows
 from ...dataset.format.score_map import MapLayout, decode, nats
 from ...dataset.format.shard import shard_name, write_shard
+from ...dataset.sources.image_source import ImageSource
 from ...errors import JobError, LockedError
 from ..config import AnnotateConfig
 from ..images import DecodedBatch, decode_batch
@@ -36,9 +36,9 @@ class Worker:
     Of two shards, one runs through the teacher while the first batches of the other are decoded.
     """
 
-    def __init__(self, config: AnnotateConfig, root: Path, threads: int) -> None:
+    def __init__(self, config: AnnotateConfig, source: ImageSource, threads: int) -> None:
         torch.set_num_threads(threads)  # a reused worker keeps the number it had
-        self._config, self._root = config, root
+        self._config, self._source = config, source
         self._device = threading.Lock()
         # Made here, so that each owner has a function of its own: a raylet leaks the leases of a
         # function whose owner was killed, and then runs that function's tasks one at a time.
@@ -56,7 +56,7 @@ class Worker:
                 "there: it computes on the CPU, many times slower. Remedy: a driver and a torch "
                 "with CUDA on every node with GPUs, or `device: cpu`"
             )
-        identity = identify(self._teacher, self._root)
+        identity = identify(self._teacher, self._source)
         self._libraries = json.dumps(identity.libraries, sort_keys=True)
         return dataclasses.replace(identity, notes=tuple(notes))
 
@@ -78,7 +78,7 @@ class Worker:
         size = plan.batch_size
         window = DecodeWindow(
             self._decode,
-            str(plan.root),
+            plan.source,
             [keys[start : start + size] for start in range(0, len(keys), size)],
             self._teacher.input_sizes,
             self._teacher.interpolation,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ...dataset.sources.folder import scan
+from ...dataset.sources.image_source import ImageSource
 from ...errors import StorageError, TeacherError
 from ..config import AnnotateConfig
 from ..images import DecodedBatch, decode_batch, join_batches
@@ -53,14 +53,14 @@ def read_class_names(path: str, num_classes: int) -> list[str]:
     return names
 
 
-def identify(teacher: Teacher, root: Path) -> Identity:
+def identify(teacher: Teacher, source: ImageSource) -> Identity:
     """Describe a teacher, after comparing its dense with its pooled logits on the first images.
 
     Raises:
         TeacherError: they differ although they must not.
         StorageError: none of the first images can be read.
     """
-    batch = _first_images(teacher, root)
+    batch = _first_images(teacher, source)
     return Identity(
         model=teacher.name,
         weights_digest=teacher.weights_digest,
@@ -94,13 +94,13 @@ def _processor(device: torch.device) -> str:
     return f"{name}, {vectors}, {threads} thread{'s' * (threads != 1)}"
 
 
-def _first_images(teacher: Teacher, root: Path) -> DecodedBatch:
+def _first_images(teacher: Teacher, source: ImageSource) -> DecodedBatch:
     parts: list[DecodedBatch] = []
     failure: StorageError | None = None
-    for key in islice(scan(root), _CHECKED):
+    for entry in islice(source.scan(), _CHECKED):
         try:
             sizes, interpolation = teacher.input_sizes, teacher.interpolation
-            parts.append(decode_batch(str(root), [key.decode()], sizes, interpolation))
+            parts.append(decode_batch(source, [entry.key.decode()], sizes, interpolation))
         except StorageError as error:  # fails its own shard alone
             failure = error
     if failure and not parts:

@@ -30,6 +30,7 @@ from tokenlabel.annotate.images import decode_batch
 from tokenlabel.cli import main
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import Shard, shard_name, write_shard
+from tokenlabel.dataset.sources.folder import FolderSource
 from tokenlabel.dataset.store import LabelStore
 from tokenlabel.errors import ConfigError, FormatError, visible
 from tokenlabel.inspection.verify.verify import verify
@@ -250,7 +251,9 @@ def test_hostile_images_become_rows(tmp_path: Path, observed: Observed) -> None:
         batches: list[Any] = []
         with within(30):
             grown = grown_by(
-                lambda: batches.append(decode_batch(str(tmp_path), names, ((8, 8),), "bilinear"))
+                lambda: batches.append(
+                    decode_batch(FolderSource(tmp_path), names, ((8, 8),), "bilinear")
+                )
             )
     (batch,) = batches
     for name, error in zip(names, batch.errors, strict=True):
@@ -272,7 +275,7 @@ def test_only_the_first_frame_is_decoded(tmp_path: Path) -> None:
 
     def seconds(name: str) -> float:
         start = time.thread_time()
-        assert decode_batch(str(tmp_path), [name], ((8, 8),), "bilinear").errors == [""]
+        assert decode_batch(FolderSource(tmp_path), [name], ((8, 8),), "bilinear").errors == [""]
         return time.thread_time() - start
 
     few, many = (min(seconds(f"{n}.gif") for _ in range(9)) for n in (2, 1000))
@@ -291,7 +294,7 @@ def test_folders_that_lead_in_circles_or_away(tmp_path: Path) -> None:
     (data / "away").symlink_to(away)
     (away / "back").symlink_to(data / "a")
     with within(20):
-        keys = list(build_manifest(data, tmp_path / "manifest", None, None).keys)
+        keys = list(build_manifest(FolderSource(data), tmp_path / "manifest", None, None).keys)
     assert keys == ["a/x.jpg", "away/back/x.jpg", "away/x.jpg"]
 
 
@@ -313,7 +316,7 @@ def test_odd_names_are_keys_like_others(tmp_path: Path) -> None:
     short = [name for key, name in ODD_NAMES.items() if key != "long"]
     for name in short:
         (data / name).write_bytes(b"")
-    manifest = build_manifest(data, tmp_path / "manifest", None, None)
+    manifest = build_manifest(FolderSource(data), tmp_path / "manifest", None, None)
     assert list(manifest.keys) == sorted(short, key=str.encode)
     keys = sorted(ODD_NAMES.values(), key=str.encode)
     assert max(map(len, keys)) > 4000
@@ -323,7 +326,7 @@ def test_odd_names_are_keys_like_others(tmp_path: Path) -> None:
     assert "\ud800.jpg" not in store and "a\0" not in store
     (data / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
     with pytest.raises(ConfigError, match=r"keys are UTF-8.*caf\\xe9.*Remedy: rename it"):
-        build_manifest(data, tmp_path / "manifest", None, None)
+        build_manifest(FolderSource(data), tmp_path / "manifest", None, None)
 
 
 def hostile_split(folder: Path, keys: list[str], text: str) -> None:
