@@ -35,7 +35,10 @@ def progress_display(console: Console) -> Iterator[Callable[[Tally, int, int], N
 
     def show(tally: Tally, images: int, split: int) -> None:
         nonlocal printed
-        done, teachers = min(tally.images, images), f"{tally.teachers} teacher{'s' * (tally.teachers != 1)}"
+        done, teachers = (
+            min(tally.images, images),
+            f"{tally.teachers} teacher{'s' * (tally.teachers != 1)}",
+        )
         if console.is_terminal:
             bar.update(
                 task,
