@@ -6,11 +6,14 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from tests.jobs import arguments, digests, environment, run
+from tests.jobs import arguments, config, digests, environment, run
+from tokenlabel.annotate.cluster.session import plan_resources, teacher_slots
+from tokenlabel.errors import ConfigError
 
 #: Loopback only and without token, for a cluster that just this test uses.
 PRIVATE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
@@ -67,7 +70,7 @@ def test_a_job_on_a_running_cluster(sample: Path, tmp_path: Path, head_node: str
         )
         assert done.returncode == 0, done.stdout + done.stderr
         results.append(digests(tmp_path / name / "train"))
-    assert len(results[0]) == 4
+    assert len(results[0]) == 5, "two shards, manifest, index, SHA256SUMS"
     assert results[0] == results[1]
 
 
@@ -77,3 +80,20 @@ def test_no_cluster_at_the_address(sample: Path, tmp_path: Path) -> None:
     assert "cannot reach a Ray cluster at 127.0.0.1:1" in done.stderr
     assert "Remedy: `ray_address` is host:port" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_slots_for_teachers() -> None:
+    def node(**resources: float) -> dict[str, Any]:
+        return {"Resources": resources}
+
+    assert teacher_slots([node(CPU=8.0), node(CPU=2.0)], 0.0) == 2
+    assert teacher_slots([node(GPU=4.0), node(CPU=8.0), node(GPU=1.0)], 1.0) == 5
+    assert teacher_slots([node(GPU=1.0)] * 3, 2.0) == 0, "a teacher's GPUs are those of one node"
+    assert teacher_slots([node(GPU=1.0)], 0.1) == 10
+    assert teacher_slots([node(GPU=2.0)], 0.5) == 4
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_cuda_that_is_not_there_is_refused(sample: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"needs 2 GPUs a teacher on one node, .* 0 at most"):
+        plan_resources(config(sample, tmp_path, device="cuda", gpus_per_teacher=2.0))

@@ -149,10 +149,10 @@ def images_gone(data: Path, _: Path) -> Iterator[None]:
         away.rename(data)
 
 
-FULL = ("cannot write: the disk is full", "Remedy: make room", "Finished shards are kept")
-LOST = ("That is the storage's fault", "Remedy: mend the disk", "Some shards failed")
+FULL = ("cannot write: the disk is full", "Remedy: free space", "Finished shards are kept")
+LOST = ("That is the storage's fault", "Remedy: fix the disk", "Some shards failed")
 FAILED = ("Some shards failed. Run the same command again",)
-BROKEN = ("storage failed: ", "Remedy: mend the disk or the mount")
+BROKEN = ("storage failed: ", "Remedy: fix the disk or the mount")
 #: Each list goes through one folder, which is then finished; `make test` tries the first.
 STAYING = [
     [
@@ -181,7 +181,7 @@ STAYING = [
     [
         Fault(
             "EIO at first images",
-            ("no teacher could be started", "Remedy: mend the disk"),
+            ("no teacher could be started", "Remedy: fix the disk"),
             (f"read *.jpg {errno.EIO} 0 {EVER}",),
         ),
         Fault("ESTALE at rename", FAILED, (f"rename */shard-00002* {errno.ESTALE} 0 {EVER}",)),
