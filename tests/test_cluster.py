@@ -1,5 +1,6 @@
 """Where Ray listens, and a job on a cluster that somebody else has started."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -36,17 +37,18 @@ def test_a_local_session_listens_on_the_loopback_interface_only() -> None:
 @pytest.fixture
 def head_node(tmp_path: Path) -> Iterator[str]:
     """A cluster of one node, as an administrator starts it."""
-    address = "127.0.0.1:6397"
-    options = ["--head", "--port=6397", "--include-dashboard=false", "--disable-usage-stats"]
-    command = [Path(sys.executable).with_name("ray"), "start", *options, "--num-cpus=2", "--block"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ["--head", f"--port={port}", "--include-dashboard=false", "--disable-usage-stats"]
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    command = [*ray, "start", *options, "--num-cpus=2", "--block"]
     log = tmp_path / "head.log"
     with open(log, "w") as output:
         head = subprocess.Popen(command, stdout=output, stderr=output, env=environment() | PRIVATE)
-    deadline = time.monotonic() + 90
     while "Ray runtime started" not in log.read_text():
-        assert head.poll() is None and time.monotonic() < deadline, log.read_text()
+        assert head.poll() is None, log.read_text()
         time.sleep(0.2)
-    yield address
+    yield f"127.0.0.1:{port}"
     family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
     head.terminate()
     head.wait(60)
@@ -60,14 +62,7 @@ def test_a_job_on_a_running_cluster(sample: Path, tmp_path: Path, head_node: str
     results = []
     for name in ("one", "two"):
         command = arguments(sample, tmp_path / name, **{"ray-address": head_node})
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            env=environment() | PRIVATE,
-            check=False,
-        )
+        done = run(*command, variables=PRIVATE)
         assert done.returncode == 0, done.stdout + done.stderr
         results.append(digests(tmp_path / name / "train"))
     assert len(results[0]) == 5, "two shards, manifest, index, SHA256SUMS"
