@@ -40,13 +40,13 @@ def sample_folder(parent: Path) -> Path:
     Raises:
         ConfigError: the extra `sample` is not installed.
     """
-    from timm.data import ImageNetInfo
+    from .teacher.timm_teacher import wordnet_ids
 
-    info, folder = ImageNetInfo("imagenet-1k"), parent / "sample"
+    classes, folder = wordnet_ids(), parent / "sample"
     for number, image in enumerate(sample_images()):
         label = int(image.stem.split("_")[2])
         split = "train" if number < FIRST_VAL else "val"
-        target = folder / split / info.index_to_label_name(label) / image.name
+        target = folder / split / classes[label] / image.name
         if not (target.is_file() and target.stat().st_size == image.stat().st_size):
             target.parent.mkdir(parents=True, exist_ok=True)
             with replacing(target) as temporary:

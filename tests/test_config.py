@@ -129,7 +129,10 @@ def test_sizes_on_the_command_line_are_those_of_the_file(
         (["--input-size", "[[1,2,3]]"], "option input_size: must be a side, or a list"),
         (["--input-size", "[1"], "'[1' is not a value"),
         (["--precision", "int4"], "'int4' is not one of 'float32', 'bfloat16', 'float16'"),
-        (["--data", "/nowhere"], "no folder /nowhere/train: `data` must hold a folder per split"),
+        (
+            ["--data", "/nowhere"],
+            "no folder /nowhere/train: `data` must hold a folder for each split",
+        ),
     ],
 )
 def test_bad_options_end_with_status_2_and_no_traceback(

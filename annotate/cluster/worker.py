@@ -26,8 +26,8 @@ from ..config import AnnotateConfig
 from ..images import DecodedBatch, decode_batch
 from ..plan import Identity, Plan
 from ..report import Progress
+from ..teacher.annotator import Annotator, TeacherOutput
 from ..teacher.identity import build_teacher, identify
-from ..teacher.timm_teacher import Teacher, TeacherOutput
 from .window import DecodeWindow
 
 
@@ -152,7 +152,7 @@ class _Pending:
     """A batch on its way through the device and back."""
 
     def __init__(
-        self, batch: DecodedBatch, teacher: Teacher, layout: MapLayout, config: AnnotateConfig
+        self, batch: DecodedBatch, teacher: Annotator, layout: MapLayout, config: AnnotateConfig
     ) -> None:
         self.batch, self.since = batch, time.monotonic()
         images, count = batch.images, len(batch.errors)
