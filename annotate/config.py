@@ -53,7 +53,7 @@ class AnnotateConfig(BaseModel):
     """folder to write to; shards go to OUT/SPLIT"""
 
     model: Name = "tf_efficientnet_lite0"
-    """teacher: name of a timm classification model"""
+    """teacher: a timm classification model, or FILE.py:FUNCTION of your own"""
     weights: Name = "pretrained"
     """a checkpoint file, "pretrained" (timm downloads it) or "sample" (the sample's teacher)"""
     num_classes: Count | None = None

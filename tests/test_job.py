@@ -85,20 +85,17 @@ def test_maps_are_those_of_a_plain_loop_over_timm(
         assert timm.data.ImageNetInfo().index_to_label_name(entry.label) == key.split("/")[0]
 
 
-@pytest.mark.parametrize("teachers", [1, 2])
-def test_bytes_do_not_depend_on_teachers_or_window(
-    sample: Path, labels: tuple[Path, dict[str, str]], tmp_path: Path, teachers: int
-) -> None:
-    annotate(config(sample, tmp_path, teachers=teachers, window=teachers))
-    assert digests(tmp_path / "train") == labels[1]
-
-
-def test_other_threads_change_a_code_by_one_here_and_there(
+def test_bytes_do_not_depend_on_teachers_or_window_and_progress_reaches_the_end(
     sample: Path, labels: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:
-    """As another processor does: the threads share the terms of a sum in another way."""
-    annotate(config(sample, tmp_path, threads=2))
-    assert_nearly_equal(labels[0] / "train", tmp_path / "train")
+    seen: list[tuple[int, int, int]] = []
+    annotate(
+        config(sample, tmp_path, teachers=2, window=1),
+        lambda tally, images, rows: seen.append((tally.images, images, rows)),
+    )
+    assert digests(tmp_path / "train") == labels[1]
+    assert seen[-1] == (16, 16, 16)
+    assert [images for images, _, _ in seen] == sorted(images for images, _, _ in seen)
 
 
 def test_a_job_of_mixed_machines_resumes_and_says_it_once(
@@ -107,6 +104,7 @@ def test_a_job_of_mixed_machines_resumes_and_says_it_once(
     copy: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Another number of threads divides the terms of a sum otherwise, as another processor does."""
     (copy / "train" / "shard-00000-of-00002.h5").unlink()
     report = annotate(config(sample, copy, threads=2))
     assert (report.written, report.skipped) == (1, 1)
@@ -331,13 +329,3 @@ def test_faults_are_reported_before_anything_is_written(
         annotate(config(sample, tmp_path / "out", **change))
     assert message in str(caught.value)
     assert not list((tmp_path / "out").rglob("shard-*"))
-
-
-def test_progress_reaches_the_end(sample: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int, int]] = []
-    annotate(
-        config(sample, tmp_path),
-        lambda tally, images, rows: seen.append((tally.images, images, rows)),
-    )
-    assert seen[-1] == (16, 16, 16)
-    assert [images for images, _, _ in seen] == sorted(images for images, _, _ in seen)
