@@ -27,10 +27,11 @@ from tokenlabel.dataset.format.lock import folder_lock
 from tokenlabel.dataset.format.manifest import open_manifest
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import Shard, shard_name, write_shard
+from tokenlabel.dataset.format.sums import NAME as SUMS
+from tokenlabel.dataset.format.sums import file_sha256, read_sums, write_sums
 from tokenlabel.errors import FormatError
-from tokenlabel.inspection.verify.index_check import index_difference
 from tokenlabel.inspection.verify.shard_check import check_shard
-from tokenlabel.inspection.verify.verify import verify
+from tokenlabel.inspection.verify.verify import index_difference, verify
 
 #: FLIPS=20000 CUTS=500 for the soak.
 FLIPS, CUTS = int(os.environ.get("FLIPS", 500)), int(os.environ.get("CUTS", 50))
@@ -41,7 +42,7 @@ NAMES = [f"n{number:08d}" for number in range(1000)]
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A split of 16 images in 2 shards, with manifest and index, and the images beside it."""
+    """A split of 16 images in 2 shards, with all files of a job, and the images beside it."""
     root = tmp_path_factory.mktemp("verify")
     keys = [f"{NAMES[number % 2]}/{number:02d}.jpg" for number in range(16)]
     for key in keys:
@@ -71,13 +72,18 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ) as writer:
             writer.append(rows.maps, rows.sizes, np.array(digests, "u8"), rows.errors)
     build_index(root / "train")
+    write_sums(
+        root / "train", {path.name: file_sha256(path) for path in (root / "train").iterdir()}
+    )
     return root
 
 
 @pytest.fixture
 def labels(written: Path, tmp_path: Path) -> Path:
-    """A copy of the split, to damage."""
-    return Path(shutil.copytree(written / "train", tmp_path / "train"))
+    """A copy of the split, to damage; without the list of digests, so that other checks find it."""
+    copy = Path(shutil.copytree(written / "train", tmp_path / "train"))
+    (copy / SUMS).unlink()
+    return copy
 
 
 def invoke(*command: object, code: int = 0, answer: str | None = None) -> str:
@@ -127,7 +133,7 @@ def test_each_flipped_bit_is_found(labels: Path, name: str) -> None:
         path.write_bytes(content)
     assert missed == []
     flip(path, len(content) // 2)
-    text = invoke("inspect-labels", labels, "--verify", "--workers", 0, code=1)
+    text = invoke("inspect-labels", labels, "--verify", "--workers", 1, code=1)
     assert name in text and SECOND not in text
 
 
@@ -194,7 +200,7 @@ def rewrite(path: Path, name: str, index: object, value: object) -> None:
         ("label", 2, 1000, 2, "a label must be -1 or below 1000"),
         ("label", 2, 7, 2, "in the manifest"),
         ("size", (4, 0), 0, 4, "width and height"),
-        ("error", 1, b"?", 0, "counts 0 rows with an error, there are 1"),
+        ("error", 1, b"?", None, "counts 0 rows with an error, there are 1"),
         ("digest", 1, 1, None, "sha256 of the decoded arrays"),
         ("key", 3, b"../../secret.jpg", 3, "a key must be a path inside the split's folder"),
     ],
@@ -214,17 +220,6 @@ def test_classes_of_a_cell_are_different(labels: Path) -> None:
         twice = int(shard.read("classes")[7, 0, 0, 0, 0])
     rewrite(labels / FIRST, "classes", (7, 0, 1, 0, 0), twice)
     assert any("must be different" in f.text and f.row == 7 for f in verify(labels).faults)
-
-
-def test_a_damaged_row_is_named_with_its_image(labels: Path) -> None:
-    with Shard(labels / FIRST) as shard:
-        key, bounds = shard.texts("key")[2], shard.read("bounds")
-        place = shard.maps.offset + int(bounds[10] + bounds[11]) // 2
-    flip(labels / FIRST, place, 4)
-    (fault,) = verify(labels).faults
-    assert (fault.file, fault.row, fault.key) == (FIRST, 2, key)
-    facts = json.loads(invoke("inspect-labels", labels, "--verify", "--json", code=1))
-    assert facts[0]["bad_files"] == [FIRST] and facts[0]["faults"][0]["row"] == 2
 
 
 def forge(path: Path, change: Callable[[h5py.File], None]) -> None:
@@ -279,6 +274,47 @@ def test_a_file_that_shows_hdf5_something_else_is_named(
     assert fault.file == FIRST and "HDF5" in fault.text, fault
 
 
+@pytest.fixture
+def listed(written: Path, tmp_path: Path) -> Path:
+    """A copy of the split with its list of digests."""
+    return Path(shutil.copytree(written / "train", tmp_path / "train"))
+
+
+@pytest.mark.parametrize(
+    ("text", "bit", "file", "message"),
+    [
+        (f"  {FIRST}", 0, SUMS, "two spaces"),
+        (f" {FIRST}", 3, SUMS, "two spaces"),
+        (FIRST, 0, SUMS, "it lists 'rhard-00000-of-00002.h5', which is no file of a split"),
+        (FIRST[10:], 1, SUMS, f"it lacks 1 files, {FIRST} the first of them"),
+        ("index", 0, SUMS, "it lacks 1 files, index the first of them"),
+        ("\n", 0, SUMS, "it lacks 2 files"),
+    ],
+)
+def test_each_flipped_bit_of_the_list_is_found(
+    listed: Path, text: str, bit: int, file: str, message: str
+) -> None:
+    path = listed / SUMS
+    flip(path, path.read_bytes().index(text.encode()), bit)
+    assert any(fault.file == file and message in fault.text for fault in verify(listed).faults)
+
+
+@pytest.mark.parametrize("name", [FIRST, "index", "manifest"])
+def test_a_file_with_another_digest_than_listed_is_named(listed: Path, name: str) -> None:
+    """As after a rewrite that left all checksums inside the file right."""
+    write_sums(listed, read_sums(listed) | {name: "0" * 64})
+    (fault,) = verify(listed).faults
+    assert fault.file == name and f"must be {'0' * 64}, as in {SUMS}" in fault.text
+
+
+def test_listed_files_that_are_gone_are_missing(listed: Path) -> None:
+    for name in (SECOND, "manifest", "index"):
+        (listed / name).unlink()
+    result = verify(listed)
+    assert (result.missing, result.faults) == (["manifest", SECOND], [])
+    assert "there is no index: it is built when it is needed" in result.notes
+
+
 def swap(labels: Path) -> list[str]:
     (labels / FIRST).rename(labels / "other")
     (labels / SECOND).rename(labels / FIRST)
@@ -327,7 +363,7 @@ def test_files_that_do_not_belong_together_are_named(
     labels: Path, damage: Callable[[Path], list[str]]
 ) -> None:
     messages = damage(labels)
-    text = invoke("inspect-labels", labels, "--verify", "--workers", 0, code=1)
+    text = invoke("inspect-labels", labels, "--verify", "--workers", 1, code=1)
     for message in messages:
         assert message in text
 
@@ -355,7 +391,7 @@ def test_repair_asks_and_annotate_makes_the_same_bytes_again(
     annotate(config(sample, out))
     want = digests(out / "train")
     path, kept = out / "train" / FIRST, out / "train" / SECOND
-    command = ("inspect-labels", out, "--repair", "--workers", 0, "--images", sample)
+    command = ("inspect-labels", out, "--repair", "--workers", 1, "--images", sample)
     assert "all is well" in invoke(*command)
     flip(path, path.stat().st_size // 2)
     assert f"Delete {FIRST} of" in invoke(*command, code=1, answer="n\n")
