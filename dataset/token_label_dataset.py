@@ -12,9 +12,9 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from ..errors import MissingMapError
+from .keyed_images import KeyedImages
 from .label_map.label_map import TokenLabelMap
 from .label_map.path import PixelPath
-from .sources.image_source import ImageSource
 from .store import LabelStore
 from .targets.token_labels import TokenLabels
 from .transforms import executor
@@ -80,7 +80,7 @@ class TokenLabelDataset(Dataset[Sample]):
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-        self.images = ImageSource(images, key)
+        self.images = KeyedImages(images, key)
         self.store = labels if isinstance(labels, LabelStore) else LabelStore(labels)
         self.transform = transform
         self._to_labels = ToTokenLabels(grid, shrink=shrink)

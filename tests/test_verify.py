@@ -29,6 +29,7 @@ from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import Shard, shard_name, write_shard
 from tokenlabel.dataset.format.sums import NAME as SUMS
 from tokenlabel.dataset.format.sums import file_sha256, read_sums, write_sums
+from tokenlabel.dataset.sources.folder import FolderSource
 from tokenlabel.errors import FormatError
 from tokenlabel.inspection.verify.shard_check import check_shard
 from tokenlabel.inspection.verify.verify import index_difference, verify
@@ -50,7 +51,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(key.encode())
     (root / "train").mkdir()
-    manifest = build_manifest(root / "images", root / "train" / "manifest", NAMES, 1000)
+    manifest = build_manifest(
+        FolderSource(root / "images"), root / "train" / "manifest", NAMES, 1000
+    )
     named = hashlib.sha256(json.dumps(NAMES).encode()).hexdigest()
     settings = json.dumps({"manifest": manifest.digest, "class_names": named, "shard_size": 8})
     more = {
@@ -162,7 +165,9 @@ def test_each_truncation_is_found(labels: Path) -> None:
 
 def test_class_names_are_covered(labels: Path, written: Path) -> None:
     """A manifest that is whole, with the names of other classes."""
-    build_manifest(written / "images", labels / "manifest", NAMES[:2] + NAMES[:1:-1], 1000)
+    build_manifest(
+        FolderSource(written / "images"), labels / "manifest", NAMES[:2] + NAMES[:1:-1], 1000
+    )
     (fault,) = verify(labels).faults
     assert fault.file == "manifest" and "class_names" in fault.text
 
@@ -198,7 +203,7 @@ def rewrite(path: Path, name: str, index: object, value: object) -> None:
         ("residual_classes", (6, 0, 5), 1001, 6, "residual classes must be below 1000"),
         ("residual_classes", (6, 0, 5), 0, 6, "residual classes must ascend"),
         ("label", 2, 1000, 2, "a label must be -1 or below 1000"),
-        ("label", 2, 7, 2, "in the manifest"),
+        ("label", 2, 7, 2, "its label must be that of the manifest, 1"),
         ("size", (4, 0), 0, 4, "width and height"),
         ("error", 1, b"?", None, "counts 0 rows with an error, there are 1"),
         ("digest", 1, 1, None, "sha256 of the decoded arrays"),

@@ -1,59 +1,181 @@
 """An image folder: the files of a split in order, found without holding their names in memory."""
 
+import errno
 import heapq
 import logging
 import os
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from ...errors import ConfigError
+from ...errors import ConfigError, ImageError, StorageError
+from .image_source import MAX_FILE_BYTES, Entry
 
 #: Endings of image files, in lower case: torchvision's, so that ImageFolder's images all have rows
 #: (listed here because importing torchvision costs a driver or worker 200 MB).
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+#: Names of a folder that are sorted as Python objects at a time.
 _RUN = 1 << 15
+#: Why a file that is listed cannot be opened, today as tomorrow: permission, and links that lead
+#: nowhere or to what is no file. Everything else is the storage's fault.
+_OWN_FAULTS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+)
 
 _log = logging.getLogger(__name__)
 
 
-def scan(root: Path) -> Iterator[bytes]:
-    """Keys of all images under `root`, sorted by their UTF-8 bytes.
+@dataclass(frozen=True)
+class FolderSource:
+    """The images of a folder and of all folders in it; each top-level folder is a class.
 
-    Holds the names of one folder at a time, and those of the folders above it.
-
-    Follows symbolic links, but not back into a folder it is in. What counts as an image is its
-    ending, as for torchvision's ImageFolder, in upper or lower case.
+    What counts as an image is its ending, as for torchvision's ImageFolder, in upper or lower case.
+    Symbolic links are followed, but not back into a folder that they are in.
     """
-    yield from _scan(os.fspath(root), b"", [])
+
+    root: Path
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def classes(self) -> list[str]:
+        """Names of the top-level folders, sorted, also of those without images."""
+        with _listing(str(self.root)) as entries:
+            return sorted(
+                _encoded(entry.name, str(self.root)).decode()
+                for entry in entries
+                if _is_folder(entry)
+            )
+
+    def scan(self) -> Iterator[Entry]:
+        """All images, sorted by the bytes of their keys.
+
+        Holds the names of one folder at a time, and those of the folders above it.
+
+        Raises:
+            ConfigError: there is no image, a folder cannot be listed, or a name is not UTF-8.
+        """
+        numbers = {name.encode(): number for number, name in enumerate(self.classes())}
+        empty = True
+        for key in _scan(str(self.root), b"", []):
+            empty = False
+            yield Entry(key, numbers.get(key.partition(b"/")[0], -1))
+        if empty:
+            raise ConfigError(
+                f"no images found in {self}: looked in all its folders for files ending in "
+                f"{', '.join(EXTENSIONS)}. Remedy: check the path; the images of a split lie in "
+                "DATA/SPLIT/CLASS/"
+            )
+
+    def read(self, keys: Sequence[str]) -> Iterator[bytes | ImageError]:
+        """The bytes of each file, one at a time; an error where the image itself is at fault.
+
+        Raises:
+            StorageError: a file cannot be read for a reason that is not its own.
+        """
+        for key in keys:
+            if key.startswith("/") or "\0" in key or ".." in key.split("/"):
+                yield ImageError("its key is no path inside the split's folder")
+            else:
+                yield self._read(os.path.join(self.root, key))
+
+    def _read(self, path: str) -> bytes | ImageError:
+        try:
+            # Non-blocking, so that a named pipe called cat.jpg cannot hang the job.
+            handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            with open(handle, "rb", buffering=0) as file:
+                status = os.fstat(handle)
+                if not stat.S_ISREG(status.st_mode):
+                    return ImageError("not a regular file")
+                if status.st_size == 0:
+                    return ImageError("the file is empty")
+                if status.st_size > MAX_FILE_BYTES:
+                    return ImageError(
+                        f"the file has {status.st_size} bytes (limit {MAX_FILE_BYTES})"
+                    )
+                return file.read()
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            # The image had a folder entry when the split was scanned. While it has one, the fault
+            # is the image's; without one, the folder may be that of an unmounted file system.
+            if error.errno in _OWN_FAULTS and os.path.lexists(path):
+                return ImageError(f"cannot be read: {reason}")
+            if not self.root.is_dir():
+                raise StorageError(
+                    f"the image folder {self} is not there on this node. Remedy: mount it on every "
+                    "node under the same path"
+                ) from error
+            raise StorageError(
+                f"the image {path} cannot be read: {reason}. That is the storage's fault, so it "
+                "gets no row without a map. Remedy: fix the disk or the mount and run the same "
+                "command again; if the image is lost, put an empty file in its place"
+            ) from error
+
+
+def open_source(data: Path, split: str) -> FolderSource:
+    """The images of a split of a data set.
+
+    Args:
+        data: folder that holds a folder for each split.
+        split: name of one of these.
+
+    Raises:
+        ConfigError: it is not there, or holds no image.
+    """
+    source = FolderSource((data / split).absolute())
+    if not source.root.is_dir():
+        found = sorted(p.name for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
+        raise ConfigError(
+            f"no folder {source}: `data` must hold a folder for each split, and `split` name one; "
+            f"{data} holds {', '.join(found[:5]) or 'no folder'}. Remedy: check `data` and `split`"
+        )
+    next(source.scan())
+    return source
 
 
 def _scan(folder: str, prefix: bytes, above: list[tuple[int, int]]) -> Iterator[bytes]:
-    try:
+    with _listing(folder) as entries:
         status = os.stat(folder)
         here = (status.st_dev, status.st_ino)
         if here in above:
             _log.warning("%s links back to a folder above it: left out", folder)
             return
-        with os.scandir(folder) as entries:
-            # A folder sorts as its name plus "/", which makes the walk's order the keys' order.
-            names = _sorted(
-                encode_name(entry.name, folder) + (b"/" if is_folder(entry) else b"")
-                for entry in entries
-                if is_folder(entry) or entry.name.lower().endswith(EXTENSIONS)
-            )
-    except OSError as error:
-        raise ConfigError(
-            f"the folder {folder} cannot be listed: {error.strerror}. Remedy: give this user "
-            "permission to read it, or move it out of the split"
-        ) from error
+        # A folder sorts as its name plus "/", which makes the walk's order the keys' order.
+        names = _sorted(
+            _encoded(entry.name, folder) + (b"/" if _is_folder(entry) else b"")
+            for entry in entries
+            if _is_folder(entry) or entry.name.lower().endswith(EXTENSIONS)
+        )
     for name in names:
         if name.endswith(b"/"):
             child = os.path.join(folder, name[:-1].decode())
             yield from _scan(child, prefix + name, [*above, here])
         else:
             yield prefix + name
+
+
+@contextmanager
+def _listing(folder: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+    try:
+        with os.scandir(folder) as entries:
+            yield entries
+    except OSError as error:
+        raise ConfigError(
+            f"the folder {folder} cannot be listed: {error.strerror}. Remedy: check the path; give "
+            "this user permission to read the folder, or move it out of the split"
+        ) from error
 
 
 def _sorted(names: Iterator[bytes]) -> Iterator[bytes]:
@@ -64,14 +186,10 @@ def _sorted(names: Iterator[bytes]) -> Iterator[bytes]:
     runs = []
     while run := sorted(islice(names, _RUN)):
         runs.append(b"\0".join(run))
-    return heapq.merge(*map(_split, runs))
+    return heapq.merge(*((found[0] for found in re.finditer(rb"[^\0]+", run)) for run in runs))
 
 
-def _split(run: bytes) -> Iterator[bytes]:
-    return (found[0] for found in re.finditer(rb"[^\0]+", run))
-
-
-def is_folder(entry: os.DirEntry[str]) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether it is a folder, or a link to one."""
     try:
         return entry.is_dir()
@@ -79,8 +197,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def encode_name(name: str, folder: str | Path) -> bytes:
-    """A file name in UTF-8; raises ConfigError where it is not."""
+def _encoded(name: str, folder: str) -> bytes:
     try:
         return name.encode()
     except UnicodeEncodeError:

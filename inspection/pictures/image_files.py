@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...annotate.images import FORMATS, MAX_FILE_BYTES, file_digest
+from ...annotate.images import FORMATS, file_digest
 from ...annotate.sample import sample_folder
 from ...dataset.format.shard import Shard
+from ...dataset.sources.image_source import MAX_FILE_BYTES
 from ...dataset.store import LabelStore
 from ...errors import ConfigError, ImageError
 

@@ -20,7 +20,7 @@ from ...dataset.format.manifest import NAME as MANIFEST
 from ...dataset.format.manifest import Manifest, open_manifest
 from ...dataset.format.shard import parse_shard_name, shard_name
 from ...dataset.format.sums import NAME as SUMS
-from ...dataset.format.sums import read_sums, write_sums
+from ...dataset.format.sums import read_sums
 from ...errors import FormatError, NewerVersionError, OutputError
 from .shard_check import Fault, ShardCheck, check_alone, reason, wrong_sum
 
@@ -136,9 +136,6 @@ def repair(root: Path, check: SplitCheck) -> list[Path]:
         _log.info("deleted %s", path)
         removed.append(path)
     sync_folder(root)
-    if removed and (sums := read_sums(root)):
-        gone = {path.name for path in removed}
-        write_sums(root, {name: digest for name, digest in sums.items() if name not in gone})
     return removed
 
 

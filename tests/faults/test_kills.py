@@ -49,6 +49,6 @@ def test_a_stopped_job_says_so_and_leaves_no_half_shard(
     assert "Traceback" not in job.output
     assert_gone(processes)
     names = {path.name for path in job.folder.iterdir()}
-    assert not [name for name in names if name.endswith(".tmp") or name == ".lock"]
+    assert not [name for name in names if name.endswith(".tmp") or name == ".lock.json"]
     for name, digest in digests(job.folder).items():
         assert undisturbed[name] == digest
