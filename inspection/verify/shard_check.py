@@ -4,17 +4,16 @@ The directory has a CRC, and holds one of all bytes behind it: no flipped bit pa
 SHA256SUMS shows a file that was rewritten, the header's sha256 of all decoded arrays values that
 were changed together with their checksums, and HDF5's view a file that shows HDF5 something else.
 
-`python -m tokenlabel.inspection.verify.shard_check` prints the result as JSON, for `check_alone`:
-a file can crash HDF5, hang it or make it fill the memory.
+`python -m tokenlabel.inspection.verify.shard_check` prints the faults as JSON, for `check_alone`.
 """
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from ...dataset.format.shard import COLUMNS, ContentDigest, Shard, parse_shard_n
 from ...dataset.format.sums import NAME as SUMS
 from ...dataset.format.sums import file_sha256
 from ...dataset.sources.folder import FolderSource
-from ...errors import NewerVersionError, StorageError
+from ...errors import JobError, NewerVersionError, StorageError
 
 _BLOCK = 256  # rows whose maps are in memory at once
 _LISTED = 20  # changed images of a shard that are named one by one
@@ -40,75 +39,47 @@ class Fault(NamedTuple):
 
     Attributes:
         file: name of the shard, or of the other file of the split.
+        text: what is wrong.
         row: row of that shard, None where it is not one row's.
         key: the row's image.
-        text: what is wrong.
         redone_by_annotate: whether `annotate` can redo the file once it is deleted; not so where
             it is an image that changed.
     """
 
     file: str
-    row: int | None
-    key: str | None
     text: str
+    row: int | None = None
+    key: str | None = None
     redone_by_annotate: bool = True
 
 
-@dataclass
-class ShardCheck:
-    """What is known of one shard after the checks.
+def check_alone(path: Path, *others: object) -> list[Fault]:
+    """`check_shard` in a process of its own: a file can crash HDF5, hang it or fill the memory.
 
-    Attributes:
-        name: of the file.
-        faults: what is wrong; of rows that break the same rule, the first one.
-        header: its attributes; empty when it cannot be opened.
-        settings: what the fingerprint is the digest of; empty where the header does not say.
-        rows: number of rows.
-        nbytes: size of the file.
-        keys: of the first and the last row; empty when they cannot be read.
+    Raises:
+        JobError: the process failed for another reason.
     """
-
-    name: str
-    faults: list[Fault] = field(default_factory=list)
-    header: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    rows: int = 0
-    nbytes: int = 0
-    keys: Sequence[str] = ("", "")
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """The number of the shard, and of how many, by its name."""
-        return parse_shard_name(self.name) or (-1, -1)
-
-    def add(self, text: str, redone: bool = True) -> None:
-        """Note a fault of the whole file."""
-        self.faults.append(Fault(self.name, None, None, text, redone))
-
-
-def check_alone(path: Path, sha256: str, manifest: Path | None, images: Path | None) -> ShardCheck:
-    """`check_shard` in a process of its own, whose end is a fault of the shard."""
-    check = ShardCheck(path.name)
-    words = [str(word or "") for word in (path, sha256, manifest, images)]
-    command = [sys.executable, "-m", __name__, *words]
+    command = [sys.executable, "-m", __name__, str(path), *(str(other or "") for other in others)]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=True)
+        return [Fault(*fault) for fault in json.loads(done.stdout)]
     except subprocess.TimeoutExpired:
-        check.add(f"HDF5 does not read it within {_SECONDS} s")
-        return check
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        check.add(f"HDF5 cannot read it: {last or f'it ends with status {done.returncode}'}")
-        return check
-    check = ShardCheck(**json.loads(done.stdout))
-    check.faults = [Fault(*fault) for fault in check.faults]
-    return check
+        return [Fault(path.name, f"HDF5 does not read it within {_SECONDS} s")]
+    except subprocess.CalledProcessError as error:
+        if error.returncode > 0:
+            raise JobError(f"{path} was not checked: {error.stderr.decode()}") from error
+        # Whoever kills may have done so for want of memory, which is no reason to delete the shard.
+        text = f"HDF5 cannot read it: signal {-error.returncode} ended the process"
+        redone = error.returncode != -signal.SIGKILL
+        return [Fault(path.name, text, redone_by_annotate=redone)]
 
 
 def check_shard(
     path: Path, sha256: str = "", manifest: Path | None = None, images: Path | None = None
-) -> ShardCheck:
-    """Check one shard. Raises nothing for what is in the file; HDF5 may end the process.
+) -> list[Fault]:
+    """What is wrong with a shard; of rows that break the same rule, the first one.
+
+    Raises nothing for what is in the file, but HDF5 may end the process.
 
     Args:
         path: the shard.
@@ -116,31 +87,25 @@ def check_shard(
         manifest: the split's manifest, known to be undamaged; None leaves it out.
         images: folder of the images, whose digests are then compared; None leaves them out.
     """
-    check = ShardCheck(path.name)
+    faults: list[Fault] = []
     try:
         with Shard(path) as shard:
-            check.header, check.rows, check.nbytes = shard.attrs, shard.rows, shard.end
-            check.settings = dict(json.loads(shard.attrs.get("settings", "{}")))
-            _check_header(check)
+            faults += _header_faults(shard)
             shard.check_bytes()
-            if text := wrong_sum(path, sha256):
-                check.add(text)
-            keys = shard.texts("key")
-            check.keys = keys[0], keys[-1]
-            _check_rows(shard, keys, manifest, check)
-            if not check.faults and (text := _hdf5_difference(shard)):
-                check.add(text)
+            faults += sum_faults(path, sha256)
+            faults += _row_faults(shard, manifest)
+            if not faults:
+                faults += _hdf5_faults(shard)
             if images is not None:
-                check.faults += _image_faults(images, shard, keys)
+                faults += _image_faults(shard, FolderSource(images))
     # Of this machine or for a later release: no reason to delete the shard.
-    except (PermissionError, NewerVersionError) as error:
-        check.add(str(error).removeprefix(f"{path} "), redone=False)
-    except MemoryError:
-        check.add("too large for this machine's memory", redone=False)
-    # Damaged or hostile files can make NumPy, HDF5 and json raise nearly anything.
+    except (MemoryError, NewerVersionError, PermissionError) as error:
+        text = str(error).removeprefix(f"{path} ") or "too large for this machine's memory"
+        faults.append(Fault(path.name, text, redone_by_annotate=False))
+    # Damaged or hostile files can make NumPy and json raise nearly anything.
     except Exception as error:
-        check.add(reason(error, path))
-    return check
+        faults.append(Fault(path.name, reason(error, path)))
+    return faults
 
 
 def reason(error: Exception, path: Path) -> str:
@@ -149,93 +114,95 @@ def reason(error: Exception, path: Path) -> str:
     return text.removeprefix(f"{path}: ").removeprefix(f"{path} ").partition(". Remedy")[0]
 
 
-def wrong_sum(path: Path, sha256: str) -> str:
-    """How a file differs from its line in SHA256SUMS; empty where it does not, or has none."""
-    if not sha256 or (found := file_sha256(path)) == sha256:
-        return ""
-    return f"its sha256 must be {sha256}, as in {SUMS}; it is {found}"
+def sum_faults(path: Path, sha256: str) -> Iterator[Fault]:
+    """How a file differs from its line in SHA256SUMS; no line is an empty one."""
+    if sha256 and (found := file_sha256(path)) != sha256:
+        yield Fault(path.name, f"its sha256 must be {sha256}, as in {SUMS}; it is {found}")
 
 
-def _check_header(check: ShardCheck) -> None:
-    header, settings = check.header, check.settings
-    number, total = check.place
-    if (header["shard"], header["shards"]) != check.place:
-        check.add(
-            f"its name says shard {number} of {total}, its header {header['shard']} of "
-            f"{header['shards']}: it was renamed, or swapped with another"
+def settings_of(shard: Shard) -> dict[str, Any]:
+    """What the fingerprint is the digest of; empty where the header does not say."""
+    return dict(json.loads(shard.attrs.get("settings", "{}")))
+
+
+def _header_faults(shard: Shard) -> Iterator[Fault]:
+    attrs, name, settings = shard.attrs, shard.path.name, settings_of(shard)
+    here, place = (attrs["shard"], attrs["shards"]), parse_shard_name(name)
+    if place and place != here:
+        yield Fault(
+            name,
+            f"its name says shard {place[0]} of {place[1]}, its header {here[0]} of {here[1]}: it "
+            "was renamed, or swapped with another",
         )
-    wanted: dict[str, Any] = {
-        name: settings[name] for name in ("num_classes", "k") if name in settings
-    }
-    if "settings" in header:
-        wanted["fingerprint"] = hashlib.sha256(header["settings"].encode()).hexdigest()
+    wanted = {part: want for part, want in settings.items() if part in ("num_classes", "k")}
+    if "settings" in attrs:
+        wanted["fingerprint"] = hashlib.sha256(attrs["settings"].encode()).hexdigest()
     if "shard_size" in settings:
-        wanted["first_row"] = header["shard"] * settings["shard_size"]
-    for name, want in wanted.items():
-        if header[name] != want:
-            check.add(f"{name} must be {want}, by its settings; it is {header[name]}")
+        wanted["first_row"] = attrs["shard"] * settings["shard_size"]
+    for part, want in wanted.items():
+        if attrs[part] != want:
+            yield Fault(name, f"{part} must be {want} by its settings; it is {attrs[part]}")
 
 
-def _check_rows(shard: Shard, keys: list[str], manifest: Path | None, check: ShardCheck) -> None:
+def _row_faults(shard: Shard, manifest: Path | None) -> Iterator[Fault]:
     """Compare all values with the rules of docs/format.md, and with their digest."""
-    attrs, layout = shard.attrs, shard.layout
-    columns = {name: shard.read(name) for name in COLUMNS if name in shard}
+    attrs, layout, name, keys = shard.attrs, shard.layout, shard.path.name, shard.texts("key")
+    columns = {part: shard.read(part) for part in COLUMNS if part in shard}
     labels, sizes, good = columns["label"], columns["size"], columns["error"] == b""
 
-    def add(rule: str, broken: Any, values: Sequence[Any] | np.ndarray = keys) -> None:
-        """Note the first row that breaks a rule, which says {} for the value there."""
+    def first(
+        rule: str, broken: Sequence[bool] | np.ndarray, values: Sequence[Any] | np.ndarray = keys
+    ) -> Iterator[Fault]:
+        """The first row that breaks a rule, in which {} stands for the value there."""
         if len(rows := np.flatnonzero(broken)):
-            row = int(rows[0])
-            more = f" (so have {len(rows) - 1} more rows)" if len(rows) > 1 else ""
-            text = rule.format(values[row]) + more
-            check.faults.append(Fault(check.name, row, keys[row], text))
+            row, more = int(rows[0]), f" (and {len(rows) - 1} more rows)" * (len(rows) > 1)
+            yield Fault(name, rule.format(values[row]) + more, row, keys[row])
 
     if (count := int((~good).sum())) != attrs["errors"]:
-        check.add(f"the header counts {attrs['errors']} rows with an error, there are {count}")
+        text = f"the header counts {attrs['errors']} rows with an error, there are {count}"
+        yield Fault(name, text)
     outside = ["\0" in key or key[:1] in ("", "/") or ".." in key.split("/") for key in keys]
-    add("a key must be a path inside the split's folder", outside)
+    yield from first("a key must be a path inside the split's folder", outside)
     follows = columns["key"][1:] > columns["key"][:-1]
-    add("keys must be unique and ascend by their UTF-8 bytes", ~np.append(True, follows))
+    yield from first("keys must be unique and ascend by UTF-8 bytes", ~np.append(True, follows))
     wrong, rule = labels < -1, "a class"
     if attrs.get("label_space") == "teacher":
         wrong, rule = wrong | (labels >= layout.num_classes), f"below {layout.num_classes}"
-    add(f"a label must be -1 or {rule}; it is {{}}", wrong, labels)
+    yield from first(f"a label must be -1 or {rule}; it is {{}}", wrong, labels)
     wrong = ((sizes < 1) & good[:, None] | (sizes < 0)).any(1)
-    add("width and height must be positive; they are {}", wrong, sizes)
+    yield from first("width and height must be positive; they are {}", wrong, sizes)
     boxes = columns.get("extent", np.tile(np.array(attrs["extent"], float), (len(keys), 1)))
     x0, y0, x1, y1 = boxes.T
     inside = (0 <= x0) & (x0 < x1) & (x1 <= 1) & (0 <= y0) & (y0 < y1) & (y1 <= 1)
-    add("the extent must be a box in the image; it is {}", ~inside, boxes)
+    yield from first("the extent must be a box in the image; it is {}", ~inside, boxes)
     if manifest is not None:
         split = open_manifest(manifest)
         # Another manifest is the split's fault, and reported there once.
-        if check.settings.get("manifest", split.digest) == split.digest:
+        if settings_of(shard).get("manifest", split.digest) == split.digest:
             rows = slice(attrs["first_row"], attrs["first_row"] + len(keys))
             wanted: list[str | None] = [*split.keys[rows]]
             wanted += [None] * (len(keys) - len(wanted))
             others = [key != want for key, want in zip(keys, wanted, strict=True)]
-            add("its key must be that of the manifest, {!r}", others, wanted)
+            yield from first("its key must be that of the manifest, {!r}", others, wanted)
             if not any(others):
                 want = split.labels[rows]
-                add("its label must be that of the manifest, {}", labels != want, want)
+                yield from first("its label must be that of the manifest, {}", labels != want, want)
 
     digest = ContentDigest()
-    for name, column in columns.items():
-        digest.update(name, column)
+    for part, column in columns.items():
+        digest.update(part, column)
     broken: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(keys), bool))
     for start in range(0, len(keys), _BLOCK):
-        block = {name: shard.read(name, start, start + _BLOCK) for name in layout.planes()}
-        for name, plane in block.items():
-            digest.update(name, plane)
+        block = {part: shard.read(part, start, start + _BLOCK) for part in layout.planes()}
+        for part, plane in block.items():
+            digest.update(part, plane)
         for rule, flags in _map_rules(block, layout):
             broken[rule][start : start + _BLOCK] = flags.reshape(len(flags), -1).any(1)
     for rule, flags in broken.items():
-        add(rule, flags & good)
-    if (found := digest.hexdigest()) != attrs["sha256"]:
-        check.add(
-            f"the sha256 of the decoded arrays must be {attrs['sha256']}, it is {found}: values "
-            "changed after they were written"
-        )
+        yield from first(rule, flags & good)
+    if (found := digest.hexdigest()) != (want := attrs["sha256"]):
+        text = f"the sha256 of the decoded arrays must be {want}, it is {found}"
+        yield Fault(name, f"{text}: values changed after they were written")
 
 
 def _map_rules(block: dict[str, np.ndarray], layout: MapLayout) -> Iterator[tuple[str, np.ndarray]]:
@@ -260,37 +227,35 @@ def _map_rules(block: dict[str, np.ndarray], layout: MapLayout) -> Iterator[tupl
         yield "level must be finite", ~np.isfinite(block["level"])
 
 
-def _hdf5_difference(shard: Shard) -> str:
-    """How HDF5's view of a shard differs from that of its directory; empty where it does not."""
-    digest, planes = ContentDigest(), shard.layout.planes()
+def _hdf5_faults(shard: Shard) -> Iterator[Fault]:
+    """How HDF5's view of a shard differs from that of its directory."""
+    name, digest, planes = shard.path.name, ContentDigest(), shard.layout.planes()
     try:
         with h5py.File(shard.path, "r", locking=False) as file:
-            for name, value in shard.attrs.items():
-                seen = np.asarray(file.attrs.get(name))
+            for part, value in shard.attrs.items():
+                seen = np.asarray(file.attrs.get(part))
                 seen = (np.char.decode(seen, "utf-8") if seen.dtype.kind == "S" else seen).tolist()
                 if repr(seen) != repr(value):  # as text, for NaN is not equal to itself
-                    return f"the attribute {name} is {value!r}, to HDF5 {seen!r}"
-            for name in (*planes, *(name for name in COLUMNS if name in shard)):
-                dataset = file[name]
+                    yield Fault(name, f"its attribute {part} is {value!r}, to HDF5 {seen!r}")
+            for part in (*planes, *(part for part in COLUMNS if part in shard)):
+                dataset, column = file[part], shard.columns.get(part)
                 # Types and shapes are ours: HDF5 would allocate memory for what it is shown.
-                column = shard.columns.get(name)
-                dtype, tail = planes[name] if column is None else (column.dtype, COLUMNS[name][1])
+                dtype, tail = planes[part] if column is None else (column.dtype, COLUMNS[part][1])
                 if (dataset.dtype, dataset.shape) != (dtype, (shard.rows, *tail)):
-                    return f"{name} is {dataset.dtype} {dataset.shape} to HDF5"
-                step = _BLOCK if name in planes else shard.rows
+                    raise ValueError(f"{part} is {dataset.dtype} {dataset.shape}")
+                step = _BLOCK if part in planes else shard.rows
                 for start in range(0, shard.rows, step):
-                    digest.update(name, dataset[start : start + step])
+                    digest.update(part, dataset[start : start + step])
+        if (found := digest.hexdigest()) != (want := shard.attrs["sha256"]):
+            yield Fault(name, f"HDF5 reads arrays with the sha256 {found}, not {want}")
     except Exception as error:  # nearly anything
-        return f"HDF5 cannot read it: {error}"
-    if (found := digest.hexdigest()) != shard.attrs["sha256"]:
-        return f"HDF5 reads arrays with the sha256 {found}, not {shard.attrs['sha256']}"
-    return ""
+        yield Fault(name, f"HDF5 cannot read it: {error}")
 
 
-def _image_faults(images: Path, shard: Shard, keys: list[str]) -> Iterator[Fault]:
+def _image_faults(shard: Shard, source: FolderSource) -> Iterator[Fault]:
     """The images that are not the files that were annotated."""
-    source, changed = FolderSource(images), 0
-    for row, (key, digest) in enumerate(zip(keys, shard.read("digest").tolist(), strict=True)):
+    digests, changed = shard.read("digest").tolist(), 0
+    for row, (key, digest) in enumerate(zip(shard.texts("key"), digests, strict=True)):
         if digest == 0:  # unknown
             continue
         try:
@@ -303,13 +268,12 @@ def _image_faults(images: Path, shard: Shard, keys: list[str]) -> Iterator[Fault
         changed += 1
         if changed <= _LISTED:
             text = f"its image is not the one that was annotated: {why}"
-            yield Fault(shard.path.name, row, key, text, False)
+            yield Fault(shard.path.name, text, row, key, False)
     if changed > _LISTED:
-        text = f"{changed - _LISTED} more images changed or cannot be read"
-        yield Fault(shard.path.name, None, None, text, False)
+        text = f"{changed - _LISTED} more images are not those that were annotated"
+        yield Fault(shard.path.name, text, redone_by_annotate=False)
 
 
 if __name__ == "__main__":
-    shard, line, *folders = sys.argv[1:]
-    manifest, images = (Path(folder) if folder else None for folder in folders)
-    print(json.dumps(asdict(check_shard(Path(shard), line, manifest, images))))
+    place, line, *folders = sys.argv[1:]
+    print(json.dumps(check_shard(Path(place), line, *(Path(f) if f else None for f in folders))))

@@ -5,8 +5,9 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -18,11 +19,11 @@ from ...dataset.format.index import FORMAT, VERSION, write_index
 from ...dataset.format.index import NAME as INDEX
 from ...dataset.format.manifest import NAME as MANIFEST
 from ...dataset.format.manifest import Manifest, open_manifest
-from ...dataset.format.shard import parse_shard_name, shard_name
+from ...dataset.format.shard import Shard, parse_shard_name, shard_name
 from ...dataset.format.sums import NAME as SUMS
 from ...dataset.format.sums import read_sums
 from ...errors import FormatError, NewerVersionError, OutputError
-from .shard_check import Fault, ShardCheck, check_alone, reason, wrong_sum
+from .shard_check import Fault, check_alone, reason, settings_of, sum_faults
 
 Watch = Callable[[int, int], None]
 
@@ -59,10 +60,6 @@ class SplitCheck:
         """Names of the files that `annotate` can redo."""
         return sorted({fault.file for fault in self.faults if fault.redone_by_annotate})
 
-    def add(self, file: str, text: str) -> None:
-        """Note a fault of a whole file."""
-        self.faults.append(Fault(file, None, None, text))
-
     def as_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
         facts = vars(self) | {"ok": self.ok, "bad_files": self.bad_files}
@@ -84,32 +81,25 @@ def verify(
     paths = sorted(path for path in root.iterdir() if parse_shard_name(path.name))
     result = SplitCheck(str(root), shards=len(paths))
     sums = _read_sums(root, paths, result)
-    manifest = _read_manifest(root / MANIFEST, sums, result)
-    arguments = root / MANIFEST if manifest else None, images
-    checks: list[ShardCheck] = []
+    manifest = _read_manifest(root / MANIFEST, sums.get(MANIFEST, ""), result)
+    others = root / MANIFEST if manifest else None, images
     # Threads: each waits for the process that checks its shard.
     with ThreadPoolExecutor(workers) as pool:
-        tasks = [
-            pool.submit(check_alone, path, sums.get(path.name, ""), *arguments) for path in paths
-        ]
+        tasks = [pool.submit(check_alone, path, sums.get(path.name), *others) for path in paths]
         try:
-            for task in as_completed(tasks):
-                checks.append(task.result())
-                watch(len(checks), len(paths))
-        except BaseException:  # Ctrl-C, too, must not wait for all that have not begun
+            for done, task in enumerate(as_completed(tasks), 1):
+                task.result()
+                watch(done, len(paths))
+        except BaseException:  # also Ctrl-C: what has not begun is not begun
             pool.shutdown(cancel_futures=True)
             raise
-    checks.sort(key=lambda check: check.name)
-    for check in checks:
-        result.faults += check.faults
-        result.rows += check.rows
-        result.nbytes += check.nbytes
-    own = _compare_shards(checks, result)
+    result.faults += [fault for task in tasks for fault in task.result()]
+    good = _compare_shards(paths, result)
     lost = {name for name in sums if name != INDEX and not (root / name).exists()}
     result.missing = sorted(lost.union(result.missing))
-    if manifest and own:
-        _compare_manifest(manifest, own[0].settings, result)
-    _compare_index(root / INDEX, paths, sums, result)
+    if manifest and good:
+        _compare_manifest(manifest, settings_of(good[0]), result)
+    _compare_index(root / INDEX, paths, sums.get(INDEX, ""), result)
     return result
 
 
@@ -144,61 +134,69 @@ def _read_sums(root: Path, paths: Sequence[Path], result: SplitCheck) -> dict[st
     try:
         sums = read_sums(root)
     except FormatError as error:
-        result.add(SUMS, reason(error, root / SUMS))
+        result.faults.append(Fault(SUMS, reason(error, root / SUMS)))
         return {}
     if not sums:
         result.notes.append(f"there is no {SUMS}: the checksums inside the files were compared")
         return {}
     files = [path for path in (*paths, root / MANIFEST, root / INDEX) if path.exists()]
     if unlisted := [path.name for path in files if path.name not in sums]:
-        result.add(SUMS, f"it lacks {len(unlisted)} files, {unlisted[0]} the first of them")
+        text = f"it lacks {len(unlisted)} files, {unlisted[0]} the first of them"
+        result.faults.append(Fault(SUMS, text))
     for name in sums:
         if name not in (MANIFEST, INDEX) and not parse_shard_name(name):
-            result.add(SUMS, f"it lists {name!r}, which is no file of a split")
+            result.faults.append(Fault(SUMS, f"it lists {name!r}, which is no file of a split"))
     return sums
 
 
-def _read_manifest(path: Path, sums: dict[str, str], result: SplitCheck) -> Manifest | None:
+def _read_manifest(path: Path, sha256: str, result: SplitCheck) -> Manifest | None:
     try:
         manifest = open_manifest(path, verify=True)
     except FileNotFoundError:
         result.notes.append(f"there is no {MANIFEST}: the order of the images was not compared")
         return None
     except FormatError as error:
-        result.add(MANIFEST, reason(error, path))
+        result.faults.append(Fault(MANIFEST, reason(error, path)))
         return None
-    if text := wrong_sum(path, sums.get(MANIFEST, "")):
-        result.add(MANIFEST, text)
+    result.faults += sum_faults(path, sha256)
     return manifest
 
 
-def _compare_shards(checks: Sequence[ShardCheck], result: SplitCheck) -> list[ShardCheck]:
-    """Find what is missing, of another run or out of order; return the shards of this run."""
-    opened = [check for check in checks if check.header]
-    run = _most(check.header["fingerprint"] for check in opened)
-    own = [check for check in opened if check.header["fingerprint"] == run]
-    total = _most(check.place[1] for check in own or checks)
-    for check in opened:
-        if (found := check.header["fingerprint"]) != run:
+def _compare_shards(paths: Sequence[Path], result: SplitCheck) -> list[Shard]:
+    """Find what is missing, of another run or out of order; return the shards without faults."""
+    bad, opened, good = {fault.file for fault in result.faults}, [], []
+    for path in paths:
+        with suppress(FormatError, OSError), Shard(path) as shard:  # else among the faults already
+            opened.append(shard)
+            result.rows += shard.rows
+            result.nbytes += shard.end
+            if path.name not in bad:
+                keys = shard.texts("key")
+                good.append((shard, keys[0], keys[-1]))
+    run = _most(shard.attrs["fingerprint"] for shard in opened)
+    for shard in opened:
+        if (found := shard.attrs["fingerprint"]) != run:
             text = f"it is of another run: its fingerprint is {found}, most shards have {run}"
-            result.add(check.name, text)
-    for check in checks:
-        if (found := check.place[1]) != total:
+            result.faults.append(Fault(shard.path.name, text))
+    places = {path.name: parse_shard_name(path.name) or (0, 0) for path in paths}
+    total = _most(shards for _, shards in places.values())
+    for name, (_, found) in places.items():
+        if found != total:
             text = f"it is of a split of {found} shards, most here are of one of {total}"
-            result.add(check.name, text)
-    expected = {shard_name(number, total) for number in range(total)}
-    result.missing = sorted(expected - {check.name for check in checks})
-    for one, two in pairwise(check for check in own if not check.faults):
-        if two.place[0] != one.place[0] + 1:
+            result.faults.append(Fault(name, text))
+    result.missing = sorted({shard_name(number, total) for number in range(total)} - places.keys())
+    good = [entry for entry in good if entry[0].attrs["fingerprint"] == run]
+    for (one, _, last), (two, key, _) in pairwise(good):
+        if two.attrs["shard"] != one.attrs["shard"] + 1:
             continue
-        end, start = one.header["first_row"] + one.rows, two.header["first_row"]
+        end, start = one.attrs["first_row"] + one.rows, two.attrs["first_row"]
         if start != end:
-            text = f"it must begin at row {end}, where {one.name} ends; it begins at {start}"
-            result.add(two.name, text)
-        if two.keys[0].encode() <= one.keys[1].encode():
-            text = f"keys must ascend; {one.name} ends with {one.keys[1]!r}"
-            result.faults.append(Fault(two.name, 0, two.keys[0], text))
-    return own
+            text = f"it must begin at row {end}, where {one.path.name} ends; it begins at {start}"
+            result.faults.append(Fault(two.path.name, text))
+        if key.encode() <= last.encode():
+            text = f"keys must ascend; {one.path.name} ends with {last!r}"
+            result.faults.append(Fault(two.path.name, text, 0, key))
+    return [shard for shard, *_ in good]
 
 
 def _most(values: Iterable[Any]) -> Any:
@@ -209,58 +207,54 @@ def _most(values: Iterable[Any]) -> Any:
 
 def _compare_manifest(manifest: Manifest, settings: dict[str, Any], result: SplitCheck) -> None:
     names = json.dumps(manifest.class_names, sort_keys=True).encode()
-    named = hashlib.sha256(names).hexdigest()
-    if (want := settings.get("manifest", manifest.digest)) != manifest.digest:
-        text = f"it is not the shards' manifest: its digest is {manifest.digest}, not {want}"
-        result.add(MANIFEST, text)
-    elif (want := settings.get("class_names")) not in (None, named):
-        result.add(MANIFEST, f"its class_names must have the sha256 {want}, as the shards say")
+    digest, named, text = manifest.digest, hashlib.sha256(names).hexdigest(), ""
+    if (want := settings.get("manifest", digest)) != digest:
+        text = f"it is not the shards' manifest: its digest is {digest}, not {want}"
+    elif (want := settings.get("class_names") or named) != named:
+        text = f"its class_names must have the sha256 {want}, as the shards' settings say"
     elif result.ok and len(manifest.keys) != result.rows:
-        result.add(MANIFEST, f"it has {len(manifest.keys)} images, the shards {result.rows}")
+        text = f"it has {len(manifest.keys)} images, the shards have {result.rows}"
+    if text:
+        result.faults.append(Fault(MANIFEST, text))
 
 
-def _compare_index(
-    path: Path, shards: Sequence[Path], sums: dict[str, str], result: SplitCheck
-) -> None:
+def _compare_index(path: Path, shards: Sequence[Path], sha256: str, result: SplitCheck) -> None:
     if not path.exists():
         result.notes.append(f"there is no {INDEX}: it is built when it is needed")
-        return
-    if result.missing or any(map(parse_shard_name, result.bad_files)):
+    elif result.missing or any(map(parse_shard_name, result.bad_files)):
         result.notes.append(f"{INDEX} was not compared with the shards, as these have faults")
-        return
-    try:
-        text = index_difference(path, shards) or wrong_sum(path, sums.get(INDEX, ""))
-    except NewerVersionError as error:
-        result.notes.append(f"{INDEX} was not compared with the shards: {error}")
-        return
-    except FormatError as error:
-        text = reason(error, path)
-    if text:
-        result.add(INDEX, f"stale or damaged: {text}")
+    else:
+        try:
+            result.faults += [*index_faults(path, shards)] or sum_faults(path, sha256)
+        except NewerVersionError as error:
+            result.notes.append(f"{INDEX} was not compared with the shards: {error}")
 
 
-def index_difference(path: Path, shards: Sequence[Path]) -> str:
-    """What differs, by content, from an index built from the shards now; empty for nothing.
+def index_faults(path: Path, shards: Sequence[Path]) -> Iterator[Fault]:
+    """How an index differs, by content, from one that is built from the shards now.
 
     Raises:
-        FormatError: the index is damaged, or the shards do not belong together.
+        NewerVersionError: a later release wrote it.
         OSError: the new index cannot be written to the temporary folder.
     """
-    remedy = "delete it; it is rebuilt"
-    with (
-        tempfile.TemporaryDirectory(prefix="tokenlabel-") as folder,
-        StoredFile(path, FORMAT, VERSION, remedy) as old,
-    ):
-        old.check_bytes()
-        write_index(Path(folder) / INDEX, list(shards))
-        with StoredFile(Path(folder) / INDEX, FORMAT, VERSION, remedy) as new:
-            if old.attrs != new.attrs:
-                return "its attributes are not what the shards give"
-            # Their CRCs stand for the values: the bytes of both files were just compared.
-            for name, column in new.columns.items():
-                if (
-                    name not in old.columns
-                    or old.columns[name]._replace(offset=column.offset) != column
-                ):
-                    return f"its {name} is not what the shards give"
-    return ""
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="tokenlabel-") as folder,
+            StoredFile(path, FORMAT, VERSION, "") as old,
+        ):
+            old.check_bytes()
+            fresh = Path(folder) / INDEX
+            write_index(fresh, list(shards))
+            with StoredFile(fresh, FORMAT, VERSION, "") as new:
+                parts = ["attributes"] if old.attrs != new.attrs else []
+                # CRCs stand for the values: all bytes were just compared with theirs.
+                for name, column in new.columns.items():
+                    found = old.columns.get(name)
+                    if found is None or found._replace(offset=column.offset) != column:
+                        parts.append(name)
+        if parts:
+            yield Fault(path.name, f"stale: other {', '.join(parts)} than in the shards")
+    except NewerVersionError:
+        raise
+    except FormatError as error:
+        yield Fault(path.name, reason(error, path))
