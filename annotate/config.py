@@ -31,111 +31,89 @@ _LEAST_STEP = 1 / 16
 class AnnotateConfig(BaseModel):
     """Options of an annotation job; the same names in YAML files and on the command line.
 
-    The descriptions are the command line's help texts. Options up to `compile`, and `device`,
+        config = AnnotateConfig(data="/path/to/imagenet", split="val", model="dm_nfnet_f6", k=10)
+
+    The text below each option is the command line's help. Options up to `compile`, and `device`,
     decide what a job writes; the others, how it runs.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
 
-    data: Name = Field(
-        SAMPLE,
-        description='folder with one folder per split; "sample": the embedded 20 photographs',
-    )
-    split: Name = Field("train", description="which folder of `data` to annotate")
-    out: Name = Field("labels", description="folder to write to; shards go to OUT/SPLIT")
+    data: Name = SAMPLE
+    """folder with one folder per split; "sample": the embedded 20 photographs"""
+    split: Name = "train"
+    """which folder of `data` to annotate"""
+    out: Name = "labels"
+    """folder to write to; shards go to OUT/SPLIT"""
 
-    model: Name = Field(
-        "tf_efficientnet_lite0", description="teacher: name of a timm classification model"
-    )
-    weights: Name = Field(
-        "pretrained",
-        description='"pretrained" (timm downloads them), a checkpoint file, or "sample"',
-    )
-    num_classes: Count | None = Field(
-        None, description="classes of the checkpoint, if not those of the timm model"
-    )
-    class_names: str | None = Field(
-        None,
-        description="text file with one class name per line, in the order of the class ids; an "
-        "image's ground truth is the class that its folder is named after (default: WordNet ids "
-        "for ImageNet teachers)",
-    )
-    input_size: Side | list[Side | list[Side]] | None = Field(
-        None,
-        description="side of the teacher's input in pixels, to which the whole image is squashed; "
-        "a list of sides for several passes, whose logits are averaged on the grid of the first; "
-        "a pair in the list is [height, width] (default: the model's own)",
-    )
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
-        None, description="how images are resized (default: the model's own)"
-    )
-    k: Count = Field(16, description="classes to store per patch, at most all")
-    step: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.25,
-        description="-log(probability) is rounded to multiples of this; 0 stores float16",
-        strict=False,
-    )
-    floor: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.003,
-        description="classes less probable than this in a patch are not stored there",
-        strict=False,
-    )
-    residual: Annotated[int, Field(ge=0, le=1 << 16)] = Field(
-        64,
-        description="classes per image over which the mass that is not stored is spread; 0: evenly "
-        "over all",
-    )
-    level: bool = Field(
-        True, description="store the log-sum-exp of the logits, which gives raw logits back"
-    )
-    compact: bool = Field(False, description="a third fewer bytes: floor 0.01")
-    precise: bool = Field(False, description="nothing rounded or dropped: step 0, floor 0")
-    views: list[Literal["identity", "hflip"]] = Field(
-        ["identity"],
-        description="add hflip to annotate the mirrored image too (for transformers as teachers)",
-    )
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="the teacher's autocast precision"
-    )
-    batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(32, description="images per batch")
-    shard_size: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
-        4096, description="images per shard: the unit of work, retry and resume"
-    )
-    channels_last: bool = Field(False, description="NHWC memory format: faster on GPUs for CNNs")
-    compile: bool = Field(False, description="torch.compile the teacher: slow start, then faster")
+    model: Name = "tf_efficientnet_lite0"
+    """teacher: a timm classification model, or FILE.py:FUNCTION of your own"""
+    weights: Name = "pretrained"
+    """a checkpoint file, "pretrained" (timm downloads it) or "sample" (the sample's teacher)"""
+    num_classes: Count | None = None
+    """classes of the checkpoint, if not those of the timm model"""
+    class_names: str | None = None
+    """text file with one class name per line, in the order of the class ids; an image's ground
+    truth is the class that its folder is named after (default: WordNet ids for ImageNet teachers)
+    """
+    input_size: Side | list[Side | list[Side]] | None = None
+    """side of the teacher's input in pixels, to which the whole image is squashed; a list of sides
+    for several passes, whose logits are averaged on the grid of the first; a pair in the list is
+    [height, width] (default: the model's own)"""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    """how images are resized (default: the model's own)"""
+    k: Count = 16
+    """classes to store per patch, at most all"""
+    step: Annotated[float, Field(ge=0, le=1, strict=False)] = 0.25
+    """-log(probability) is rounded to multiples of this; 0 stores float16"""
+    floor: Annotated[float, Field(ge=0, lt=1, strict=False)] = 0.003
+    """classes less probable than this in a patch are not stored there"""
+    residual: Annotated[int, Field(ge=0, le=1 << 16)] = 64
+    """classes per image over which the mass that is not stored is spread; 0: evenly over all"""
+    level: bool = True
+    """store the log-sum-exp of the logits, which gives raw logits back"""
+    compact: bool = False
+    """a third fewer bytes: floor 0.01"""
+    precise: bool = False
+    """nothing rounded or dropped: step 0, floor 0"""
+    views: list[Literal["identity", "hflip"]] = ["identity"]
+    """add hflip to annotate the mirrored image too (for transformers as teachers)"""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """the teacher's autocast precision"""
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
+    """images per batch"""
+    shard_size: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
+    """images per shard: the unit of work, retry and resume"""
+    channels_last: bool = False
+    """NHWC memory format: faster on GPUs for CNNs"""
+    compile: bool = False
+    """torch.compile the teacher: slow start, then faster"""
 
-    teachers: Annotated[int, Field(ge=0)] = Field(
-        0, description="teacher actors; 0: one per GPU, or one per machine on a cluster without"
-    )
-    gpus_per_teacher: Annotated[float, Field(gt=0, le=64)] = Field(
-        1.0, description="GPUs that an actor reserves; 0.5 lets two share one", strict=False
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: GPUs if the cluster has any"
-    )
-    threads: Annotated[int, Field(ge=0)] = Field(
-        0,
-        description="CPU threads per actor; 0: the machine's cores divided among its actors "
-        "(another number changes a code by one here and there)",
-    )
-    window: Annotated[int, Field(ge=1, le=64)] = Field(
-        3, description="batches decoded ahead of each actor"
-    )
-    retries: Annotated[int, Field(ge=0, le=100)] = Field(
-        3, description="how often a failed shard is retried"
-    )
-    max_errors: Annotated[float, Field(ge=0)] = Field(
-        0.01,
-        description="images without a map up to which the job succeeds: a fraction below 1, or a "
-        "number",
-        strict=False,
-    )
-    ray_address: str | None = Field(
-        None, description="cluster to run on, host:port or auto (default: this machine alone)"
-    )
-    rescan: bool = Field(
-        True, description="check for changed image lists when resuming; off trusts the manifest"
-    )
+    teachers: Annotated[int, Field(ge=0)] = 0
+    """teacher actors; 0: one per GPU, or one per machine on a cluster without GPUs"""
+    gpus_per_teacher: Annotated[float, Field(gt=0, le=64, strict=False)] = 1.0
+    """GPUs that an actor reserves; 0.5 lets two share one"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs if the cluster has any"""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads per actor; 0: the machine's cores divided among its actors (another number
+    changes a code by one here and there)"""
+    window: Annotated[int, Field(ge=1, le=64)] = 3
+    """batches decoded ahead of each actor"""
+    retries: Annotated[int, Field(ge=0, le=100)] = 3
+    """how often a failed shard is retried"""
+    max_errors: Annotated[float, Field(ge=0, strict=False)] = 0.01
+    """images without a map up to which the job succeeds: a fraction below 1, or a number"""
+    ray_address: str | None = None
+    """cluster to run on, host:port or auto (default: this machine alone)"""
+    rescan: bool = True
+    """check for changed image lists when resuming; off trusts the manifest"""
 
     @field_validator("split")
     @classmethod
@@ -259,4 +237,5 @@ def _explain(fault: dict[str, Any], source: str | None, given: dict[str, Any]) -
         return f"{where}: unknown key (value {got}). Remedy: {hint}"
     if not key:  # a rule on several options
         return f"{source or 'options'}: {rule}"
-    return f"{where}: {rule}, got {got}. Remedy: set {key}: {fields[key].description}"
+    text = " ".join(str(fields[key].description).split())
+    return f"{where}: {rule}, got {got}. Remedy: set {key}: {text}"

@@ -18,7 +18,7 @@ from ..errors import ImageError
 
 #: What an image may be inside, whatever its name says. The list keeps out formats that start
 #: other programs (EPS) or that no image folder holds.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF")
 _MAX_ERROR_CHARS = 200
 
 
@@ -40,18 +40,12 @@ class DecodedBatch(NamedTuple):
 
 
 def decode_batch(
-    source: ImageSource,
-    keys: Sequence[str],
-    sizes: Sequence[tuple[int, int]],
-    interpolation: str,
+    source: ImageSource, keys: Sequence[str], sizes: Sequence[tuple[int, int]], interpolation: str
 ) -> DecodedBatch:
     """Read images of a split and squash each to all `sizes`, (height, width) each.
 
-    The images are those that `torchvision.datasets.ImageFolder` gives: RGB by Pillow's own
-    conversion, EXIF orientation not applied. A bad image never raises; its row says why.
-
-    A row without a map is for ever, so it must not stand for a disk that fails, or a folder that
-    is unmounted, while the job runs.
+    A bad image never raises; its row says why. A row without a map is final, so a disk that fails,
+    or a folder that is unmounted while the job runs, must not make one.
 
     Raises:
         StorageError: an image cannot be read for a reason that is not its own.
@@ -63,9 +57,11 @@ def decode_batch(
             if isinstance(data, ImageError):
                 raise data
             batch.digests[row] = file_digest(data)
-            batch.sizes[row], squashed = _squash(data, sizes, resample)
-            for images, image in zip(batch.images, squashed, strict=True):
-                images[row] = image
+            image = decode_image(data)
+            squashed = [np.asarray(image.resize((w, h), resample)) for h, w in sizes]
+            batch.sizes[row] = image.size
+            for images, pixels in zip(batch.images, squashed, strict=True):
+                images[row] = pixels
         except ImageError as error:
             batch.errors[row] = str(error)
     return batch
@@ -97,16 +93,19 @@ def file_digest(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def _squash(
-    data: bytes, sizes: Sequence[tuple[int, int]], resample: Image.Resampling
-) -> tuple[tuple[int, int], list[np.ndarray]]:
-    """(width, height) of an image, and the whole of it at each of `sizes`, (height, width)."""
+def decode_image(data: bytes) -> Image.Image:
+    """The image that `torchvision.datasets.ImageFolder` gives for a file of these bytes.
+
+    RGB by Pillow's own conversion; EXIF orientation is not applied.
+
+    Raises:
+        ImageError: it cannot be decoded. The same bytes give the same text: shards store it.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large images and odd EXIF are no news here
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                rgb = image.convert("RGB")
-            return rgb.size, [np.asarray(rgb.resize((w, h), resample)) for h, w in sizes]
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                return image.convert("RGB")
     except UnidentifiedImageError as error:  # its text holds a memory address
         raise ImageError("not an image, or its header is damaged") from error
     except Image.DecompressionBombError as error:

@@ -58,14 +58,13 @@ class Identity:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything an actor needs to make any shard of the run.
+    """What an actor needs besides its options to make any shard of the run.
 
     Attributes:
         folder: folder of its shards, which holds the manifest.
         run: id that the folder's lock must show.
-        rows, shards, shard_size, batch_size, window: sizes, in images and batches.
+        rows, shards, shard_size: of the split, in images and shards.
         layout: shapes and dtypes of the maps.
-        floor: classes less probable than this are dropped.
         fingerprint: of the settings.
         attrs: root attributes that all shards share.
         label_space: "teacher" or "folders".
@@ -76,10 +75,7 @@ class Plan:
     rows: int
     shards: int
     shard_size: int
-    batch_size: int
-    window: int
     layout: MapLayout
-    floor: float
     fingerprint: str
     attrs: dict[str, Any]
     label_space: str
@@ -169,10 +165,7 @@ def make_plan(config: AnnotateConfig, run: str, manifest: Manifest, teacher: Ide
         rows=rows,
         shards=shard_count(rows, config.shard_size),
         shard_size=config.shard_size,
-        batch_size=config.batch_size,
-        window=config.window,
         layout=layout,
-        floor=config.floor,
         fingerprint=fingerprint,
         attrs=attrs,
         label_space=manifest.label_space,
@@ -191,31 +184,28 @@ def unfinished(plan: Plan) -> list[int]:
         if (number := parse_shard_name(path.name)) is None:
             continue
         with Shard(path) as shard:
-            if (found := shard.attrs.get("fingerprint")) != plan.fingerprint:
-                raise FingerprintError(
-                    f"{plan.folder} holds finished shards of another run: {path.name} has "
-                    f"fingerprint {found}, this job {plan.fingerprint}.\n  "
-                    + "\n  ".join(_differences(shard, plan))
-                    + "\nRemedy: annotate into another folder with `out`, go back to the old "
-                    "settings, or delete the folder to start over"
-                )
+            attrs = shard.attrs
+        if (found := attrs.get("fingerprint")) != plan.fingerprint:
+            try:
+                old = json.loads(attrs["settings"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise FormatError(f"{path} does not say how it was made: {error}") from error
+            new = json.loads(plan.attrs["settings"])
+            differ = [
+                f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+                for key in sorted(old.keys() | new.keys())
+                if old.get(key) != new.get(key)
+            ]
+            raise FingerprintError(
+                f"{plan.folder} holds finished shards of another run: {path.name} has fingerprint "
+                f"{found}, this job {plan.fingerprint}.\n  "
+                + "\n  ".join(differ or ["the settings are equal, so the header was changed"])
+                + "\nRemedy: annotate into another folder with `out`, go back to the old settings, "
+                "or delete the folder to start over"
+            )
         if path.name == shard_name(number[0], plan.shards):
             todo.discard(number[0])
     return sorted(todo)
-
-
-def _differences(shard: Shard, plan: Plan) -> list[str]:
-    try:
-        old = json.loads(shard.attrs["settings"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{shard.path} does not say how it was made: {error}") from error
-    new = json.loads(plan.attrs["settings"])
-    differ = [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    return differ or ["the settings are equal, so the header was changed"]
 
 
 def _json(value: Any) -> str:

@@ -29,8 +29,8 @@ from tokenlabel.annotate import AnnotateConfig, annotate
 from tokenlabel.annotate.cluster.session import ray_session
 from tokenlabel.annotate.images import DecodedBatch, decode_batch
 from tokenlabel.annotate.sample import sample_folder
+from tokenlabel.annotate.teacher.annotator import Annotator, TeacherOutput
 from tokenlabel.annotate.teacher.identity import build_teacher
-from tokenlabel.annotate.teacher.timm_teacher import Teacher, TeacherOutput
 from tokenlabel.dataset.sources.folder import FolderSource
 
 
@@ -47,7 +47,7 @@ def repeated(split: Path, count: int, folder: Path) -> Path:
 class Batches(Dataset[DecodedBatch]):
     """Batches decoded by the job's own function, for a plain DataLoader."""
 
-    def __init__(self, root: Path, teacher: Teacher, size: int) -> None:
+    def __init__(self, root: Path, teacher: Annotator, size: int) -> None:
         self._source = FolderSource(root)
         keys = [entry.key.decode() for entry in self._source.scan()]
         self._keys = [keys[start : start + size] for start in range(0, len(keys), size)]

@@ -50,15 +50,11 @@ def test_what_is_stored() -> None:
         ("kk: 5", "kk: unknown key (value 5). Remedy: did you mean 'k'?"),
         ("zzzz: 5", "zzzz: unknown key (value 5). Remedy: one of data, split"),
         ("k: ten", "k: Input should be a valid integer, got 'ten'. Remedy: set k: classes to"),
-        ("k: '10'", "k: Input should be a valid integer, got '10'. Remedy: set k: "),
         ("k: 0", "k: Input should be greater than or equal to 1, got 0. Remedy: set k: "),
         ("batch_size: 1.5", "batch_size: Input should be a valid integer"),
-        ("channels_last: 1", "channels_last: Input should be a valid boolean, got 1"),
         ("precision: fp8", "precision: Input should be 'float32', 'bfloat16' or 'float16'"),
         ("input_size: [[1, 2, 3]]", "input_size: must be a side, or a list of sides and pairs"),
-        ("input_size: []", "input_size: must be a side, or a list of sides and pairs"),
         ("step: 0.01", "step: must be 0 or from 0.0625 to 1, got 0.01. Remedy: set step: -log"),
-        ("floor: 1", "floor: Input should be less than 1, got 1"),
         ("compact: 1", "compact: Input should be a valid boolean, got 1"),
         ("views: [hflip]", "views: must be [identity] or [identity, hflip], got ['hflip']"),
         ("split: ../x", "split: must be a folder inside `data`, such as train, got '../x'"),
@@ -129,15 +125,14 @@ def test_sizes_on_the_command_line_are_those_of_the_file(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--k", "0"], "option k: Input should be greater than or equal to 1, got 0"),
         (["--k", "many"], "option k: Input should be a valid integer, got 'many'"),
-        (["--views", "hflip"], "option views: must be [identity] or [identity, hflip]"),
         (["--input-size", "[[1,2,3]]"], "option input_size: must be a side, or a list"),
         (["--input-size", "[1"], "'[1' is not a value"),
         (["--precision", "int4"], "'int4' is not one of 'float32', 'bfloat16', 'float16'"),
-        (["--data", "/nowhere"], "no folder /nowhere/train: `data` must hold a folder per split"),
-        (["--config", "nope"], "no configuration 'nope'"),
-        (["--nope"], "No such option"),
+        (
+            ["--data", "/nowhere"],
+            "no folder /nowhere/train: `data` must hold a folder for each split",
+        ),
     ],
 )
 def test_bad_options_end_with_status_2_and_no_traceback(

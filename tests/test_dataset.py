@@ -231,7 +231,7 @@ def test_sources_that_cannot_be_matched(images: Path, labels: Path) -> None:
 
     with pytest.raises(TypeError, match="map-style data set"):
         TokenLabelDataset(Stream(), labels)
-    with pytest.raises(TypeError, match=r"does not tell the files of its images. Remedy: pass key"):
+    with pytest.raises(TypeError, match=r"does not name the files of its images. Remedy: pass key"):
         TokenLabelDataset([(1, 2)], labels)
     image = PIL.Image.new("RGB", (4, 4))
     cases: list[tuple[Any, str]] = [

@@ -1,6 +1,5 @@
 """Start Ray on this machine, or attach to a cluster, and say what it has."""
 
-import importlib
 import logging
 import os
 import shutil
@@ -8,12 +7,13 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
+from ray._private import ray_constants, services
 
 from ...errors import ConfigError, JobError
 from ..config import AnnotateConfig
@@ -103,7 +103,13 @@ def _attach(address: str, folder: Path) -> None:
 def _start(num_cpus: int | None) -> None:
     for last in (False, True):
         try:
-            with loopback_only(), _no_dashboard():
+            # Ray starts the dashboard's process even with `include_dashboard=False`. It would serve
+            # nothing then, but ask the clouds' metadata services, by DNS and HTTP, which of them
+            # this machine is in: for statistics, even where these are off.
+            no_dashboard = _replaced(
+                vars(services), "start_api_server", lambda *_, **__: ("", None)
+            )
+            with loopback_only(), no_dashboard:
                 ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **_QUIET)
             return
         except Exception as error:  # Ray raises a bare Exception when its start times out
@@ -111,8 +117,8 @@ def _start(num_cpus: int | None) -> None:
             if last:
                 raise JobError(
                     f"Ray does not start on this machine: {error}. Finished shards are kept. "
-                    "Remedy: stop other work, or free memory and space for temporary files, and "
-                    "run the same command again"
+                    "Remedy: stop other work, free memory and space for temporary files (in "
+                    "TMPDIR, which must be a short path), and run the same command again"
                 ) from error
             # On a busy machine Ray's own limit of 30 seconds may pass; its files are cached now.
             _log.warning("Ray did not start (%s); trying once more", error)
@@ -124,43 +130,23 @@ def loopback_only() -> Iterator[None]:
 
     `_node_ip_address="127.0.0.1"` does not: Ray replaces it by the address of the network.
     """
-    from ray._private import ray_constants
+    with (
+        _replaced(os.environ, ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0"),  # for its processes
+        _replaced(vars(ray_constants), "ENABLE_RAY_CLUSTER", False),  # for this one
+    ):
+        yield
 
-    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    before = os.environ.get(name)
-    os.environ[name] = "0"  # for the processes that Ray starts
+
+@contextmanager
+def _replaced(names: MutableMapping[str, Any], name: str, value: Any) -> Iterator[None]:
+    before = names.get(name)
+    names[name] = value
     try:
-        with _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False):  # read when it was imported
-            yield
+        yield
     finally:
-        del os.environ[name]
+        del names[name]
         if before is not None:
-            os.environ[name] = before
-
-
-@contextmanager
-def _no_dashboard() -> Iterator[None]:
-    """Keep Ray from starting the dashboard's process, which `include_dashboard=False` does not.
-
-    It would serve nothing then, but ask the clouds' metadata services, by DNS and HTTP, which of
-    them this machine is in: for statistics, even where these are off.
-    """
-    services = importlib.import_module("ray._private.services")
-    with _replaced(services, "start_api_server", lambda *_, **__: ("", None)):  # no address
-        yield
-
-
-@contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    if name not in vars(module):  # not in this release of Ray
-        yield
-        return
-    before = vars(module)[name]
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
+            names[name] = before
 
 
 def plan_resources(config: AnnotateConfig) -> Resources:

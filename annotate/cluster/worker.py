@@ -26,8 +26,8 @@ from ..config import AnnotateConfig
 from ..images import DecodedBatch, decode_batch
 from ..plan import Identity, Plan
 from ..report import Progress
+from ..teacher.annotator import Annotator, TeacherOutput
 from ..teacher.identity import build_teacher, identify
-from ..teacher.timm_teacher import Teacher, TeacherOutput
 from .window import DecodeWindow
 
 
@@ -82,11 +82,12 @@ class Worker:
         keys = manifest.keys[rows.start : rows.stop]
         labels = manifest.labels[rows.start : rows.stop]
         sizes, interpolation = self._teacher.input_sizes, self._teacher.interpolation
+        size = self._config.batch_size
         window = DecodeWindow(
             lambda keys: self._decode.remote(self._source, keys, sizes, interpolation),
-            [keys[n : n + plan.batch_size] for n in range(0, len(keys), plan.batch_size)],
+            [keys[start : start + size] for start in range(0, len(keys), size)],
             sizes,
-            plan.window,
+            self._config.window,
         )
         # The plan has the libraries of the first teacher that was ready, perhaps on another node.
         own = {"libraries": self._libraries, "shard": shard, "first_row": rows.start}
@@ -96,7 +97,7 @@ class Worker:
                 labels if plan.label_space == "teacher" else np.full_like(labels, -1), plan.layout
             )
             with self._device:
-                for batch, output in self._annotated(window, plan):
+                for batch, output in self._annotated(window, plan.layout):
                     planes = {name: plane.numpy() for name, plane in output.planes.items()}
                     writer.append(planes, batch.sizes, batch.digests, batch.errors)
                     stats.add(batch, output)
@@ -111,13 +112,13 @@ class Worker:
         return file_sha256(path)  # just written, so still in the page cache
 
     def _annotated(
-        self, window: DecodeWindow, plan: Plan
+        self, window: DecodeWindow, layout: MapLayout
     ) -> Iterator[tuple[DecodedBatch, TeacherOutput]]:
         """Batches with their results; a GPU computes the next batch while one is written."""
         ahead = 1 if self._teacher.device.type == "cuda" else 0
         pending: deque[_Pending] = deque()
         for batch in window:
-            pending.append(_Pending(batch, self._teacher, plan))
+            pending.append(_Pending(batch, self._teacher, layout, self._config))
             if len(pending) > ahead:
                 yield self._finish(pending.popleft())
         while pending:
@@ -150,15 +151,17 @@ class _Notes(logging.Handler):
 class _Pending:
     """A batch on its way through the device and back."""
 
-    def __init__(self, batch: DecodedBatch, teacher: Teacher, plan: Plan) -> None:
+    def __init__(
+        self, batch: DecodedBatch, teacher: Annotator, layout: MapLayout, config: AnnotateConfig
+    ) -> None:
         self.batch, self.since = batch, time.monotonic()
         images, count = batch.images, len(batch.errors)
-        if count < plan.batch_size:
+        if count < config.batch_size:
             # Always the same shape: threads would divide the work of another shape differently,
             # which changes the last bits, and a compiled teacher would need another graph.
-            missing = ((0, plan.batch_size - count), (0, 0), (0, 0), (0, 0))
+            missing = ((0, config.batch_size - count), (0, 0), (0, 0), (0, 0))
             images = tuple(np.pad(part, missing) for part in images)
-        planes, top5 = teacher.annotate(images, plan.layout, plan.floor)
+        planes, top5 = teacher.annotate(images, layout, config.floor)
         # Copied in stream order, before the next batch is queued; non_blocking pins the memory.
         self._output = TeacherOutput(
             {name: plane[:count].to("cpu", non_blocking=True) for name, plane in planes.items()},

@@ -7,7 +7,6 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,10 +17,10 @@ from .image_source import MAX_FILE_BYTES, Entry
 #: Endings of image files, in lower case: torchvision's, so that ImageFolder's images all have rows
 #: (listed here because importing torchvision costs a driver or worker 200 MB).
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-#: Names of a folder that are sorted as Python objects at a time.
+#: How many names of a folder are sorted as Python objects at a time.
 _RUN = 1 << 15
-#: Why a file that is listed cannot be opened, today as tomorrow: permission, and links that lead
-#: nowhere or to what is no file. Everything else is the storage's fault.
+#: Errors that a file which is there keeps on giving: permission, and links that lead nowhere or to
+#: what is no file. All others are the fault of the storage, and a retry may succeed.
 _OWN_FAULTS = (
     errno.EACCES,
     errno.EPERM,
@@ -52,12 +51,8 @@ class FolderSource:
 
     def classes(self) -> list[str]:
         """Names of the top-level folders, sorted, also of those without images."""
-        with _listing(str(self.root)) as entries:
-            return sorted(
-                _encoded(entry.name, str(self.root)).decode()
-                for entry in entries
-                if _is_folder(entry)
-            )
+        names = _names(str(self.root))
+        return sorted(name[:-1].decode() for name in names if name.endswith(b"/"))
 
     def scan(self) -> Iterator[Entry]:
         """All images, sorted by the bytes of their keys.
@@ -93,23 +88,19 @@ class FolderSource:
 
     def _read(self, path: str) -> bytes | ImageError:
         try:
-            # Non-blocking, so that a named pipe called cat.jpg cannot hang the job.
-            handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-            with open(handle, "rb", buffering=0) as file:
-                status = os.fstat(handle)
+            with open(path, "rb", buffering=0, opener=_open) as file:
+                status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     return ImageError("not a regular file")
                 if status.st_size == 0:
                     return ImageError("the file is empty")
-                if status.st_size > MAX_FILE_BYTES:
-                    return ImageError(
-                        f"the file has {status.st_size} bytes (limit {MAX_FILE_BYTES})"
-                    )
+                if (size := status.st_size) > MAX_FILE_BYTES:
+                    return ImageError(f"the file has {size} bytes (limit {MAX_FILE_BYTES})")
                 return file.read()
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            # The image had a folder entry when the split was scanned. While it has one, the fault
-            # is the image's; without one, the folder may be that of an unmounted file system.
+            # The image was listed when the split was scanned. Where it no longer is, its folder
+            # may be the empty one that an unmounted file system leaves.
             if error.errno in _OWN_FAULTS and os.path.lexists(path):
                 return ImageError(f"cannot be read: {reason}")
             if not self.root.is_dir():
@@ -118,9 +109,9 @@ class FolderSource:
                     "node under the same path"
                 ) from error
             raise StorageError(
-                f"the image {path} cannot be read: {reason}. That is the storage's fault, so it "
-                "gets no row without a map. Remedy: fix the disk or the mount and run the same "
-                "command again; if the image is lost, put an empty file in its place"
+                f"the image {path} cannot be read: {reason}. That is the storage's fault, not the "
+                "image's. Remedy: fix the disk or the mount and run the same command again; if the "
+                "image is lost, put an empty file in its place"
             ) from error
 
 
@@ -145,20 +136,24 @@ def open_source(data: Path, split: str) -> FolderSource:
     return source
 
 
+def _open(path: str, flags: int) -> int:
+    # Non-blocking, so that a named pipe called cat.jpg cannot hang the job.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def _scan(folder: str, prefix: bytes, above: list[tuple[int, int]]) -> Iterator[bytes]:
-    with _listing(folder) as entries:
-        status = os.stat(folder)
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            _log.warning("%s links back to a folder above it: left out", folder)
-            return
-        # A folder sorts as its name plus "/", which makes the walk's order the keys' order.
-        names = _sorted(
-            _encoded(entry.name, folder) + (b"/" if _is_folder(entry) else b"")
-            for entry in entries
-            if _is_folder(entry) or entry.name.lower().endswith(EXTENSIONS)
-        )
-    for name in names:
+    """Keys of all images in a folder, whose own key is `prefix` and which lies in those `above`."""
+    # Sorted in runs, each one string with NUL, which no name can hold, between its names: an
+    # object for each of a million names would be ten times the memory.
+    names, runs = _names(folder), []
+    while run := sorted(islice(names, _RUN)):
+        runs.append(b"\0".join(run))
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        _log.warning("%s links back to a folder above it: left out", folder)
+        return
+    for name in heapq.merge(*((m[0] for m in re.finditer(rb"[^\0]+", run)) for run in runs)):
         if name.endswith(b"/"):
             child = os.path.join(folder, name[:-1].decode())
             yield from _scan(child, prefix + name, [*above, here])
@@ -166,42 +161,27 @@ def _scan(folder: str, prefix: bytes, above: list[tuple[int, int]]) -> Iterator[
             yield prefix + name
 
 
-@contextmanager
-def _listing(folder: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+def _names(folder: str) -> Iterator[bytes]:
+    """Names in a folder, in no order: of images, and of folders, which end in "/".
+
+    So a folder sorts as in the keys of its images, and a walk in order gives keys in order.
+    """
     try:
         with os.scandir(folder) as entries:
-            yield entries
+            for entry in entries:
+                try:
+                    is_folder = entry.is_dir()
+                except OSError:  # a link to itself
+                    is_folder = False
+                if is_folder or entry.name.lower().endswith(EXTENSIONS):
+                    yield entry.name.encode() + (b"/" if is_folder else b"")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"keys are UTF-8, but a file name in {folder} is not: {os.fsencode(error.object)!r}. "
+            "Remedy: rename it (for example with convmv)"
+        ) from None
     except OSError as error:
         raise ConfigError(
             f"the folder {folder} cannot be listed: {error.strerror}. Remedy: check the path; give "
             "this user permission to read the folder, or move it out of the split"
         ) from error
-
-
-def _sorted(names: Iterator[bytes]) -> Iterator[bytes]:
-    """The names of a folder in order; of millions, without an object for each.
-
-    Merges sorted runs, each one string with NUL, which no name can hold, between its names.
-    """
-    runs = []
-    while run := sorted(islice(names, _RUN)):
-        runs.append(b"\0".join(run))
-    return heapq.merge(*((found[0] for found in re.finditer(rb"[^\0]+", run)) for run in runs))
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder, or a link to one."""
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _encoded(name: str, folder: str) -> bytes:
-    try:
-        return name.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(
-            f"keys are UTF-8, but a file name in {folder} is not: {os.fsencode(name)!r}. "
-            "Remedy: rename it (for example with convmv)"
-        ) from None
