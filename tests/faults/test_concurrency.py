@@ -170,7 +170,7 @@ def test_readers_while_a_split_is_damaged_repaired_and_completed(
         damaged = bytearray(path.read_bytes())
         damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
-        command = ["inspect-labels", str(tmp_path), "--repair", "--yes", "--workers", "0"]
+        command = ["inspect-labels", str(tmp_path), "--repair", "--yes", "--workers", "1"]
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 1 and path.name in result.output, result.output
         assert not path.exists()
