@@ -82,7 +82,8 @@ class NodesJob(Job):
 def teacher(tmp_path: Path) -> dict[str, Any]:
     """Options of a job with two batches a shard, whose teacher is a file of the test's own."""
     file = shutil.copy(HERE / "own_teacher.py", tmp_path)
-    return {"model": f"{file}:build", "input_size": 32, "k": 5, "batch_size": 2, "shard_size": 4}
+    small = {"input_size": 32, "k": 5, "batch_size": 2, "shard_size": 4}
+    return {"model": f"{file}:build", "weights": "pretrained", **small}
 
 
 def test_nodes_join_and_die_under_a_job(
