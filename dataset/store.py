@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .label_map.label_map import TokenLabelMap
-    from .targets.token_labels import Grid, TokenLabels
+    from .targets.record import Grid
+    from .targets.token_labels import TokenLabels
 
 _log = logging.getLogger(__name__)
 
