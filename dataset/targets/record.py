@@ -270,8 +270,9 @@ class Records(NamedTuple):
     def paths(self) -> Tensor:
         """The segments of the paths, float32 [B, S, 16], S the most of the batch."""
         end = HEAD - (SEGMENTS - self.layout.segments) * _SEGMENT.size
-        segments = self.data[:, _HEADER.size : end].contiguous().view(torch.float32)
-        return segments.unflatten(1, (-1, 16))  # type: ignore[no-any-return]
+        data = self.data[:, _HEADER.size : end].contiguous().view(torch.float32)
+        segments: Tensor = data.unflatten(1, (-1, 16))
+        return segments
 
     def plane(self, name: str) -> Tensor:
         """A plane in the view that matches each image: int32 [B, ...], or float32 of float16."""
@@ -292,7 +293,7 @@ class Records(NamedTuple):
             items = data.movedim(1, -1).clone(memory_format=torch.contiguous_format)
             return items.view(torch.float16)[..., 0].float()
         # The bytes are shuffled: first the lowest ones of all items, then the next ones.
-        number = data[:, 0].int()
+        number: Tensor = data[:, 0].int()
         for byte in range(1, dtype.itemsize):
             number = number | (data[:, byte].int() << (8 * byte))
         return number
