@@ -118,12 +118,10 @@ class Report:
         """Whether all shards are there and errors are within the limit."""
         return not self.failed and not self.max_errors_exceeded
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write report.json beside the shards."""
-        path = Path(self.folder) / NAME
-        with replacing(path) as temporary:
+        with replacing(Path(self.folder) / NAME) as temporary:
             temporary.write_text(json.dumps({"ok": self.ok, **asdict(self)}, indent=2) + "\n")
-        return path
 
 
 def make_report(
