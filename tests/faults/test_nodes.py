@@ -175,16 +175,3 @@ def test_memory_of_the_driver_an_image(soak: bool, observed: Observed) -> None:
         "at most 64 bytes an image in each part",
         f"at most {used[worst]:.0f} ({worst})",
     )
-
-
-def test_eight_teachers_do_the_work_of_eight(soak: bool, observed: Observed) -> None:
-    if not soak:
-        pytest.skip("takes minutes and a quiet machine: `make soak` runs it")
-    efficiency = {int(row[0]): float(row[2]) for row in benchmark("teachers")}
-    assert efficiency[8] >= 0.95, efficiency
-    observed(
-        "1 to 8 sleeping teachers",
-        len(efficiency),
-        "efficiency of 8 at least 0.95",
-        ", ".join(f"{number}: {value:.3f}" for number, value in efficiency.items()),
-    )
