@@ -146,9 +146,11 @@ def test_a_node_without_gpus_joins(
 def test_teachers_with_different_weights_are_refused(
     sample: Path, tmp_path: Path, teacher: dict[str, Any]
 ) -> None:
+    data = repeat_images(sample, tmp_path / "many", 160)
     teacher["model"] += "_another_each_time"
+    (tmp_path / "slow").touch()  # so that the second teacher starts before the first has done all
     with pytest.raises(JobError, match=r"two teachers have different weights: .* Remedy: give"):
-        annotate(config(sample, tmp_path / "out", teachers=2, **teacher))
+        annotate(config(data, tmp_path / "out", teachers=2, **teacher))
 
 
 def benchmark(*options: str) -> list[list[str]]:
