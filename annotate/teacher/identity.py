@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ...dataset.sources.folder import scan
+from ...dataset.sources.image_source import ImageSource
 from ...errors import StorageError, TeacherError
 from ..config import AnnotateConfig
 from ..images import DecodedBatch, decode_batch, join_batches
@@ -99,7 +99,7 @@ def load_teacher(
     return load_file(*file)
 
 
-def identify(annotator: Annotator, root: Path) -> Identity:
+def identify(annotator: Annotator, source: ImageSource) -> Identity:
     """Describe a teacher, after comparing its patch with its pooled logits on the first images.
 
     Raises:
@@ -108,10 +108,10 @@ def identify(annotator: Annotator, root: Path) -> Identity:
     """
     parts: list[DecodedBatch] = []
     failure: StorageError | None = None
-    for key in islice(scan(root), _CHECKED):
+    for entry in islice(source.scan(), _CHECKED):
         try:
             sizes, interpolation = annotator.input_sizes, annotator.interpolation
-            parts.append(decode_batch(str(root), [key.decode()], sizes, interpolation))
+            parts.append(decode_batch(source, [entry.key.decode()], sizes, interpolation))
         except StorageError as error:  # fails its own shard alone
             failure = error
     if failure and not parts:
@@ -125,8 +125,8 @@ def identify(annotator: Annotator, root: Path) -> Identity:
         class_names=list(annotator.class_names) if annotator.class_names else None,
         device=annotator.device.type,
         head_mode=annotator.head.mode,
-        dense_exact=annotator.head.exact,
-        dense_error=annotator.check(join_batches(parts).images),
+        exact=annotator.head.exact,
+        pooled_error=annotator.check(join_batches(parts).images),
         libraries=libraries(annotator.device),
     )
 
