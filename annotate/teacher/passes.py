@@ -104,5 +104,5 @@ def _reading(
         area = np.diff(hats[:, 1:-1], axis=0)
         found.append(area / np.maximum(area.sum(1, keepdims=True), 1e-12))
     total = np.sum(weights, 0)
-    shares = (area * (w / total)[:, None] for area, w in zip(found, weights, strict=True))
-    return [torch.tensor(share, dtype=torch.float32, device=device) for share in shares]
+    parts_of_all = (area * (w / total)[:, None] for area, w in zip(found, weights, strict=True))
+    return [torch.tensor(part, dtype=torch.float32, device=device) for part in parts_of_all]
