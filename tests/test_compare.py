@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.maps import attrs, random_rows, write_split
-from tests.pictured import write_class_names
+from tests.painted import write_class_names
 from tokenlabel.cli import main
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import shard_name, write_shard
 from tokenlabel.inspection.compare import compare
-from tokenlabel.inspection.divergence import divergence
+from tokenlabel.inspection.statistics import divergence
 
 LAYOUT = MapLayout(("identity",), (4, 6), 5, 50, residual=8)
 KEYS = [f"a/{n:02d}.jpg" for n in range(14)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.jobs import config
 from tests.maps import write_split
-from tests.pictured import painted, write_class_names, write_store
+from tests.painted import painted, write_class_names, write_store
 from tokenlabel.annotate import annotate
 from tokenlabel.cli import main
 from tokenlabel.dataset.format.score_map import MapLayout
@@ -21,8 +21,8 @@ from tokenlabel.dataset.store import LabelStore
 from tokenlabel.errors import FormatError
 from tokenlabel.inspection import summary
 from tokenlabel.inspection.agreement import SCALES, measure_agreement
-from tokenlabel.inspection.names import ClassNames
-from tokenlabel.inspection.statistics import Histogram, LogHistogram
+from tokenlabel.inspection.label_sets import ClassNames
+from tokenlabel.inspection.statistics import Histogram
 from tokenlabel.inspection.summary import summarise
 
 COUNTS = {"labelled": 8, "top1": 4, "top5": 6, "mass": 4.0}
@@ -126,7 +126,7 @@ def test_damaged_values_end_in_a_message(tmp_path: Path) -> None:
     store = write_store(
         tmp_path / "nan", tmp_path / "images", {"a.png": painted()}, best=np.nan, **COUNTS
     )
-    with pytest.raises(FormatError, match=r"row 0 of .* without NaN"):
+    with pytest.raises(FormatError, match=r"without NaN; row 0 of .*nan has others"):
         summarise(store.root)
     made_up(tmp_path / "other", 8, mass="much")
     with pytest.raises(FormatError, match="mass must be a number, got 'much'"):
@@ -149,7 +149,7 @@ def test_class_names() -> None:
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=200), st.floats(0.01, 0.99))
 def test_quantiles_are_within_a_bin(values: list[float], share: float) -> None:
     array = np.array(values)
-    histogram, logarithmic = Histogram(1.0), LogHistogram()
+    histogram, logarithmic = Histogram.even(1.0), Histogram.logarithmic()
     histogram.add(array)
     logarithmic.add(array)
     want = np.sort(array)[max(int(np.ceil(share * len(array))) - 1, 0)]
