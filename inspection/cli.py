@@ -3,8 +3,9 @@
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from os import cpu_count
 from pathlib import Path
 from typing import Any
@@ -86,13 +87,57 @@ def inspect_labels(labels: Path, key: str | None, as_json: bool, **options: Any)
     if checks:
         _verify(splits, as_json, options)
     elif options["agreement"]:
-        _agreement(splits, as_json, options)
+        from .agreement import measure_agreement
+        from .console import print_agreement
+
+        count, chosen = options["agreement"], {k: options[k] for k in ("images", "weights", "seed")}
+        measure = partial(measure_agreement, count=count, **chosen)
+        _report(splits, measure, print_agreement, as_json)
     elif options["html"]:
         _page(splits, key, options)
     elif key is not None:
         _map(splits, key, as_json, options)
     else:
-        _summary(splits, options["everything"], as_json)
+        from .console import print_summary
+        from .summary import summarise
+
+        measure = partial(summarise, everything=options["everything"])
+        _report(splits, measure, print_summary, as_json)
+        if not as_json:
+            click.echo(
+                "Every byte: --verify. One image: --key KEY. A page to browse: --html FILE. "
+                "For programs: --json"
+            )
+
+
+def _report(
+    folders: Sequence[Path],
+    measure: Callable[..., dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+    as_json: bool,
+) -> None:
+    """Measure each folder under a progress bar, and print the facts.
+
+    Damaged folders are reported last and end the command with status 1.
+    """
+    from ..terminal import progress_bar
+
+    results, faults = [], []
+    for folder in folders:
+        try:
+            with progress_bar(folder.name) as watch:
+                results.append(measure(folder, watch=watch))
+        except FormatError as error:
+            faults.append(error)
+            continue
+        if not as_json:
+            show(results[-1])
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+    for fault in faults:
+        click.echo(f"Error: {fault}", err=True)
+    if faults:
+        sys.exit(1)
 
 
 def _map(splits: Sequence[Path], key: str, as_json: bool, options: dict[str, Any]) -> None:
@@ -132,34 +177,6 @@ def _page(splits: Sequence[Path], key: str | None, options: dict[str, Any]) -> N
     )
 
 
-def _summary(splits: Sequence[Path], everything: bool, as_json: bool) -> None:
-    from ..terminal import progress_bar
-    from .console import print_summary
-    from .summary import summarise
-
-    summaries, faults = [], []
-    for split in splits:
-        try:
-            with progress_bar(split.name) as watch:
-                summaries.append(summarise(split, everything, watch))
-        except FormatError as error:  # show the other splits all the same
-            faults.append(f"Error: {error}")
-    if as_json:
-        click.echo(json.dumps(summaries, indent=2))
-    else:
-        for facts in summaries:
-            print_summary(facts)
-        if summaries:
-            click.echo(
-                "Every byte: --verify. One image: --key KEY. A page to browse: --html FILE. "
-                "For programs: --json"
-            )
-    for fault in faults:
-        click.echo(fault, err=True)
-    if faults:
-        sys.exit(1)
-
-
 def _verify(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -> None:
     from ..terminal import progress_bar
     from .console import print_check
@@ -193,29 +210,6 @@ def _verify(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -> N
         sys.exit(1)
 
 
-def _agreement(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -> None:
-    from ..terminal import progress_bar
-    from .agreement import measure_agreement
-    from .console import print_agreement
-
-    results = []
-    for split in splits:
-        with progress_bar(f"{split.name}: running the teacher") as watch:
-            result = measure_agreement(
-                split,
-                options["agreement"],
-                options["images"],
-                weights=options["weights"],
-                seed=options["seed"],
-                watch=watch,
-            )
-        results.append(result)
-        if not as_json:
-            print_agreement(result)
-    if as_json:
-        click.echo(json.dumps(results, indent=2))
-
-
 @click.command("compare-labels")
 @click.argument("a", type=_FOLDER)
 @click.argument("b", type=_FOLDER)
@@ -233,15 +227,12 @@ def compare_labels(a: Path, b: Path, everything: bool, as_json: bool) -> None:
     Examples:
       python cli.py compare-labels labels/train labels-compact/train
     """
-    from ..terminal import progress_bar
     from .compare import compare, pair_splits
     from .console import print_comparison
 
-    results = []
-    for one, two in pair_splits(a, b):
-        with progress_bar(one.name) as watch:
-            results.append(compare(one, two, everything, watch))
-        if not as_json:
-            print_comparison(results[-1])
-    if as_json:
-        click.echo(json.dumps(results, indent=2))
+    pairs = dict(pair_splits(a, b))
+
+    def measure(one: Path, **options: Any) -> dict[str, Any]:
+        return compare(one, pairs[one], everything, **options)
+
+    _report(list(pairs), measure, print_comparison, as_json)

@@ -101,7 +101,7 @@ class PatchMap(NamedTuple):
         classes: int64 [H, W, K], class ids, most probable first. Where no class is stored, the
             first one is repeated with probability 0, so that no class shows up by mistake.
         probs: float32 [H, W, K], their probabilities.
-        rest: float32 [H, W], probability of all other classes.
+        mass: float32 [H, W], probability of all stored classes together.
         entropy: float32 [H, W], in nats, over all classes.
     """
 
@@ -109,18 +109,13 @@ class PatchMap(NamedTuple):
     label: int
     classes: Ids
     probs: Floats
-    rest: Floats
+    mass: Floats
     entropy: Floats
 
     @property
     def best(self) -> Ids:
         """Most probable class of each patch, [H, W]."""
         return self.classes[..., 0]
-
-    @property
-    def mass(self) -> Floats:
-        """Probability of all stored classes together, [H, W]."""
-        return 1 - self.rest
 
 
 def patch_map(store: LabelStore, key: str | int) -> PatchMap:
@@ -153,7 +148,7 @@ def patch_map(store: LabelStore, key: str | int) -> PatchMap:
     unstored = np.maximum(plogp(residual).sum() - plogp(stored).sum(-1), 0)
     entropy = plogp(probs).sum(-1) + scale * unstored + free * plogp(scale)
     label = entry.label if store.attrs.get("label_space") == "teacher" else -1
-    return PatchMap(entry, label, ids, probs, rest, entropy)
+    return PatchMap(entry, label, ids, probs, 1 - rest, entropy)
 
 
 def plogp(probs: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""Label sets of images that the tests paint themselves, with maps that say what is painted."""
+"""Label sets of images that the tests paint themselves, and the commands that inspect them."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from click.testing import CliRunner
 from PIL import Image
 
 from tests.maps import attrs
 from tokenlabel.annotate.images import file_digest
+from tokenlabel.cli import main
 from tokenlabel.dataset import LabelStore
 from tokenlabel.dataset.format import manifest
 from tokenlabel.dataset.format.new_file import create, encode_texts
@@ -83,3 +85,11 @@ def write_class_names(root: Path, names: Sequence[str]) -> None:
     """Give a label set the names of its classes, where `annotate` puts them."""
     with create(root / manifest.NAME, manifest.FORMAT, manifest.VERSION, {}) as file:
         file.add("class_names", encode_texts(names))
+
+
+def invoke(*command: object, code: int = 0) -> str:
+    """Output of a command of the CLI, which must end with this status and without traceback."""
+    result = CliRunner().invoke(main, [str(word) for word in command])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.output

@@ -7,15 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.jobs import config
 from tests.maps import write_split
-from tests.painted import painted, write_class_names, write_store
+from tests.painted import invoke, painted, write_class_names, write_store
 from tokenlabel.annotate import annotate
-from tokenlabel.cli import main
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.store import LabelStore
 from tokenlabel.errors import FormatError
@@ -34,13 +32,6 @@ def labels(sample: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: Non
     out = tmp_path_factory.mktemp("inspect")
     annotate(config(sample, out, split="val", input_size=96, k=5))
     return out / "val"
-
-
-def invoke(*command: object, code: int = 0) -> str:
-    result = CliRunner().invoke(main, [str(word) for word in command])
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result.output
 
 
 def made_up(folder: Path, rows: int, **more: object) -> Path:

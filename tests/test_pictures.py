@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from torchvision.transforms.v2 import functional as F
 
 from tests.painted import GRID, PAINT, QUADRANTS, painted, painted_map, write_store
 from tokenlabel.dataset import LabelStore
-from tokenlabel.errors import ConfigError, ImageError, MissingMapError, OutputError
+from tokenlabel.errors import ConfigError, ImageError, MissingMapError
 from tokenlabel.inspection.label_sets import patch_map
 from tokenlabel.inspection.pictures.augmentations import GRID as PATCHES
 from tokenlabel.inspection.pictures.augmentations import angle_of, augmentations, outline_of
@@ -22,7 +22,6 @@ from tokenlabel.inspection.pictures.map_facts import (
     legend,
     letters_of,
     map_facts,
-    rgb,
     viridis,
 )
 from tokenlabel.inspection.pictures.overlay import class_overlay, mass_overlay, shortened
@@ -81,18 +80,18 @@ def test_probabilities_and_facts(store: LabelStore) -> None:
     facts = map_facts(patches)
     dense = np.full((*GRID, 50), 0.1 / 48)
     np.put_along_axis(dense, patches.classes, patches.probs, -1)
-    assert facts.mass == pytest.approx(0.9, abs=1e-3)
-    assert facts.entropy == pytest.approx(-(dense * np.log(dense)).sum(-1).mean(), abs=1e-3)
-    assert facts.agreement == 0.25
-    assert facts.label_prob == pytest.approx(0.7 / 4, abs=1e-3)
-    assert facts.seen == 7
-    assert facts.suspicion == pytest.approx(0, abs=1e-3), "four classes, equally probable"
+    assert facts["mass"] == pytest.approx(0.9, abs=1e-3)
+    assert facts["entropy"] == pytest.approx(-(dense * np.log(dense)).sum(-1).mean(), abs=1e-3)
+    assert facts["agreement"] == 0.25
+    assert facts["label_prob"] == pytest.approx(0.7 / 4, abs=1e-3)
+    assert facts["seen"] == 7
+    assert facts["suspicion"] == pytest.approx(0, abs=1e-3), "four classes, equally probable"
     wrong = map_facts(patches._replace(label=49))  # not in the map at all
-    assert wrong.seen == 3
-    assert (wrong.agreement, wrong.label_prob) == (0, 0)
-    assert wrong.suspicion == pytest.approx(0.7 / 4, abs=1e-3)
+    assert wrong["seen"] == 3
+    assert (wrong["agreement"], wrong["label_prob"]) == (0, 0)
+    assert wrong["suspicion"] == pytest.approx(0.7 / 4, abs=1e-3)
     unknown = map_facts(patches._replace(label=-1))
-    assert unknown.agreement is unknown.label_prob is unknown.suspicion is None
+    assert {unknown[name] for name in ("agreement", "label_prob", "suspicion")} == {None}
 
 
 def test_legend_lists_the_most_frequent_classes_first() -> None:
@@ -121,7 +120,7 @@ def test_overlay_tints_each_patch_with_its_classs_colour() -> None:
     image = Image.new("RGB", (400, 200), (100, 100, 100))
     shown = np.array([[True, True, False], [True, True, True]])
     drawn = np.asarray(class_overlay(image, best, probs, entries, entry_extent, shown))
-    colours = {entry.class_id: np.array(rgb(entry.colour)) for entry in entries}
+    colours = {entry.class_id: np.array(ImageColor.getrgb(entry.colour)) for entry in entries}
     for row in range(2):
         for column in range(3):
             corner = drawn[row * 50 + 3, 100 + column * 100 + 3].astype(int)
@@ -139,8 +138,8 @@ def test_mass_overlay_is_viridis() -> None:
     drawn = np.asarray(
         mass_overlay(Image.new("RGB", (20, 10)), np.array([[0.0, 1.0]]), (0, 0, 1, 1))
     )
-    assert np.abs(drawn[5, 5] - 0.75 * np.array(rgb(VIRIDIS[0]))).max() <= 1
-    assert np.abs(drawn[5, 15] - 0.75 * np.array(rgb(VIRIDIS[-1]))).max() <= 1
+    assert np.abs(drawn[5, 5] - 0.75 * np.array(ImageColor.getrgb(VIRIDIS[0]))).max() <= 1
+    assert np.abs(drawn[5, 15] - 0.75 * np.array(ImageColor.getrgb(VIRIDIS[-1]))).max() <= 1
     lightness = [sum(viridis(value)) for value in np.linspace(0, 1, 50)]
     assert viridis(-1) == viridis(0) and viridis(2) == viridis(1)
     assert lightness == sorted(lightness)
@@ -163,7 +162,9 @@ def test_png_shows_image_overlay_mass_and_augmentations(
         assert (np.abs(pixels.astype(int) - colour).max(-1) == 0).sum() > 1000
     patches = patch_map(store, KEY)
     for entry in legend(patches.best, patches.probs[..., 0]):
-        assert (pixels == rgb(entry.colour)).all(-1).sum() > 300, "a swatch in the legend"
+        assert (pixels == ImageColor.getrgb(entry.colour)).all(-1).sum() > 300, (
+            "a swatch in the legend"
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "2.png"]
 
 
@@ -221,11 +222,6 @@ def test_damaged_files_and_keys_that_lead_elsewhere(tmp_path: Path) -> None:
     outside = write_store(tmp_path / "evil", tmp_path / "images" / "x", {"../a.png": painted()})
     with pytest.raises(ImageError, match="a path below"):
         PictureFiles(outside, tmp_path / "images" / "x")
-
-
-def test_a_folder_that_cannot_be_written(store: LabelStore, images: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"cannot write .*nowhere/a\.png: No such file.*Remedy"):
-        save_png(store, KEY, tmp_path / "nowhere" / "a.png", images)
 
 
 def test_names_on_the_sheet_are_harmless_text() -> None:

@@ -59,8 +59,8 @@ class SplitData:
             "legend": [
                 self.index(entry.class_id) for entry in legend(patches.best, patches.probs[..., 0])
             ],
-            **facts._asdict(),
-            "seen": self.index(facts.seen),
+            **facts,
+            "seen": self.index(facts["seen"]),
         }
 
     def facts(self) -> dict[str, Any]:

@@ -69,7 +69,10 @@ def save_page(
     """
     if limit < 1:
         raise ConfigError(f"a page must show at least 1 image, got {limit}. Remedy: raise it")
-    chosen = _spread(stores, limit) if keys is None else [_find(stores, key) for key in keys]
+    numbers = [np.broadcast_arrays(n, np.flatnonzero(~s.failed)) for n, s in enumerate(stores)]
+    good = np.concatenate([np.stack(pair, 1) for pair in numbers])  # (store, row) of all maps
+    spread = np.linspace(0, len(good) - 1, min(limit, len(good))).round().astype(int)
+    chosen = good[spread].tolist() if keys is None else [_find(stores, key) for key in keys]
     if not chosen:
         raise ConfigError(
             "a page needs an image that has a map; there is none in "
@@ -104,14 +107,13 @@ def save_page(
         for number, store in enumerate(stores)
         for row in np.flatnonzero(store.failed).tolist()
     )
-    total = sum(int((~store.failed).sum()) for store in stores)
-    failed = sum(int(store.failed.sum()) for store in stores) + len(unreadable)
+    failed = sum(len(store) for store in stores) - len(good) + len(unreadable)
     data = {
         "splits": [split.facts() for split in splits],
         "images": shown,
         "errors": [*unreadable, *islice(failures, LISTED_ERRORS)],
         "failed": failed,
-        "total": total,
+        "total": len(good),
         "picked": keys is not None,
         "colours": COLOURS,
         "letters": LETTERS,
@@ -120,19 +122,7 @@ def save_page(
     }
     with output_file(path) as temporary:
         temporary.write_text(_document(data), encoding="utf-8")
-    return PageReport(path, len(shown), total, failed, path.stat().st_size)
-
-
-def _spread(stores: Sequence[LabelStore], limit: int) -> list[tuple[int, int]]:
-    """(store, row) of images with a map, evenly spaced over all of them."""
-    rows = [np.flatnonzero(~store.failed) for store in stores]
-    ends = np.cumsum([len(part) for part in rows])
-    total = int(ends[-1]) if len(ends) else 0
-    found = []
-    for at in np.linspace(0, total - 1, min(limit, total)).round().astype(int).tolist():
-        number = int(np.searchsorted(ends, at, side="right"))
-        found.append((number, int(rows[number][at - ends[number]])))  # counted from the end
-    return found
+    return PageReport(path, len(shown), len(good), failed, path.stat().st_size)
 
 
 def _find(stores: Sequence[LabelStore], key: str) -> tuple[int, int]:

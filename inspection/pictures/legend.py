@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from PIL import ImageDraw
 
 from ..label_sets import ClassNames
-from .map_facts import OTHER, LegendEntry, rgb, viridis
+from .map_facts import OTHER, LegendEntry, viridis
 from .overlay import INK, font, shortened
 
 SMALL = 19
@@ -15,7 +15,7 @@ LINE = 34
 
 def draw_badge(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, colour: str) -> None:
     """A disc with a number, its centre at `at`."""
-    draw.ellipse((at[0] - 15, at[1] - 15, at[0] + 15, at[1] + 15), rgb(colour), (0, 0, 0), 2)
+    draw.ellipse((at[0] - 15, at[1] - 15, at[0] + 15, at[1] + 15), colour, (0, 0, 0), 2)
     draw.text(at, text, (0, 0, 0), font(SMALL), anchor="mm")
 
 
@@ -53,7 +53,7 @@ def draw_legend(
     for number, (letter, colour, text) in enumerate(items):
         left = at[0] + number // rows * column
         y = at[1] + number % rows * LINE
-        draw.rectangle((left, y, left + 34, y + 26), rgb(colour), INK)
+        draw.rectangle((left, y, left + 34, y + 26), colour, INK)
         draw.text(
             (left + 17, y + 13),
             letter,

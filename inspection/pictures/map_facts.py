@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import ImageColor
 
 from ..label_sets import Floats, Ids, PatchMap
 
@@ -28,30 +29,6 @@ class LegendEntry(NamedTuple):
     colour: str
     patches: int
     mean: float
-
-
-class MapFacts(NamedTuple):
-    """What a map as a whole says.
-
-    Attributes:
-        mass: mean probability of the stored classes.
-        entropy: mean entropy of the patches, in nats.
-        seen: the class with the highest probability on average over the patches, of equals the
-            label; `seen_prob` is that probability.
-        agreement: fraction of the patches that have the label on top; None without a label.
-        label_prob: probability of the label on average over the patches, 0 where it is not among
-            the stored classes; None without a label.
-        suspicion: how much more the teacher believes in some other class than in the label, from
-            -1 to 1; None without a label.
-    """
-
-    mass: float
-    entropy: float
-    seen: int
-    seen_prob: float
-    agreement: float | None
-    label_prob: float | None
-    suspicion: float | None
 
 
 def legend(best: Ids, probs: Floats, count: int = len(COLOURS)) -> list[LegendEntry]:
@@ -84,38 +61,36 @@ def letters_of(best: Ids, probs: Floats, entries: Sequence[LegendEntry]) -> list
     ]
 
 
-def map_facts(patches: PatchMap) -> MapFacts:
-    """What a map says of its image."""
+def map_facts(patches: PatchMap) -> dict[str, Any]:
+    """What a map says of its image as a whole.
+
+    Returns:
+        JSON-able: `mass` and `entropy`, means over the patches; `seen`, the class with the highest
+        mean probability, which is `seen_prob`; `agreement`, the fraction of patches that have the
+        label on top; `label_prob`, its mean probability; `suspicion`, how much more the teacher
+        believes in some other class, from -1 to 1. The last three are None without a label.
+    """
     label = patches.label
     ids, inverse = np.unique(patches.classes, return_inverse=True)
-    means = np.bincount(inverse.ravel(), patches.probs.ravel()) / patches.rest.size
+    means = np.bincount(inverse.ravel(), patches.probs.ravel()) / patches.best.size
     seen = int((means + 1e-9 * (ids == label)).argmax())  # of equals, the label
-    agreement = label_prob = suspicion = None
+    facts: dict[str, Any] = {
+        "mass": float(patches.mass.mean()),
+        "entropy": float(patches.entropy.mean()),
+        "seen": int(ids[seen]),
+        "seen_prob": float(means[seen]),
+        **dict.fromkeys(("agreement", "label_prob", "suspicion")),
+    }
     if label >= 0:
-        agreement = float((patches.best == label).mean())
-        label_prob = float(means[ids == label].sum())
-        suspicion = float(means[ids != label].max(initial=0)) - label_prob
-    return MapFacts(
-        mass=float(patches.mass.mean()),
-        entropy=float(patches.entropy.mean()),
-        seen=int(ids[seen]),
-        seen_prob=float(means[seen]),
-        agreement=agreement,
-        label_prob=label_prob,
-        suspicion=suspicion,
-    )
+        facts["agreement"] = float((patches.best == label).mean())
+        facts["label_prob"] = float(means[ids == label].sum())
+        facts["suspicion"] = float(means[ids != label].max(initial=0)) - facts["label_prob"]
+    return facts
 
 
 def viridis(value: float) -> tuple[int, int, int]:
     """RGB of a value from 0 to 1."""
-    at = min(max(value, 0.0), 1.0) * (len(VIRIDIS) - 1)
-    low = min(int(at), len(VIRIDIS) - 2)
-    ends = [rgb(VIRIDIS[low]), rgb(VIRIDIS[low + 1])]
-    red, green, blue = (round(a + (b - a) * (at - low)) for a, b in zip(*ends, strict=True))
-    return red, green, blue
-
-
-def rgb(colour: str) -> tuple[int, int, int]:
-    """(red, green, blue) of a colour written #rrggbb."""
-    red, green, blue = bytes.fromhex(colour[1:])
+    steps = np.linspace(0, 1, len(VIRIDIS))
+    channels = zip(*map(ImageColor.getrgb, VIRIDIS), strict=True)
+    red, green, blue = (round(float(np.interp(value, steps, channel))) for channel in channels)
     return red, green, blue

@@ -7,16 +7,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from ...dataset.label_map.path import Box
 from ..label_sets import Floats, Ids
-from .map_facts import OTHER, LegendEntry, letters_of, rgb, viridis
+from .map_facts import OTHER, LegendEntry, letters_of, viridis
 
 INK = (20, 20, 20)
 _FONT = "DejaVuSans.ttf"
 _SMALLEST_LETTERED = 8  # pixels a cell
 
-Box = tuple[float, float, float, float]
-Pixels = tuple[int, int, int, int]
-Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -66,9 +64,9 @@ def class_overlay(
         extent: box (x0, y0, x1, y1) of the image, normalised, that the patches cover.
         shown: bool [H, W]; patches without a target are hatched.
     """
-    colours = {entry.class_id: rgb(entry.colour) for entry in entries}
+    colours = {entry.class_id: entry.colour for entry in entries}
     drawn = _tinted(
-        image, best.shape, extent, lambda r, c: colours.get(int(best[r, c]), rgb(OTHER)), 0.5
+        image, best.shape, extent, lambda r, c: colours.get(int(best[r, c]), OTHER), 0.5
     )
     draw = ImageDraw.Draw(drawn)
     letters = letters_of(best, probs, entries)
@@ -103,7 +101,7 @@ def _tinted(
     image: Image.Image,
     grid: tuple[int, ...],
     extent: Box,
-    colour: Callable[[int, int], Colour],
+    colour: Callable[[int, int], str | tuple[int, int, int]],
     alpha: float,
 ) -> Image.Image:
     tint = image.copy()
@@ -116,7 +114,7 @@ def _tinted(
 
 def _cells(
     grid: tuple[int, ...], extent: Box, size: tuple[int, int]
-) -> list[tuple[int, int, Pixels]]:
+) -> list[tuple[int, int, tuple[int, int, int, int]]]:
     """(row, column, box in pixels) of each patch."""
     height, width = grid
     x = np.rint(np.linspace(extent[0], extent[2], width + 1) * size[0]).astype(int).tolist()

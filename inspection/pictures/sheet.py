@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from ...dataset.label_map.path import UNIT_BOX
@@ -12,7 +13,7 @@ from ..label_sets import ClassNames, Floats, PatchMap, patch_map
 from .augmentations import GRID, Augmentation, augmentations
 from .image_files import PictureFiles
 from .legend import LINE, SMALL, draw_badge, draw_colour_bar, draw_legend
-from .map_facts import LegendEntry, legend, rgb
+from .map_facts import LegendEntry, legend
 from .output import output_file
 from .overlay import INK, class_overlay, font, mass_overlay, shortened
 
@@ -108,7 +109,7 @@ def _framed(image: Image.Image, augmented: Sequence[Augmentation]) -> Image.Imag
     outlines = [augmentation.outline * image.size for augmentation in augmented]
     for outline, colour in zip(outlines, _FRAMES, strict=False):
         points = [tuple(point) for point in outline.tolist()]
-        for width, ink in ((7, (0, 0, 0)), (4, rgb(colour))):
+        for width, ink in ((7, "black"), (4, colour)):
             draw.line([*points, *points[:2]], ink, width, joint="curve")
     taken: list[tuple[float, float]] = []
     for number, (outline, colour) in enumerate(zip(outlines, _FRAMES, strict=False)):
@@ -124,15 +125,14 @@ def _free_corner(
 
     Farther along the frame's upper side where other numbers are in the way.
     """
-    spot = (0.0, 0.0)
+    spots = []
     for step in (0.0, 0.2, 0.4, 0.6, 0.8):
         corner = outline[0] + step * (outline[1] - outline[0])
-        point = (corner * 0.9 + outline.mean(0) * 0.1).tolist()
-        x, y = (min(max(at, 18), side - 18) for at, side in zip(point, size, strict=True))
-        spot = (x, y)
-        if all(math.dist(spot, other) > 34 for other in taken):
-            break
-    return spot
+        point = corner * 0.9 + outline.mean(0) * 0.1
+        x, y = np.clip(point, 18, np.maximum(np.array(size) - 18, 18)).tolist()
+        spots.append((x, y))
+    free = (spot for spot in spots if all(math.dist(spot, other) > 34 for other in taken))
+    return next(free, spots[-1])
 
 
 def _draw_pair(
