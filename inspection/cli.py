@@ -64,6 +64,7 @@ def inspect_labels(labels: Path, key: str | None, as_json: bool, **options: Any)
 
     Exit status: 0 all is well, 1 something is wrong or could not be done, 2 bad usage.
     """
+    # Here and below, what a command needs is imported when it runs: --help waits for none of it.
     from .label_sets import find_splits
 
     checks = options["do_verify"] or options["repair"]

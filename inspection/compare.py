@@ -1,7 +1,7 @@
 """Comparison of two label sets of the same images."""
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,9 @@ from ..dataset.store import LabelStore
 from ..errors import ConfigError
 from .label_sets import ClassNames, find_splits, patch_map
 from .statistics import Histogram, divergence
-from .summary import SAMPLE_IMAGES
+from .summary import SAMPLE_IMAGES, Watch
 
 _LISTED = 10
-Watch = Callable[[int, int], None]
 
 
 def pair_splits(a: Path, b: Path) -> list[tuple[Path, Path]]:
@@ -108,7 +107,7 @@ def _common(a: KeyTable, b: KeyTable) -> np.ndarray:
     """Rows of the keys in both, int64 [n, 2]."""
 
     def pairs() -> Iterator[tuple[int, int]]:
-        near = 0  # both tables are sorted
+        near = 0  # both tables are sorted: the next key is mostly the next row
         for one, key in enumerate(a):
             if (two := b.find(key, near)) >= 0:
                 yield one, two

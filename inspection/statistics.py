@@ -55,8 +55,7 @@ class Histogram:
     @classmethod
     def even(cls, high: float, bins: int = 1000) -> "Histogram":
         """Equal bins from 0 to `high`; quantiles to half a bin."""
-        edges = np.linspace(0, high, bins + 1)
-        return cls(edges, (edges[1:] + edges[:-1]) / 2)
+        return cls(np.arange(bins + 1) * (high / bins), (np.arange(bins) + 0.5) * high / bins)
 
     @classmethod
     def whole(cls, highest: int) -> "Histogram":
@@ -146,6 +145,7 @@ class MapStatistics:
         if (patches.classes == label).any():
             return
         self.misses += 1
+        # Of equally clear ones, the first rows are kept: hence -row.
         suspect = (int(counts.max()) / patches.best.size, -row, label, int(ids[counts.argmax()]))
         full = len(self._suspects) == SUSPECTS
         (heapq.heappushpop if full else heapq.heappush)(self._suspects, suspect)

@@ -19,6 +19,7 @@ from tokenlabel.dataset.store import LabelStore
 from tokenlabel.errors import FormatError
 from tokenlabel.inspection import summary
 from tokenlabel.inspection.agreement import SCALES, measure_agreement
+from tokenlabel.inspection.compare import compare
 from tokenlabel.inspection.label_sets import ClassNames
 from tokenlabel.inspection.statistics import Histogram
 from tokenlabel.inspection.summary import summarise
@@ -119,6 +120,8 @@ def test_damaged_values_end_in_a_message(tmp_path: Path) -> None:
     )
     with pytest.raises(FormatError, match=r"without NaN; row 0 of .*nan has others"):
         summarise(store.root)
+    with pytest.raises(FormatError, match="without NaN"):
+        compare(store.root, store.root)
     made_up(tmp_path / "other", 8, mass="much")
     with pytest.raises(FormatError, match="mass must be a number, got 'much'"):
         summarise(tmp_path / "other")
@@ -175,8 +178,11 @@ def test_agreement_knows_the_cost_of_storage_and_the_noise_floors(
     smallest = SCALES[-1]
     floor = rows["teacher, mirrored", *smallest]["kl"]
     assert floor < rows["map", *smallest]["kl"] and floor < rows["one label", *smallest]["kl"]
-    assert measure_agreement(labels, 2, sample) == result, "the seed decides"
-    assert measure_agreement(labels, 2, sample, seed=1) != result
+    command = ("inspect-labels", labels, "--agreement", 2, "--images", sample)
+    assert json.loads(invoke(*command, "--json")) == [result], "the seed decides"
+    text = invoke(*command, "--seed", 1)
+    assert "teacher, mirrored" in text and "8%-20%" in text and "total variation" in text
+    assert f"{stored['kl']:.3f}" not in text
 
 
 def test_with_all_classes_stored_nothing_is_lost(sample: Path, tmp_path: Path) -> None:
@@ -184,15 +190,6 @@ def test_with_all_classes_stored_nothing_is_lost(sample: Path, tmp_path: Path) -
     annotate(config(sample, tmp_path, split="val", k=1000, precise=True))
     rows = measure_agreement(tmp_path / "val", 1, sample)["rows"]
     assert rows[0]["target"] == "stored" and rows[0]["kl"] < 1e-5 and rows[0]["top1"] == 1
-
-
-def test_agreement_in_a_terminal_and_as_json(labels: Path, sample: Path) -> None:
-    command = ("inspect-labels", labels, "--agreement", 1, "--images", sample)
-    text = invoke(*command)
-    assert "stored" in text and "teacher, mirrored" in text and "8%-20%" in text
-    assert "total variation" in text and "label on top" in text
-    (result,) = json.loads(invoke(*command, "--json"))
-    assert result["images"] == 1
 
 
 def test_agreement_finds_the_teacher_or_says_what_is_missing(

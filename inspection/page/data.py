@@ -94,7 +94,7 @@ def jpeg(image: Image.Image) -> bytes:
             small.save(target, "JPEG", quality=quality, optimize=True)
             if target.tell() <= IMAGE_BYTES:
                 return target.getvalue()
-        side //= 2
+        side //= 2  # noise
 
 
 def encoded(data: bytes) -> str:

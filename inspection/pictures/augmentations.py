@@ -57,7 +57,7 @@ def augmentations(
     )
     label_map = store.leaf(store.row(key), (image.height, image.width))
     found = []
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's random numbers as they are
         torch.manual_seed(seed)
         for _ in range(count):
             augmented, augmented_map = pipeline(image, label_map)

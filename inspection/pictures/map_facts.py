@@ -41,7 +41,7 @@ def legend(best: Ids, probs: Floats, count: int = len(COLOURS)) -> list[LegendEn
     """
     ids, inverse, counts = np.unique(best, return_inverse=True, return_counts=True)
     sums = np.bincount(inverse.ravel(), probs.ravel())
-    order = np.lexsort((-sums, -counts))[:count]
+    order = np.lexsort((-sums, -counts))[:count]  # of equally frequent ones, the more probable
     colours = (*COLOURS, *repeat(OTHER, len(LETTERS)))
     return [
         LegendEntry(int(ids[i]), letter, colour, int(counts[i]), float(sums[i] / counts[i]))

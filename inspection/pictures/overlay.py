@@ -93,7 +93,7 @@ def class_overlay(
 
 def mass_overlay(image: Image.Image, mass: Floats, extent: Box) -> Image.Image:
     """The image in grey under the colour of each patch's top-k mass, [H, W]."""
-    grey = image.convert("L").convert("RGB")
+    grey = image.convert("L").convert("RGB")  # colours of the image would look like mass
     return _tinted(grey, mass.shape, extent, lambda r, c: viridis(float(mass[r, c])), 0.75)
 
 
