@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import AnnotateConfig
     from .job import annotate
-    from .teacher.timm_teacher import Teacher
+    from .teacher.teacher import Teacher
 
 __all__ = ["AnnotateConfig", "Teacher", "annotate"]
 
-_HOMES = {"AnnotateConfig": "config", "Teacher": "teacher.timm_teacher", "annotate": "job"}
+_HOMES = {"AnnotateConfig": "config", "Teacher": "teacher.teacher", "annotate": "job"}
 
 
 def __getattr__(name: str) -> Any:

@@ -53,11 +53,11 @@ def run(*command: str, timeout: float = 300) -> "subprocess.CompletedProcess[str
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of the files that must be equal from run to run: all but the report."""
+    """sha256 of the files that must be equal from run to run: all but the report and the lock."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
-        if path.name != "report.json"
+        if path.name not in ("report.json", ".lock")
     }
 
 

@@ -67,7 +67,7 @@ def test_a_job_on_a_running_cluster(sample: Path, tmp_path: Path, head_node: str
         )
         assert done.returncode == 0, done.stdout + done.stderr
         results.append(digests(tmp_path / name / "train"))
-    assert len(results[0]) == 4
+    assert len(results[0]) == 5, "two shards, manifest, index, SHA256SUMS"
     assert results[0] == results[1]
 
 

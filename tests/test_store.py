@@ -25,6 +25,7 @@ from tokenlabel.dataset.format.keys import KeyTable
 from tokenlabel.dataset.format.new_file import create
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import HEADER, Shard, shard_name, write_shard
+from tokenlabel.dataset.sources.folder import FolderSource
 from tokenlabel.dataset.store import LabelStore
 from tokenlabel.errors import FormatError, MissingMapError
 
@@ -310,7 +311,7 @@ def test_names_of_the_classes_come_from_the_manifest(split: tuple[Path, list[Row
     images = root.parent / "images"
     (images / "b").mkdir(parents=True)
     (images / "b" / "1.jpg").touch()
-    build_manifest(images, root / "manifest", ["a", "b", "ü"], 3)
+    build_manifest(FolderSource(images), root / "manifest", ["a", "b", "ü"], 3)
     store = LabelStore(root)
     assert store.classes == store.attrs["class_names"] == ["a", "b", "ü"]
     (root / "manifest").write_bytes(b"damaged")

@@ -27,6 +27,7 @@ from tokenlabel.dataset.format.lock import folder_lock
 from tokenlabel.dataset.format.manifest import open_manifest
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import Shard, shard_name, write_shard
+from tokenlabel.dataset.sources.folder import FolderSource
 from tokenlabel.errors import FormatError
 from tokenlabel.inspection.verify.index_check import index_difference
 from tokenlabel.inspection.verify.shard_check import check_shard
@@ -49,7 +50,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(key.encode())
     (root / "train").mkdir()
-    manifest = build_manifest(root / "images", root / "train" / "manifest", NAMES, 1000)
+    manifest = build_manifest(
+        FolderSource(root / "images"), root / "train" / "manifest", NAMES, 1000
+    )
     named = hashlib.sha256(json.dumps(NAMES).encode()).hexdigest()
     settings = json.dumps({"manifest": manifest.digest, "class_names": named, "shard_size": 8})
     more = {
@@ -156,7 +159,9 @@ def test_each_truncation_is_found(labels: Path) -> None:
 
 def test_class_names_are_covered(labels: Path, written: Path) -> None:
     """A manifest that is whole, with the names of other classes."""
-    build_manifest(written / "images", labels / "manifest", NAMES[:2] + NAMES[:1:-1], 1000)
+    build_manifest(
+        FolderSource(written / "images"), labels / "manifest", NAMES[:2] + NAMES[:1:-1], 1000
+    )
     (fault,) = verify(labels).faults
     assert fault.file == "manifest" and "class_names" in fault.text
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from ...annotate.images import MAX_FILE_BYTES, file_digest
+from ...annotate.images import file_digest
 from ...dataset.format.manifest import Manifest
 from ...dataset.format.score_map import DROPPED, MapLayout
+from ...dataset.sources.folder import FolderSource
+from ...errors import ImageError, StorageError
 
 Found = Iterator[tuple[int, str]]
 
@@ -122,27 +124,18 @@ def image_faults(images: Path, keys: list[str], digests: np.ndarray) -> Found:
         keys: of the shard.
         digests: of the files as they were, uint64 [n]; 0 where that is not known.
     """
+    source = FolderSource(images)
     for row, key in enumerate(keys):
         if digests[row] == 0:  # unknown: the file could not be read then
             continue
-        if not _is_inside(key):
-            continue  # said among the keys' faults
         try:
-            data = _regular_bytes(images / key)
-        except OSError as error:
-            yield row, f"the image cannot be read: {error.strerror or error}"
-            continue
-        if file_digest(data) != digests[row]:
+            (data,) = source.read([key])
+        except StorageError as error:
+            data = ImageError(str(error))
+        if isinstance(data, ImageError):
+            yield row, f"the image cannot be read: {data}"
+        elif file_digest(data) != digests[row]:
             yield row, "the image's file is not the one that was annotated: its digest differs"
-
-
-def _regular_bytes(path: Path) -> bytes:
-    """A file's bytes; OSError for what is no file (a pipe would hang) or far too large."""
-    if path.exists() and not path.is_file():
-        raise OSError("not a regular file")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise OSError(f"larger than {MAX_FILE_BYTES} bytes")
-    return path.read_bytes()
 
 
 def _is_inside(key: str) -> bool:

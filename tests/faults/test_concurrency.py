@@ -112,7 +112,7 @@ def test_readers_while_a_job_extends_the_split(
         for name in ("manifest", *(shard_name(n, SHARDS) for n in range(0, SHARDS, 2))):
             shutil.copy(finished / name, folder / name)
         job = start(data, folder.parent)
-        while not (folder / ".lock").exists():
+        while not (folder / ".lock.json").exists():
             assert job.poll() is None, job.communicate()
             time.sleep(0.02)
         late = run(*arguments(data, folder.parent, **OPTIONS))

@@ -24,8 +24,10 @@ from ray.cluster_utils import Cluster
 
 from tests.jobs import config, digests, environment, repeat_images
 from tokenlabel.annotate import annotate
-from tokenlabel.annotate.cluster.session import _loopback_only, actor, places, plan_resources
+from tokenlabel.annotate.cluster import actor
+from tokenlabel.annotate.cluster.session import loopback_only, plan_resources, teacher_slots
 from tokenlabel.annotate.plan import Identity, Plan
+from tokenlabel.annotate.report import Progress
 from tokenlabel.errors import ConfigError, JobError
 
 HERE = Path(__file__).parent
@@ -53,7 +55,7 @@ class Nodes:
 
     def add(self) -> int:
         """Start a node; pid of its raylet, which stands for the node here."""
-        with _loopback_only():
+        with loopback_only():
             node = self._cluster.add_node(
                 num_cpus=1,
                 num_gpus=self._gpus,
@@ -290,15 +292,15 @@ def test_eight_teachers_do_the_work_of_eight(
     )
 
 
-def test_places_for_teachers() -> None:
+def test_slots_for_teachers() -> None:
     def node(**resources: float) -> dict[str, Any]:
         return {"Resources": resources}
 
-    assert places([node(CPU=8.0), node(CPU=2.0)], 0.0) == 2
-    assert places([node(GPU=4.0), node(CPU=8.0), node(GPU=1.0)], 1.0) == 5
-    assert places([node(GPU=1.0)] * 3, 2.0) == 0, "a teacher's GPUs are those of one node"
-    assert places([node(GPU=1.0)], 0.1) == 10
-    assert places([node(GPU=2.0)], 0.5) == 4
+    assert teacher_slots([node(CPU=8.0), node(CPU=2.0)], 0.0) == 2
+    assert teacher_slots([node(GPU=4.0), node(CPU=8.0), node(GPU=1.0)], 1.0) == 5
+    assert teacher_slots([node(GPU=1.0)] * 3, 2.0) == 0, "a teacher's GPUs are those of one node"
+    assert teacher_slots([node(GPU=1.0)], 0.1) == 10
+    assert teacher_slots([node(GPU=2.0)], 0.5) == 4
 
 
 class OddDevice(actor.TeacherActor):
@@ -319,13 +321,13 @@ class OddDevice(actor.TeacherActor):
         )
 
     @ray.method(concurrency_group="control")
-    def progress(self) -> actor.Progress:
-        return actor.Progress(0, 0, 0.0, 0.0, 0.0)
+    def progress(self) -> Progress:
+        return Progress(0, 0, 0.0, 0.0, 0.0)
 
     @ray.method(concurrency_group="shards")
-    def annotate(self, plan: Plan, shard: int) -> int:
+    def annotate(self, plan: Plan, shard: int) -> str:
         time.sleep(600)  # until the other teacher has been refused, and this one killed
-        return shard
+        return ""
 
 
 @pytest.mark.usefixtures("ray_here")
@@ -343,5 +345,5 @@ def test_teachers_on_different_devices_are_refused(
 
 @pytest.mark.usefixtures("ray_here")
 def test_cuda_that_is_not_there_is_refused(sample: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"needs 2 GPUs a teacher on one node, .* 0 at most"):
+    with pytest.raises(ConfigError, match=r"needs 2 GPUs per teacher on one node, .* 0 at most"):
         plan_resources(config(sample, tmp_path, device="cuda", gpus_per_teacher=2.0))
