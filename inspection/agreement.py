@@ -28,7 +28,7 @@ from ..annotate.teacher.rebuild import rebuild_teachers
 from ..dataset.label_map.path import UNIT_BOX, Box
 from ..dataset.store import LabelStore
 from .label_sets import patch_map
-from .pictures.image_files import PictureFiles
+from .pictures.image_files import ImageFiles
 from .statistics import divergence
 
 #: Fractions of the image's area: the whole, then what RandomResizedCrop takes, in four parts.
@@ -105,7 +105,7 @@ def measure_agreement(
     """
     store = LabelStore(root)
     teachers = rebuild_teachers(store.attrs, weights)
-    files, grid = PictureFiles(store, images), teachers.judge.grid
+    files, grid = ImageFiles(store, images), teachers.judge.grid
     rng = np.random.default_rng(seed)
     good = np.flatnonzero(~store.failed)
     rows = np.sort(rng.permutation(good)[:count]).tolist()

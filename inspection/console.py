@@ -198,8 +198,6 @@ def print_check(facts: dict[str, Any], repairs: bool = False) -> None:
             f"  [red]{escape(fault['file'])}[/red]{escape(where)}: {escape(fault['text'])}",
             soft_wrap=True,
         )
-    if facts["more_faults"]:
-        out.print(f"  … and {facts['more_faults']:,} more faults in rows of these shards")
     for note in facts["notes"]:
         out.print(f"  note: {escape(note)}", soft_wrap=True)
     bad = facts["bad_files"]

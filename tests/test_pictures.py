@@ -15,7 +15,7 @@ from tokenlabel.errors import ConfigError, ImageError, MissingMapError
 from tokenlabel.inspection.label_sets import patch_map
 from tokenlabel.inspection.pictures.augmentations import GRID as PATCHES
 from tokenlabel.inspection.pictures.augmentations import angle_of, augmentations, outline_of
-from tokenlabel.inspection.pictures.image_files import PictureFiles
+from tokenlabel.inspection.pictures.image_files import ImageFiles
 from tokenlabel.inspection.pictures.map_facts import (
     OTHER,
     VIRIDIS,
@@ -42,7 +42,7 @@ def images(store: LabelStore) -> Path:
 
 
 def test_targets_are_what_the_augmented_image_shows(store: LabelStore, images: Path) -> None:
-    image = PictureFiles(store, images).read(KEY)
+    image = ImageFiles(store, images).read(KEY)
     found = augmentations(image, store, KEY, count=6, seed=3)
     assert {augmentation.mirrored for augmentation in found} == {True, False}
     for augmentation in found:
@@ -179,11 +179,11 @@ def test_odd_shapes_are_drawn(tmp_path: Path, size: tuple[int, int]) -> None:
 
 def test_images_are_found_in_the_split_or_the_data_set(store: LabelStore, images: Path) -> None:
     for place in (images, images / "train"):
-        assert PictureFiles(store, place).read(KEY).size == (180, 100)
+        assert ImageFiles(store, place).read(KEY).size == (180, 100)
     with pytest.raises(ConfigError, match=r"but there is no .*Remedy: name the folder"):
-        PictureFiles(store, images / "train" / "a")
+        ImageFiles(store, images / "train" / "a")
     with pytest.raises(ConfigError, match="does not record where its images are"):
-        PictureFiles(store)
+        ImageFiles(store)
 
 
 def test_the_embedded_samples_images_need_no_folder(sample: Path, tmp_path: Path) -> None:
@@ -194,12 +194,12 @@ def test_the_embedded_samples_images_need_no_folder(sample: Path, tmp_path: Path
     store = write_store(tmp_path / "renamed", tmp_path / "copies", files)
     for key in files:
         with Image.open(sample / "train" / key) as image:
-            assert PictureFiles(store).read(key).size == image.size
+            assert ImageFiles(store).read(key).size == image.size
 
 
 def test_another_image_is_refused(store: LabelStore, images: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(images, tmp_path / "data")
-    files = PictureFiles(store, copy)
+    files = ImageFiles(store, copy)
     target = tmp_path / "out.png"
     target.write_text("as it was")
     (copy / "train" / KEY).write_bytes(painted((180, 101)))
@@ -215,13 +215,13 @@ def test_damaged_files_and_keys_that_lead_elsewhere(tmp_path: Path) -> None:
     files = {"a.png": painted(), "b.png": painted()}
     store = write_store(tmp_path / "labels", tmp_path / "images", files)
     with pytest.raises(MissingMapError, match=r"no score map for 'c\.png'"):
-        PictureFiles(store, tmp_path / "images").read("c.png")
+        ImageFiles(store, tmp_path / "images").read("c.png")
     cut = write_store(tmp_path / "cut", tmp_path / "images", {"c.png": painted((99, 99))[:-100]})
     with pytest.raises(ImageError, match="cannot be decoded: image file is truncated"):
-        PictureFiles(cut, tmp_path / "images").read("c.png")
+        ImageFiles(cut, tmp_path / "images").read("c.png")
     outside = write_store(tmp_path / "evil", tmp_path / "images" / "x", {"../a.png": painted()})
     with pytest.raises(ImageError, match="no path inside the split's folder"):
-        PictureFiles(outside, tmp_path / "images" / "x").read("../a.png")
+        ImageFiles(outside, tmp_path / "images" / "x").read("../a.png")
 
 
 def test_names_on_the_sheet_are_harmless_text() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...dataset.store import LabelStore
 from ...errors import ConfigError, FormatError, ImageError, TokenLabelError
-from ..pictures.image_files import PictureFiles
+from ..pictures.image_files import ImageFiles
 from ..pictures.map_facts import COLOURS, LETTERS, OTHER, VIRIDIS
 from ..pictures.output import output_file
 from .data import SplitData, encoded
@@ -87,10 +87,10 @@ def save_page(
     shown: list[dict[str, Any]] = []
     unreadable: list[dict[str, Any]] = []
     fault: TokenLabelError | None = None
-    files: dict[int, PictureFiles] = {}  # of splits with an image to show: others may lack theirs
+    files: dict[int, ImageFiles] = {}  # of splits with an image to show: others may lack theirs
     for done, (number, row) in enumerate(chosen, 1):
         if number not in files:
-            files[number] = PictureFiles(stores[number], images)
+            files[number] = ImageFiles(stores[number], images)
         key = stores[number].keys[row]
         try:
             image = splits[number].image(key, files[number].read(key))

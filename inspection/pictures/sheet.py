@@ -11,7 +11,7 @@ from ...dataset.label_map.path import UNIT_BOX
 from ...dataset.store import LabelStore
 from ..label_sets import ClassNames, Floats, PatchMap, patch_map
 from .augmentations import GRID, Augmentation, augmentations
-from .image_files import PictureFiles
+from .image_files import ImageFiles
 from .legend import LINE, SMALL, draw_badge, draw_colour_bar, draw_legend
 from .map_facts import LegendEntry, legend
 from .output import output_file
@@ -45,7 +45,7 @@ def save_png(
         OutputError: the file cannot be written.
     """
     patches = patch_map(store, key)
-    image = PictureFiles(store, images).read(key)
+    image = ImageFiles(store, images).read(key)
     sheet = _draw_sheet(store, key, patches, image, augmentations(image, store, key, seed=seed))
     with output_file(path) as temporary:
         sheet.save(temporary, "PNG")

@@ -23,7 +23,7 @@ KINDS = ("shard", "index", "split", "manifest")
 #: What may come of reading: all as it was written, other content, an error that says so.
 VERDICTS = ("equal", "changed", "refused")
 #: Changes that checksums must notice wherever they carry content.
-NOTICED = ("bits", "bytes", "run", "splice", "number", "cut")
+NOTICED = ("bytes", "run", "splice", "number", "cut")
 _ROWS_READ = 6
 
 
