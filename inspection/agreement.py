@@ -13,7 +13,7 @@ target of a crop has the image's label on top.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +30,13 @@ from ..dataset.store import LabelStore
 from .label_sets import patch_map
 from .pictures.image_files import ImageFiles
 from .statistics import divergence
+from .summary import Watch
 
 #: Fractions of the image's area: the whole, then what RandomResizedCrop takes, in four parts.
 SCALES = ((1.0, 1.0), (0.7, 1.0), (0.4, 0.7), (0.2, 0.4), (0.08, 0.2))
 #: RandomResizedCrop's aspect ratios.
 _RATIOS = (3 / 4, 4 / 3)
 _TRIES = 10
-Watch = Callable[[int, int], None]
 
 
 class Score(NamedTuple):

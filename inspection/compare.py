@@ -141,7 +141,7 @@ class _Comparison:
                 store.labels([row], [UNIT_BOX]).targets(self._grid)
                 for store, row in zip(self._stores, rows, strict=True)
             ]
-            # Patches that either map covers by half or less say little of it.
+            # Patches that either map covers by half or less are left out.
             shown = ((targets[0].weight > 0.5) & (targets[1].weight > 0.5))[0].numpy()
             left, right = (target.dense()[0].numpy()[shown] for target in targets)
             same = left.argmax(1) == right.argmax(1)

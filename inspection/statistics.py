@@ -100,7 +100,7 @@ class Histogram:
 
 
 class MapStatistics:
-    """What single patches say, over the identity view of all maps that are added.
+    """Statistics of single patches, over the identity view of all maps that are added.
 
     Args:
         grid: (H, W) of the maps.

@@ -41,7 +41,7 @@ class SplitData:
         return self._indices.setdefault(class_id, len(self._indices))
 
     def image(self, key: str, image: Image.Image) -> dict[str, Any]:
-        """One image: its pixels, its map and what the map says."""
+        """One image: its pixels, its map and facts about the map."""
         patches = patch_map(self.store, key)
         facts = map_facts(patches)
         ids, ranks = np.unique(patches.classes[..., : self.listed], return_inverse=True)

@@ -79,7 +79,7 @@ def save_page(
             f"{', '.join(str(store.root) for store in stores)}. Remedy: see their errors with "
             "inspect-labels"
         )
-    # Folders of the same name are told apart by their whole paths.
+    # Splits in folders of the same name are named by their whole paths.
     names = [store.root.resolve().name for store in stores]
     if len({*names}) < len(names):
         names = [str(store.root) for store in stores]

@@ -1,4 +1,4 @@
-"""What a map says of its image as a whole, and the classes to point out."""
+"""Facts about one image's map, and the classes to point out in it."""
 
 from collections.abc import Sequence
 from itertools import repeat
@@ -9,7 +9,7 @@ from PIL import ImageColor
 
 from ..label_sets import Floats, Ids, PatchMap
 
-#: Okabe and Ito's colours, told apart by colour-blind readers too; then the colour of all others.
+#: Okabe and Ito's colours, which colour-blind readers distinguish too; then that of all others.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000")
 OTHER = "#999999"
 #: So that colour is not the only sign of a class.
@@ -62,7 +62,7 @@ def letters_of(best: Ids, probs: Floats, entries: Sequence[LegendEntry]) -> list
 
 
 def map_facts(patches: PatchMap) -> dict[str, Any]:
-    """What a map says of its image as a whole.
+    """Facts about one image's map as a whole.
 
     Returns:
         JSON-able: `mass` and `entropy`, means over the patches; `seen`, the class with the highest

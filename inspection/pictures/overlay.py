@@ -1,4 +1,4 @@
-"""What a map says, drawn over its image."""
+"""A map drawn over its image."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -74,7 +74,7 @@ def class_overlay(
         left, top, right, bottom = box
         side = min(right - left, bottom - top)
         if shown is not None and not shown[row, column]:
-            # Diagonal stripes at the same places in every cell, so that they run on.
+            # Diagonal stripes, counted from the image's corner so that they run on across cells.
             y, x = np.mgrid[top:bottom, left:right]
             stripes = np.where(((x + y) % 8 < 2)[..., None], 150, 225).repeat(3, -1)
             drawn.paste(Image.fromarray(stripes.astype(np.uint8)), box[:2])

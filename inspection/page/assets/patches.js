@@ -1,6 +1,6 @@
 // What the viewer shows of the patches, and at which size.
 
-/** Colours of the cells, as the controls say. */
+/** Colour the cells as the controls are set. */
 function paint() {
   if (!open) return;
   const kind = document.querySelector("input[name=overlay]:checked").value;
