@@ -5,7 +5,7 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -173,18 +173,18 @@ def _compare_shards(paths: Sequence[Path], result: SplitCheck) -> list[Shard]:
             if path.name not in bad:
                 keys = shard.texts("key")
                 good.append((shard, keys[0], keys[-1]))
-    run = _most(shard.attrs["fingerprint"] for shard in opened)
+    runs = Counter(shard.attrs["fingerprint"] for shard in opened)
+    run = max(runs, key=runs.__getitem__, default="")
     for shard in opened:
         if (found := shard.attrs["fingerprint"]) != run:
             text = f"it is of another run: its fingerprint is {found}, most shards have {run}"
             result.faults.append(Fault(shard.path.name, text))
-    places = {path.name: parse_shard_name(path.name) or (0, 0) for path in paths}
-    total = _most(shards for _, shards in places.values())
-    for name, (_, found) in places.items():
-        if found != total:
-            text = f"it is of a split of {found} shards, most here are of one of {total}"
-            result.faults.append(Fault(name, text))
-    result.missing = sorted({shard_name(number, total) for number in range(total)} - places.keys())
+    totals = Counter(int(path.stem.rpartition("-")[2]) for path in paths)
+    total = max(totals, key=totals.__getitem__, default=0)
+    expected, there = {shard_name(n, total) for n in range(total)}, {path.name for path in paths}
+    result.missing = sorted(expected - there)
+    for name in sorted(there - expected):
+        result.faults.append(Fault(name, f"most shards here are of a split of {total} shards"))
     good = [entry for entry in good if entry[0].attrs["fingerprint"] == run]
     for (one, _, last), (two, key, _) in pairwise(good):
         if two.attrs["shard"] != one.attrs["shard"] + 1:
@@ -197,12 +197,6 @@ def _compare_shards(paths: Sequence[Path], result: SplitCheck) -> list[Shard]:
             text = f"keys must ascend; {one.path.name} ends with {last!r}"
             result.faults.append(Fault(two.path.name, text, 0, key))
     return [shard for shard, *_ in good]
-
-
-def _most(values: Iterable[Any]) -> Any:
-    """The most frequent value, of equally frequent ones the first; 0 without any."""
-    counts = Counter(values).most_common(1)
-    return counts[0][0] if counts else 0
 
 
 def _compare_manifest(manifest: Manifest, settings: dict[str, Any], result: SplitCheck) -> None:
