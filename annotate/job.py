@@ -33,7 +33,7 @@ def annotate(
 ) -> Report:
     """Annotate a split: build the manifest, make the missing shards, index them, and report.
 
-        >>> config = AnnotateConfig(data="sample", weights="sample", input_size=64, out="labels")
+        >>> config = AnnotateConfig(weights="sample", input_size=64, out="labels-64")
         >>> report = annotate(config)
         >>> report.ok, report.images
         (True, 16)

@@ -403,14 +403,14 @@ def test_keys_never_lead_out_of_the_folder(tmp_path: Path, key: str) -> None:
     finally:
         audited[0] = False
     real = {os.path.realpath(path) for path in opened if "\0" not in path}
-    assert not real & {str(tmp_path / "secret.jpg"), "/etc/passwd", str(images / "x" / "pipe.jpg")}
+    assert not real & {str(tmp_path / "secret.jpg"), "/etc/passwd"}
     assert not verify(tmp_path / "train", images).ok
 
 
 ROOT = Path(__file__).parents[2]
 #: Where HDF5 itself opens a file to read or change it, and how often: the writer opens its own file
 #: again, and what HDF5 sees is read in a process of its own.
-HDF5 = {"new_file.py": 1, "hdf5_view.py": 1}
+HDF5 = {"new_file.py": 1, "shard_check.py": 1}
 
 
 def unsafe(source: str) -> list[str]:
