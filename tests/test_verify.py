@@ -22,7 +22,7 @@ from tokenlabel.annotate import annotate
 from tokenlabel.annotate.classes import build_manifest
 from tokenlabel.annotate.images import file_digest
 from tokenlabel.cli import main
-from tokenlabel.dataset.format.index import build_index
+from tokenlabel.dataset.format.index import build_index, find_shards
 from tokenlabel.dataset.format.lock import folder_lock
 from tokenlabel.dataset.format.manifest import open_manifest, write_manifest
 from tokenlabel.dataset.format.score_map import MapLayout
@@ -144,7 +144,7 @@ def found(path: Path) -> bool:
     """Whether the part of `verify` that checks this file finds it damaged."""
     try:
         if path.name == "index":
-            return any(index_faults(path, sorted(path.parent.glob("shard-*"))))
+            return any(index_faults(path, find_shards(path.parent)))
         if path.name == "manifest":
             open_manifest(path, verify=True)
             return False
@@ -257,8 +257,8 @@ def test_each_shard_begins_where_the_one_before_it_ends(tmp_path: Path) -> None:
         writer.append(*random_rows(LAYOUT, 1))
     texts = [fault.text for fault in verify(tmp_path).faults if fault.file == SECOND]
     assert texts == [
-        f"it must begin at row 2, where {FIRST} ends; it begins at 3",
-        f"keys must ascend; {FIRST} ends with 'b'",
+        "it must begin at row 2, where the last shard ends, not at 3",
+        "keys must ascend: 'b' comes after 'b'",
     ]
 
 
@@ -380,7 +380,7 @@ def stale_index(labels: Path) -> list[str]:
     write_split(other, [f"{n}.jpg" for n in range(8)], LAYOUT)
     build_index(other)
     shutil.copy(other / "index", labels / "index")
-    return ["index: stale: other "]
+    return ["index: is older than the shards"]
 
 
 def another_manifest(labels: Path, by: int = 1, names: Sequence[str] = NAMES) -> list[str]:
