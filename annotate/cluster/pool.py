@@ -89,11 +89,10 @@ class Pool:
         Raises:
             TokenLabelError: the teacher cannot be built; the actor's own error.
         """
-        self._start(wanted)
         patience = time.monotonic() + _PATIENCE_SECONDS
         while self._identity is None:
-            self._wait()
             self._start(wanted)
+            self._wait()
             if time.monotonic() > patience:
                 patience = float("inf")
                 _log.warning(
@@ -305,6 +304,7 @@ def _record(actor: _Actor, progress: Progress) -> None:
 
 
 def _text(error: Exception) -> str:
-    """The first line of an error, without Ray's traceback."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    """An error in one line, without Ray's traceback; why an actor died stands last there."""
+    lines = str(error).strip().splitlines() or [""]
+    line = lines[-1] if isinstance(error, rx.RayActorError) else lines[0]
+    return f"{type(error).__name__}: {line}".rstrip(": ")

@@ -20,7 +20,8 @@ from ..config import AnnotateConfig
 
 _log = logging.getLogger(__name__)
 _ROOT = Path(__file__).parents[2]  # the folder that is the package
-_ROOMS = ("annotate", "dataset")
+#: What a teacher actor imports.
+_ROOMS = ("annotate", "configs", "dataset")
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
