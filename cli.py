@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -99,13 +99,13 @@ class _Value(click.ParamType[Any]):
         return parts if whole or len(parts) != 1 or self._always_list else parts[0]
 
 
-def _option(name: str, field: "FieldInfo") -> Callable[[Any], Any]:
+def _option(name: str, field: "FieldInfo") -> click.Option:
     """The command-line option of a configuration field."""
     flag, default = f"--{name.replace('_', '-')}", field.default
     shown = ",".join(map(str, default)) if isinstance(default, list) else default
     text = f"{field.description}." + ("" if default is None else f" [{shown}]")
     if field.annotation is bool:
-        return click.option(f"{flag}/--no{flag[1:]}", name, default=None, help=text)
+        return click.Option([f"{flag}/--no{flag[1:]}", name], default=None, help=text)
     # The arguments of `Literal[...]`, and of `Literal[...] | None`.
     kinds = [get_args(kind) for kind in (field.annotation, *get_args(field.annotation))]
     choices = next((kind for kind in kinds if kind and isinstance(kind[0], str)), None)
@@ -117,20 +117,19 @@ def _option(name: str, field: "FieldInfo") -> Callable[[Any], Any]:
         kind = click.Choice(choices)
     elif "int" in annotation or "float" in annotation:
         kind = _Value("NUMBER")
-    return click.option(flag, name, type=kind, help=text)
+    return click.Option([flag, name], type=kind, help=text)
 
 
-def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for name, field in reversed(AnnotateConfig.model_fields.items()):
-        command = _option(name, field)(command)
-    return command
-
-
-@main.command()
-@click.option(
-    "--config", metavar="FILE", help="YAML file with any of the options below, or a shipped name."
+@main.command(
+    params=[
+        click.Option(
+            ["--config"],
+            metavar="FILE",
+            help="YAML file with any of the options below, or the name of a shipped one.",
+        ),
+        *(_option(name, field) for name, field in AnnotateConfig.model_fields.items()),
+    ]
 )
-@_config_options
 def annotate(config: str | None, **options: Any) -> None:
     """Annotate a split with a teacher. Finished shards are kept, so a stopped job resumes.
 

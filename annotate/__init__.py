@@ -1,7 +1,7 @@
 """Run a large teacher over a set of images once, on Ray, and store per-patch top-k scores.
 
-`job` is the whole of it: `config` says what to do, `plan` what to write, the actors of `cluster`
-run a `teacher`, `report` says what came out.
+`job` is the whole of it: `config` says what to do, `plan` what to write and `output` where, the
+actors of `cluster` run a `teacher`, `report` says what came out.
 
 Names load on first use: a decode worker imports this package for a few kilobytes of code and must
 not pay for torch, timm and pydantic.

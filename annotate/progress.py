@@ -35,10 +35,8 @@ def progress_display(console: Console) -> Iterator[Callable[[Tally, int, int], N
 
     def show(tally: Tally, images: int, split: int) -> None:
         nonlocal printed
-        done, teachers = (
-            min(tally.images, images),
-            f"{tally.teachers} teacher{'s' * (tally.teachers != 1)}",
-        )
+        done = min(tally.images, images)  # a retried shard counts twice
+        teachers = f"{tally.teachers} teacher{'s' * (tally.teachers != 1)}"
         if console.is_terminal:
             bar.update(
                 task,
@@ -63,19 +61,42 @@ def progress_display(console: Console) -> Iterator[Callable[[Tally, int, int], N
 
 def print_report(report: Report, console: Console) -> None:
     """The end report as a table, with the errors and failed shards below it."""
+    height, width = report.grid
+    how = "0 up to rounding, as it must be" if report.exact else "not expected to be 0"
+    rows = {
+        "shards": f"{report.folder} ({report.shards}: {report.written} new, {report.skipped} kept)",
+        "images": f"{report.images}, {report.errors} of them without a map",
+        "maps": f"{height} x {width} patches, top {report.k} of {report.num_classes}, "
+        + " + ".join(report.views),
+        "teacher": f"{report.teacher}; patch logits: {report.head_mode}; their mean differs from "
+        f"the pooled logits by {report.pooled_error:.1e} ({how})",
+    }
+    if report.top1 is not None and report.top5 is not None:
+        rows["teacher accuracy"] = (
+            f"top-1 {report.top1:.1%}, top-5 {report.top5:.1%} of {report.labelled} images with a "
+            "known class"
+        )
+    if report.mass is not None:
+        rows["top-k mass"] = f"{report.mass:.3f} of the probability, mean over patches"
+    if report.bytes_per_image is not None:
+        rows["size"] = f"{report.bytes_per_image:,.0f} bytes per image"
+    rows["time"] = f"{report.seconds:.1f} s"
+    if report.images_per_second and report.busy:
+        rows["time"] += (
+            f", {report.images_per_second:.1f} images/s, teachers busy {report.busy:.1%}"
+        )
     table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in _rows(report):
+    for name, value in rows.items():
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(table)
     for key, reason in report.error_list[:_MOST_LISTED]:
         console.print(f"  [yellow]no map[/yellow] {escape(repr(key))}: {escape(reason)}")
-    if report.errors > _MOST_LISTED:
-        more = report.errors - _MOST_LISTED
+    if (more := report.errors - _MOST_LISTED) > 0:
         console.print(f"  … and {more} more: see `inspect-labels --json`")
     for shard, reason in list(report.failed.items())[:_MOST_LISTED]:
         console.print(f"  [red]failed[/red] shard {shard}: {escape(reason)}")
-    if len(report.failed) > _MOST_LISTED:
-        console.print(f"  … and {len(report.failed) - _MOST_LISTED} more: see report.json")
+    if (more := len(report.failed) - _MOST_LISTED) > 0:
+        console.print(f"  … and {more} more: see report.json")
     if report.failed:
         console.print("[red]Some shards failed.[/red] Run the same command again to redo them.")
     if report.max_errors_exceeded:
@@ -83,34 +104,3 @@ def print_report(report: Report, console: Console) -> None:
             f"[red]Too many images have no map[/red] ({report.errors} of {report.images}); "
             "the limit is the option max_errors."
         )
-
-
-def _rows(report: Report) -> Iterator[tuple[str, str]]:
-    yield (
-        "shards",
-        f"{report.folder} ({report.shards}: {report.written} new, {report.skipped} kept)",
-    )
-    yield "images", f"{report.images}, {report.errors} of them without a map"
-    height, width = report.grid
-    views = " + ".join(report.views)
-    yield "maps", f"{height} x {width} patches, top {report.k} of {report.num_classes}, {views}"
-    how = "0 up to rounding, as it must be" if report.exact else "not expected to be 0"
-    yield (
-        "teacher",
-        f"{report.teacher}; patch logits: {report.head_mode}; their mean differs from the "
-        f"pooled logits by {report.pooled_error:.1e} ({how})",
-    )
-    if report.top1 is not None and report.top5 is not None:
-        yield (
-            "teacher accuracy",
-            f"top-1 {report.top1:.1%}, top-5 {report.top5:.1%} of {report.labelled} images with a "
-            "known class",
-        )
-    if report.mass is not None:
-        yield "top-k mass", f"{report.mass:.3f} of the probability, mean over patches"
-    if report.bytes_per_image is not None:
-        yield "size", f"{report.bytes_per_image:,.0f} bytes per image"
-    speed = f"{report.seconds:.1f} s"
-    if report.images_per_second and report.busy:
-        speed += f", {report.images_per_second:.1f} images/s, teachers busy {report.busy:.1%}"
-    yield "time", speed

@@ -194,6 +194,17 @@ np.save("dense.npy", probabilities("labels/train/shard-00001-of-00002.h5", 7))
     np.testing.assert_allclose(np.load("dense.npy"), dense, rtol=1e-4, atol=1e-7)
 
 
+def test_links_lead_to_files() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    links = [
+        page.parent / link
+        for page in pages
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    ]
+    assert len(links) > 30
+    assert [link for link in links if not link.exists()] == []
+
+
 def modules_with_examples() -> list[str]:
     """Modules of the package whose docstrings have examples."""
     rooms = ("annotate", "dataset", "inspection", "supervise")

@@ -73,7 +73,7 @@ def by_aux(net: Any, features: Tensor, r: int, c: int) -> Tensor:
 VIT: dict[str, Any] = {"img_size": SIZE, "depth": 3}
 # name: (timm's name, options, mode, stride, the classifier at one location by hand)
 FAMILIES: dict[str, tuple[str, dict[str, Any], str, int, Callable[..., Tensor]]] = {
-    "nfnet": ("dm_nfnet_f0", {}, MEAN_MODE, 32, by_map),
+    "nfnet": ("test_nfnet", {}, MEAN_MODE, 32, by_map),
     "efficientnet": ("tf_efficientnet_lite0", {}, MEAN_MODE, 32, by_map),
     "resnet": ("resnet18", {}, MEAN_MODE, 32, by_map),
     "resnet with a conv classifier": ("resnetv2_18", {}, MEAN_MODE, 32, by_map),
@@ -227,7 +227,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "cait": ("cait_xxs24_224", {"depth": 2}, "class attention"),
     "xcit": ("xcit_nano_12_p16_224", {"depth": 2}, "do not lie on a grid"),
     "volo without its auxiliary head": ("volo_d1_224", {"use_aux_head": False}, "class attention"),
-    "crossvit": ("crossvit_tiny_240", {}, "neither one feature map"),
+    "crossvit": ("crossvit_tiny_240", {}, "neither a feature map"),
     "coat": ("coat_lite_tiny", {}, "do not lie on a grid"),
     "levit": ("levit_128s", {}, "do not lie on a grid"),
     "pit": ("pit_ti_224", {}, "do not lie on a grid"),
@@ -361,9 +361,8 @@ def test_memory_format_and_precision_change_little() -> None:
     images = [images_of()]
     plain = annotator().logits(images)
     last = annotator(channels_last=True)
-    assert last.teacher.network.layer1[0].conv1.weight.is_contiguous(
-        memory_format=torch.channels_last
-    )
+    weights: Any = last.teacher.network.layer1[0].conv1.weight
+    assert weights.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(last.logits(images), plain, rtol=2e-3, atol=2e-3)
     assert last.weights_digest == annotator().weights_digest
     for precision in ("bfloat16", "float16"):

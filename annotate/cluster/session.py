@@ -104,13 +104,17 @@ def _attach(address: str, folder: Path) -> None:
 def _start(num_cpus: int | None) -> None:
     for last in (False, True):
         try:
-            # Ray starts the dashboard's process even with `include_dashboard=False`. It would serve
-            # nothing then, but ask the clouds' metadata services, by DNS and HTTP, which of them
-            # this machine is in: for statistics, even where these are off.
-            no_dashboard = _replaced(
-                vars(services), "start_api_server", lambda *_, **__: ("", None)
-            )
-            with loopback_only(), no_dashboard:
+            with (
+                # Bind all of Ray's servers to 127.0.0.1, as Ray itself does on macOS and Windows
+                # only: in the processes that it starts, and in this one. `_node_ip_address` does
+                # not, for Ray replaces it by the address of the network.
+                _replaced(os.environ, ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0"),
+                _replaced(vars(ray_constants), "ENABLE_RAY_CLUSTER", False),
+                # Ray starts the dashboard's process even with `include_dashboard=False`. It would
+                # serve nothing then, but ask the clouds' metadata services, by DNS and HTTP, which
+                # of them this machine is in: for statistics, even where these are off.
+                _replaced(vars(services), "start_api_server", lambda *_, **__: ("", None)),
+            ):
                 ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **_QUIET)
             return
         except Exception as error:  # Ray raises a bare Exception when its start times out
@@ -123,19 +127,6 @@ def _start(num_cpus: int | None) -> None:
                 ) from error
             # On a busy machine Ray's own limit of 30 seconds may pass; its files are cached now.
             _log.warning("Ray did not start (%s); trying once more", error)
-
-
-@contextmanager
-def loopback_only() -> Iterator[None]:
-    """Bind all of Ray's servers to 127.0.0.1, as Ray itself does on macOS and Windows only.
-
-    `_node_ip_address="127.0.0.1"` does not: Ray replaces it by the address of the network.
-    """
-    with (
-        _replaced(os.environ, ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0"),  # for its processes
-        _replaced(vars(ray_constants), "ENABLE_RAY_CLUSTER", False),  # for this one
-    ):
-        yield
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from logging.handlers import BufferingHandler
 from typing import Any
 
 import numpy as np
@@ -49,22 +50,24 @@ class Worker:
     def ready(self) -> Identity:
         """Build the teacher and describe it."""
         # An actor's log is far from the user: its warnings travel to the driver.
-        notes = _Notes()
-        logging.getLogger("tokenlabel").addHandler(notes)
+        handler = BufferingHandler(capacity=1000)
+        handler.setLevel(logging.WARNING)
+        logging.getLogger("tokenlabel").addHandler(handler)
         try:
             self._teacher = build_teacher(self._config)
         finally:
-            logging.getLogger("tokenlabel").removeHandler(notes)
+            logging.getLogger("tokenlabel").removeHandler(handler)
+        notes = [record.getMessage() for record in handler.buffer]
         # A job that reserves no GPU says `device: cpu`.
         if self._config.device == "auto" and self._teacher.device.type == "cpu":
-            notes.texts.append(
+            notes.append(
                 f"Ray gave the teacher a GPU on {socket.gethostname()}, but torch finds none "
                 "there: it computes on the CPU, many times slower. Remedy: a driver and a torch "
                 "with CUDA on every node with GPUs, or `device: cpu`"
             )
         identity = identify(self._teacher, self._source)
         self._libraries = json.dumps(identity.libraries, sort_keys=True)
-        return dataclasses.replace(identity, notes=tuple(notes.texts))
+        return dataclasses.replace(identity, notes=tuple(notes))
 
     def progress(self) -> Progress:
         """What was done so far."""
@@ -135,17 +138,6 @@ class Worker:
             now,
         )
         return pending.batch, output
-
-
-class _Notes(logging.Handler):
-    """Collects the texts of warnings."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
 
 
 class _Pending:

@@ -36,6 +36,7 @@ class TeacherOutput(NamedTuple):
 class Annotator:
     """Runs a teacher of any family: device and precision, passes and views, what is stored.
 
+    >>> from tokenlabel.annotate.teacher.timm_teacher import TimmTeacher, build_model
     >>> annotator = Annotator(TimmTeacher(build_model("tf_efficientnet_lite0", weights="sample")))
     >>> annotator.logits([np.zeros((1, 224, 224, 3), np.uint8)]).shape  # B, H, W, C
     torch.Size([1, 7, 7, 1000])

@@ -35,7 +35,7 @@ class ModuleTeacher:
             got = f"gives a {type(net).__name__} without {', '.join(missing)}"
             raise _refusal(rule, name, got, "set them on its class")
         self.num_classes, size = net.num_classes, net.input_size
-        self.input_size = (size, size) if isinstance(size, int) else tuple(size)
+        self.input_size = tuple(size) if isinstance(size, list | tuple) else (size, size)
         numbers = (self.num_classes, *self.input_size)
         if len(numbers) != 3 or not all(isinstance(n, int) and n > 0 for n in numbers):
             rule = "have a number of classes, and as input_size (height, width) in pixels"
@@ -87,7 +87,7 @@ def load_file(path: Path, function: str) -> tuple[Teacher, bytes]:
     try:
         code = path.read_bytes()
     except OSError as error:
-        got, remedy = f"{path} is not: {error.strerror}", "correct the path in `model`"
+        got, remedy = f"is not: {path}: {error.strerror}", "correct the path in `model`"
         raise _refusal("be in a file that can be read", name, got, remedy) from error
     module = ModuleType(f"tokenlabel_teacher_{path.stem}")
     module.__file__ = str(path.absolute())
@@ -113,9 +113,12 @@ def load_file(path: Path, function: str) -> tuple[Teacher, bytes]:
     if isinstance(network, nn.Module):
         return ModuleTeacher(network, name), code
     if not callable(build):
-        got, remedy = f"{path} has no function {function!r}", "name it in `model`: FILE.py:FUNCTION"
+        got, remedy = f"names none in {path}", "name it in `model`: FILE.py:FUNCTION"
         raise _refusal("be returned by a function of the file", name, got, remedy)
-    rule, got = "be an nn.Module, or a Teacher", f"returns a {type(network).__name__}"
+    rule, got = (
+        "be an nn.Module, or a Teacher",
+        f"returns an object of type {type(network).__name__}",
+    )
     raise _refusal(rule, name, got, f"return the network from {function}")
 
 

@@ -39,6 +39,8 @@ class Teacher(Protocol):
     ...     mean = std = (0.5, 0.5, 0.5)
     >>> def build():
     ...     return MyNetwork(3, 10, kernel_size=16, stride=16)
+    >>> build()(torch.zeros(1, 3, 224, 224)).shape
+    torch.Size([1, 10, 14, 14])
 
     Saved as a file, `annotate --model my_teacher.py:build` runs it. `build` returns a plain
     `nn.Module` that maps normalised images [B, 3, h, w] to patch logits [B, C, H, W] and has the

@@ -9,6 +9,7 @@ file stays when a job ends: removing it could free a folder that somebody else h
 import json
 import os
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -42,7 +43,10 @@ def folder_lock(folder: Path) -> Iterator[str]:
             with replacing(folder / HOLDER) as temporary:
                 temporary.write_text(json.dumps(owner))
         except Timeout:
-            other = _read(folder)
+            for _ in range(20):  # the other job may have locked it and not written its name yet
+                if other := _read(folder):
+                    break
+                time.sleep(0.05)
             raise LockedError(
                 f"another job is writing to {folder}: host {other.get('host', 'unknown')}, "
                 f"pid {other.get('pid', 'unknown')}. Remedy: wait for it, or choose another folder "

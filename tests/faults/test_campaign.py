@@ -99,7 +99,7 @@ class Campaign:
             self._job.wait_for_shard()
             time.sleep(self._chance.uniform(0, 1.5))
         victim = self._find(kind)
-        if victim is None or not self._job.running:
+        if victim is None:
             return False
         (raylet,) = self._cluster.nodes
         workers = self._cluster.workers(raylet if kind == "raylet" else None)
@@ -125,6 +125,8 @@ class Campaign:
 
     def _find(self, kind: str) -> psutil.Process | None:
         """One of its kind; None when the job has ended."""
+        if not self._job.running:
+            return None
         if kind == "driver":
             return psutil.Process(self._job.process.pid)
         if kind == "raylet":

@@ -153,7 +153,7 @@ FULL = ("cannot write: the disk is full", "Remedy: free space", "Finished shards
 LOST = ("That is the storage's fault", "Remedy: fix the disk", "Some shards failed")
 FAILED = ("Some shards failed. Run the same command again",)
 BROKEN = ("storage failed: ", "Remedy: fix the disk or the mount")
-#: Each list goes through one folder, which is then finished; `make test` tries the first.
+#: Each list goes through one folder, which is then finished; `make test-faults` tries the first.
 STAYING = [
     [
         Fault("EIO at one image", LOST, (f"read */00017.jpg {errno.EIO} 0 {EVER}",)),
