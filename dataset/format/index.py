@@ -1,7 +1,7 @@
-"""`index`: where every key of a split is, derived from the shards and rebuilt at any time.
+"""`index`: the row of every key of a split, derived from the shards and rebuilt at any time.
 
 The index holds the key table, labels, sizes and error flags of all rows, and the size and digest of
-each shard, by which a stale index is recognised. The shards are the truth.
+each shard, by which a stale index is recognised. The shards are authoritative.
 """
 
 import logging
@@ -28,7 +28,7 @@ COLUMNS: dict[str, tuple[str, int]] = {
     "size": ("<i4", 2),
     "failed": ("|u1", 1),
 }
-#: How often an index is built that does not fit the shards: they may change at that moment.
+#: Attempts to build an index that fits the shards: they may change at that moment.
 _TRIES = 2
 
 _log = logging.getLogger(__name__)
@@ -60,13 +60,13 @@ class Index(NamedTuple):
         return bisect_right(self.shard_rows.data, row) - 1
 
     def fits(self, shard: Shard, number: int) -> bool:
-        """Whether a shard is the one that was indexed, here and there undamaged."""
+        """Whether a shard is the one that was indexed, and both are undamaged."""
         first, last = self.shard_rows[number : number + 2].tolist()
         if shard.attrs["sha256"] != self.shard_sha256[number] or shard.rows != last - first:
             return False
         if "extent" in shard:
-            shard.read("extent")  # all of it, by which it is checked: maps read single rows
-        # Read, not mapped, whose pages would stay in memory.
+            shard.read("extent")  # whole, so that its CRC is checked: maps read single rows
+        # Read rather than mapped: mapped pages would stay in memory.
         ends = self.file.read("key_offsets", first, last + 1)
         keys = shard.read("key").tolist()
         same = np.diff(ends).tolist() == list(map(len, keys))
@@ -144,8 +144,10 @@ def open_index(root: Path) -> Index:
         except OSError as error:
             _log.info("the index cannot be kept in %s (%s): it is built in memory", root, error)
             return _built_in_memory(root, shards, error)
-    try:  # where others delete or replace the index all the time
-        return _built_in_memory(root, shards, OSError("it is gone or of other shards each time"))
+    try:  # other processes delete or replace the index all the time
+        return _built_in_memory(
+            root, shards, OSError("it vanishes or is of other shards each time")
+        )
     except FormatError as error:
         raise FormatError(
             f"{root} changes while it is read: {error}. Remedy: wait for the job that writes to it"
@@ -178,7 +180,7 @@ def build_index(root: Path, shards: list[Path] | None = None) -> Path:
 
 
 def _load(path: Path, shards: list[Path]) -> Index:
-    # Not closed: keys and columns are read from it, and it closes with the last of them.
+    # Not closed here: keys and columns read from it, and it closes with the last of them.
     file = StoredFile(path, FORMAT, VERSION, "delete it; it is rebuilt")
     if "shard_size" not in file.columns:
         raise file.damaged("it has no shard_size")
@@ -207,7 +209,7 @@ def _load(path: Path, shards: list[Path]) -> Index:
         shard_sha256=[digest.decode("latin1") for digest in file.read("shard_sha256").tolist()],
         file=file,
     )
-    # Another run's shards may have the same sizes; one header tells. The others are compared
+    # Another run's shards may have the same sizes; one header shows it. The others are compared
     # when they are opened.
     with open_shard(shards[0]) as shard:
         if shard.attrs["sha256"] != index.shard_sha256[0]:
