@@ -50,6 +50,8 @@ def test_main_classes_begin_with_an_example() -> None:
     assert main <= set(EXAMPLES)
 
 
+# An example may have more workers than the machine has cores.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

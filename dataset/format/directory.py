@@ -98,7 +98,7 @@ class StoredFile:
         flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         # Non-blocking, so that a named pipe cannot hang its reader.
         self._handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-        # Closed with its last user, so that dropping it from a cache never breaks a concurrent read.
+        # Closed with its last user: dropping it from a cache never breaks a concurrent read.
         self._close = weakref.finalize(self, os.close, self._handle)
         self._close.atexit = False
         self._lock = threading.Lock()

@@ -22,12 +22,6 @@ from .shard import Shard, parse_shard_name, shard_name
 NAME = "index"
 FORMAT = "tokenlabel-index"
 VERSION = 3
-#: Columns of the rows beside the keys: dtype and width.
-COLUMNS: dict[str, tuple[str, int]] = {
-    "label": ("<i4", 1),
-    "size": ("<i4", 2),
-    "failed": ("|u1", 1),
-}
 #: Attempts to build an index that fits the shards: they may change at that moment.
 _TRIES = 2
 
@@ -191,10 +185,6 @@ def _load(path: Path, shards: list[Path]) -> Index:
     if file.read("shard_size").tolist() != sizes:
         raise FormatError(f"{path} is older than the shards")
     keys, count = KeyTable(file), len(shards)
-    columns = {
-        name: file.mapped(name, dtype, (len(keys),) if width == 1 else (len(keys), width))
-        for name, (dtype, width) in COLUMNS.items()
-    }
     shard_rows = file.mapped("shard_rows", "<u8", (count + 1,)).astype("=u8")
     ends = shard_rows.tolist()
     if (ends[0], ends[-1]) != (0, len(keys)) or ends != sorted(set(ends)):
@@ -202,9 +192,9 @@ def _load(path: Path, shards: list[Path]) -> Index:
     file.column("shard_sha256", "|S64", (count,))
     index = Index(
         keys=keys,
-        labels=columns["label"],
-        sizes=columns["size"],
-        failed=columns["failed"].view(bool),
+        labels=file.mapped("label", "<i4", (len(keys),)),
+        sizes=file.mapped("size", "<i4", (len(keys), 2)),
+        failed=file.mapped("failed", "|u1", (len(keys),)).view(bool),
         shard_rows=shard_rows,
         shard_sha256=[digest.decode("latin1") for digest in file.read("shard_sha256").tolist()],
         file=file,

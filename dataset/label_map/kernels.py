@@ -25,11 +25,7 @@ _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
 def _moves(functional: Callable[..., Any]) -> Callable[[_Kernel], _Kernel]:
     """Decorator for the kernel by which a functional of torchvision moves label maps."""
-
-    def register(kernel: _Kernel) -> _Kernel:
-        register_kernel(functional, TokenLabelMap)(kernel)
-        return kernel
-
+    register: Callable[[_Kernel], _Kernel] = register_kernel(functional, TokenLabelMap)
     return register
 
 
