@@ -421,6 +421,13 @@ def test_files_that_do_not_belong_together_are_named(
         assert message in text
 
 
+def test_an_index_of_other_values_is_stale(labels: Path) -> None:
+    """Of a shard of the same size that is not the first one, which is compared on each opening."""
+    rewrite(labels / SECOND, put("label", 0, 3))
+    (fault,) = index_faults(labels / "index", find_shards(labels))
+    assert fault.text == f"stale: it differs from {SECOND}"
+
+
 def test_changed_images_are_named_and_do_not_condemn_the_shard(
     labels: Path, written: Path, tmp_path: Path
 ) -> None:

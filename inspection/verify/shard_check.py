@@ -64,7 +64,8 @@ def check_alone(path: Path, *others: object) -> list[Fault]:
         done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=True)
         return [Fault(*fault) for fault in json.loads(done.stdout)]
     except subprocess.TimeoutExpired:
-        return [Fault(path.name, f"HDF5 does not read it within {_SECONDS} s")]
+        text = f"it was not checked within {_SECONDS} s: HDF5 hangs on it, or the storage is slow"
+        return [Fault(path.name, text, redone_by_annotate=False)]
     except subprocess.CalledProcessError as error:
         if error.returncode > 0:
             last = error.stderr.decode(errors="replace").strip().rpartition("\n")[2]

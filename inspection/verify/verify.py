@@ -164,19 +164,20 @@ def _compare_shards(paths: Sequence[Path], result: SplitCheck) -> list[Shard]:
     bad, opened, good = {fault.file for fault in result.faults}, [], []
     for path in paths:
         with suppress(FormatError, OSError), Shard(path) as shard:  # else among the faults already
-            opened.append((shard, [] if path.name in bad else shard.texts("key")))
+            ends = slice(None, None, shard.rows - 1 or 1)
+            opened.append((shard, [] if path.name in bad else shard.texts("key")[ends]))
             result.rows += shard.rows
             result.nbytes += shard.end
     runs = Counter(shard.attrs["fingerprint"] for shard, _ in opened)
     run = max(runs, key=runs.__getitem__, default="")
-    ends = {-1: (0, "")}
+    before = {-1: (0, "")}
     for shard, keys in opened:
         number, row, texts = shard.attrs["shard"], shard.attrs["first_row"], []
         if (found := shard.attrs["fingerprint"]) != run:
             texts = [f"it is of another run: its fingerprint is {found}, most shards have {run}"]
         elif keys:
-            end, last = ends.get(number - 1, (row, ""))
-            ends[number] = row + shard.rows, keys[-1]
+            end, last = before.get(number - 1, (row, ""))
+            before[number] = row + shard.rows, keys[-1]
             good.append(shard)
             if row != end:
                 texts = [f"it must begin at row {end}, where the last shard ends, not at {row}"]
