@@ -103,15 +103,15 @@ class Report:
     images_per_second: float | None
     busy: float | None
     lost_actors: int
-    errors: int = 0
-    error_list: list[tuple[str, str]] = field(default_factory=list)
-    labelled: int = 0
-    top1: float | None = None
-    top5: float | None = None
-    mass: float | None = None
-    bytes_per_image: float | None = None
-    max_errors_exceeded: bool = False
-    libraries: list[dict[str, str]] = field(default_factory=list)
+    errors: int
+    error_list: list[tuple[str, str]]
+    labelled: int
+    top1: float | None
+    top5: float | None
+    mass: float | None
+    bytes_per_image: float | None
+    max_errors_exceeded: bool
+    libraries: list[dict[str, str]]
 
     @property
     def ok(self) -> bool:
@@ -128,7 +128,25 @@ def make_report(
     plan: Plan, identity: Identity, tally: Tally, skipped: int, seconds: float, max_errors: float
 ) -> Report:
     """Sum up the headers of all shards that are there."""
-    report = Report(
+    rows, size, total = 0, 0, dict[str, Any].fromkeys(_COUNTS, 0)
+    error_list: list[tuple[str, str]] = []
+    libraries: list[dict[str, str]] = []
+    for number in range(plan.shards):
+        if number in tally.failed:
+            continue
+        path = plan.folder / shard_name(number, plan.shards)
+        with Shard(path) as shard:
+            rows += shard.rows
+            size += path.stat().st_size
+            for name in _COUNTS:
+                total[name] += shard.attrs[name]
+            if shard.attrs["errors"] and len(error_list) < LISTED_ERRORS:
+                pairs = zip(shard.texts("key"), shard.texts("error"), strict=True)
+                error_list += [(key, error) for key, error in pairs if error]
+            if (made_with := json.loads(shard.attrs["libraries"])) not in libraries:
+                libraries.append(made_with)
+    errors, labelled = total["errors"], total["labelled"]
+    return Report(
         folder=str(plan.folder),
         teacher=identity.model,
         fingerprint=plan.fingerprint,
@@ -148,32 +166,13 @@ def make_report(
         images_per_second=tally.rate,
         busy=tally.busy / tally.span if tally.span else None,
         lost_actors=tally.lost_actors,
+        errors=errors,
+        error_list=error_list[:LISTED_ERRORS],
+        labelled=labelled,
+        top1=total["top1"] / labelled if labelled else None,
+        top5=total["top5"] / labelled if labelled else None,
+        mass=total["mass"] / (rows - errors) if rows > errors else None,
+        bytes_per_image=size / rows if rows else None,
+        max_errors_exceeded=errors > (max_errors if max_errors >= 1 else max_errors * plan.rows),
+        libraries=libraries,
     )
-    rows, size, totals = 0, 0, dict[str, Any].fromkeys(_COUNTS, 0)
-    for number in range(plan.shards):
-        if number in tally.failed:
-            continue
-        path = plan.folder / shard_name(number, plan.shards)
-        with Shard(path) as shard:
-            rows += shard.rows
-            size += path.stat().st_size
-            for name in _COUNTS:
-                totals[name] += shard.attrs[name]
-            if shard.attrs["errors"] and len(report.error_list) < LISTED_ERRORS:
-                pairs = zip(shard.texts("key"), shard.texts("error"), strict=True)
-                report.error_list += [(key, error) for key, error in pairs if error]
-                del report.error_list[LISTED_ERRORS:]
-            libraries = json.loads(shard.attrs["libraries"])
-            if libraries not in report.libraries:
-                report.libraries.append(libraries)
-    report.errors, report.labelled = totals["errors"], totals["labelled"]
-    if report.labelled:
-        report.top1 = totals["top1"] / report.labelled
-        report.top5 = totals["top5"] / report.labelled
-    if rows > report.errors:
-        report.mass = totals["mass"] / (rows - report.errors)
-    if rows:
-        report.bytes_per_image = size / rows
-    limit = max_errors if max_errors >= 1 else max_errors * plan.rows
-    report.max_errors_exceeded = report.errors > limit
-    return report

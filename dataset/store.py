@@ -50,7 +50,7 @@ class LabelStore:
         attrs: attributes of the first shard: teacher, fingerprint, preprocessing and so on, and
             `class_names` where the manifest holds them.
         layout: shapes and dtypes of the maps.
-        classes: names of the teacher's classes; None where they are not known.
+        classes: names of the teacher's classes; None where they are unknown.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -76,8 +76,8 @@ class LabelStore:
         """The index, and its shards by number, which stay open while there is room for them.
 
         No lock: threads that open a file at once get one each, and a thread that has got hold of a
-        shard keeps it open when the cache drops it. A forked process goes on with the files of its
-        parent, since reads say their offset and move no position that the two would share.
+        shard keeps it open when the cache drops it. A forked process keeps using its parent's
+        files: each read names its offset, so no file position is shared between the two.
         """
         if self._files is None:
             paths, index = find_shards(self.root), open_index(self.root)
@@ -193,7 +193,7 @@ class LabelStore:
         shard, local = self._shard(row)
         if canvas_size is None:
             width, height = index.sizes[row].tolist()
-            canvas_size = (max(height, 1), max(width, 1))  # it is not known where decoding failed
+            canvas_size = (max(height, 1), max(width, 1))  # unknown (0) where decoding failed
         return TokenLabelMap(
             b"" if index.failed[row] else shard.planes(local),
             self.layout,
@@ -238,7 +238,7 @@ class LabelStore:
         for row, box, flip in zip(rows, boxes, turned, strict=True):
             x0, y0, x1, y1 = map(float, box)
             width, height = x1 - x0, y1 - y0
-            # One that shows more than its surroundings is in pixels.
+            # A box far larger than the image is one in pixels.
             if not (0 < width <= 4 and 0 < height <= 4):
                 raise ValueError(
                     "a box is (x0, y0, x1, y1) with x0 < x1 and y0 < y1, normalised to the image; "
@@ -252,7 +252,7 @@ class LabelStore:
         return TokenLabels.collate(leaves, None if grid is None else student_grid(grid), shrink)
 
     def row(self, key: str | int, near: int = -1) -> int:
-        """Row of a key, found soonest if it is `near`; a row is checked and returned as it is."""
+        """Row of a key, found fastest if it is `near`; a row is checked and returned as it is."""
         keys = self._index.keys
         if isinstance(key, str):
             row = keys.find(key, near)

@@ -121,31 +121,6 @@ def test_the_map_follows_a_pil_image():
     assert compared > 100_000
 
 
-@pytest.mark.parametrize("op", sorted(GEOMETRIC))
-def test_a_token_label_map_takes_the_same_path_as_the_image(op):
-    """Its path names the source pixel that each pixel of the image shows."""
-    height, width = SIZE
-    label_map = TokenLabelMap.from_scores(
-        torch.zeros(2, 2, 1),
-        torch.zeros(2, 2, 1, dtype=torch.int32),
-        torch.zeros(2, 2),
-        canvas_size=SIZE,
-    )
-    photograph = tv_tensors.Image(plain(index_mask()).to(torch.int16))
-    transform = only(augment.RandAugment(num_ops=1, magnitude=23), {op})
-    y, x = (axis.ravel() for axis in np.mgrid[0:height, 0:width] + 0.5)
-    for seed in range(10):
-        torch.manual_seed(seed)
-        image, moved = transform(photograph, label_map)
-        assert type(moved) is TokenLabelMap and moved.canvas_size == SIZE
-        source_x, source_y, inside = moved.path(x, y)
-        column, row = np.floor(source_x * width), np.floor(source_y * height)
-        index = np.where(inside, row * width + column + 1, 0)
-        shown = plain(image).numpy().ravel()
-        assert (index == shown).mean() > 0.99  # nearest rounds either way between two pixels
-        assert 0.3 < inside.mean() < 1
-
-
 TIMM = {"Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"}
 
 

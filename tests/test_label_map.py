@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -499,36 +499,6 @@ def test_copies_keep_warps() -> None:
     expected = TokenLabels.of(made)
     for call in COPIES.values():
         assert torch.equal(TokenLabels.of(call(made)), expected)
-
-
-class Samples(Dataset[Any]):
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, index: int) -> Any:
-        torch.manual_seed(index)
-        transform = v2.Compose([v2.RandomResizedCrop(32), v2.RandomRotation(30)])
-        return transform(an_image(), a_map(seed=index, label=index))
-
-
-def as_it_is(batch: Any) -> Any:
-    return batch
-
-
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers(context: str) -> None:
-    loader = DataLoader(
-        Samples(),
-        batch_size=3,
-        num_workers=1,
-        collate_fn=as_it_is,
-        multiprocessing_context=context,
-    )
-    found = [sample for batch in loader for sample in batch]
-    for index, (image, moved) in enumerate(found):
-        expected = Samples()[index]
-        assert torch.equal(image, expected[0])
-        assert same(moved, expected[1])
 
 
 def test_a_map_never_comes_without_its_kernels(tmp_path: Path) -> None:

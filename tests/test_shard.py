@@ -197,13 +197,6 @@ def test_what_is_not_known_is_ignored(tmp_path: Path) -> None:
         np.testing.assert_array_equal(shard.map(1).codes, rows.maps["codes"][1])
 
 
-def test_files_of_version_1_are_refused_with_the_remedy(tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "s.h5", "w", libver=("v110", "v110")) as file:
-        file.attrs["format"], file.attrs["version"] = "tokenlabel-shard", 1
-    with pytest.raises(FormatError, match=r"is of format version 1, .* Remedy: delete the files"):
-        Shard(tmp_path / "s.h5")
-
-
 def test_files_that_are_no_shards(tmp_path: Path) -> None:
     path = tmp_path / "s.h5"
     with pytest.raises(FileNotFoundError):

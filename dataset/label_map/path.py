@@ -114,7 +114,7 @@ class PixelPath(NamedTuple):
     """Composed geometry, from points of the current image back to the source image.
 
     A point goes through `matrix`, must then lie in `box` to show any of the image (else it shows
-    fill), and goes on through `warp` and `inner`. The innermost path ends in the source image,
+    fill), and continues through `warp` and `inner`. The innermost path ends in the source image,
     normalised: (0, 0) is its top left corner, (1, 1) its bottom right one. Immutable and shared.
     Composing costs microseconds, and crops, flips, resizes, padding and quarter turns in any number
     stay one matrix and one box.

@@ -134,7 +134,7 @@ def _integrals(
     near = torch.minimum(torch.maximum(torch.minimum(start, end), low), high).flatten(1)
     far = torch.minimum(torch.maximum(torch.maximum(start, end), low), high).flatten(1)
     first = (near - 0.5).floor().clamp(0, cells - size)
-    # One cell more on either side: beyond its border, a map goes on as its outermost cell.
+    # One cell more on either side: beyond its border, a map continues as its outermost cell.
     centre = first[..., None] + torch.arange(-0.5, size + 1, device=near.device)
 
     def hat(x: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ def check_canvas(leaves: Iterable[Any]) -> None:
 class _WithMaps(v2.Transform):
     """Mixin before a v2 auto-augment transform: the maps of the sample repeat its geometric ops.
 
-    The base class draws from torch's generator as ever and transforms the image; the ops it applies
-    are recorded, and then applied to each map with exactly the same parameters.
+    The base class draws from torch's generator and transforms the image as always; the ops that it
+    applies are recorded, then applied to each map with exactly the same parameters.
     """
 
     _fill: dict[Any, Any]
