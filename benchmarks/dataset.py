@@ -89,7 +89,7 @@ def data_sets(pipeline: str, store: LabelStore, split: Path) -> tuple[Any, Any]:
     transform = v2.Compose([*start, *end])
     options = {} if loader is None else {"loader": loader}
     images = ImageFolder(split, **options)
-    with_maps = TokenLabelDataset(images, store, transform=transform, truth="maps")
+    with_maps = TokenLabelDataset(images, store, transform=transform, label_source="maps")
     return ImageFolder(split, transform, **options), with_maps
 
 
