@@ -74,7 +74,7 @@ def sums_of_written(plan: Plan, todo: list[int], tally: Tally) -> Iterator[None]
         yield
     finally:
         sums |= {shard_name(number, plan.shards): sha for number, sha in tally.written.items()}
-        with suppress(OSError):  # must not hide why the run failed; after a good one it comes again
+        with suppress(OSError):  # must not hide why the run failed
             if holder(plan.folder) == plan.run:  # else the list is that of another job
                 write_sums(plan.folder, sums)
 
