@@ -90,5 +90,5 @@ def test_slots_for_teachers() -> None:
 
 @pytest.mark.usefixtures("ray_here")
 def test_cuda_that_is_not_there_is_refused(sample: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"needs 2 GPUs a teacher on one node, .* 0 at most"):
+    with pytest.raises(ConfigError, match=r"needs 2 GPUs per teacher on one node, .* 0 at most"):
         plan_resources(config(sample, tmp_path, device="cuda", gpus_per_teacher=2.0))
