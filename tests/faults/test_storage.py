@@ -206,7 +206,7 @@ def test_faults_that_stay_are_reported_and_a_run_without_completes_the_split(
         observed(
             "storage fails: " + "; ".join(fault.name for fault in faults),
             len(faults),
-            "told, exit 1, no temporary files; equal bytes after a run without it",
+            "reported, exit 1, no temporary files; equal bytes after a run without it",
             seen + "then equal bytes",
         )
 
@@ -296,8 +296,11 @@ def mount_image(mount: Path, *options: str) -> None:
     subprocess.run(["mount", "-o", flags, image, mount], check=True, capture_output=True)
 
 
-DENIED = ("cannot write: permission was denied", "Remedy: make room or mend the permissions")
-READ_ONLY = ("cannot write: the file system is read-only", "Remedy: make room or mend")
+DENIED = ("cannot write: permission was denied", "Remedy: free space or fix the permissions")
+READ_ONLY = (
+    "cannot write: the file system is read-only",
+    "Remedy: free space or fix the permissions",
+)
 REAL = [
     Fault("disk full", FULL, act=full),
     Fault("permission lost", DENIED, act=immutable, tidy=False),
@@ -353,7 +356,7 @@ def test_a_disk_that_turns_bad_during_a_job(
     observed(
         "real disk (ext4): " + "; ".join(fault.name for fault in faults),
         tries * len(faults),
-        "told, exit 1; equal bytes after a run without it; readable when read-only",
+        "reported, exit 1; equal bytes after a run without it; readable when read-only",
         f"last round: {seen}then equal bytes, all {IMAGES} maps read when mounted read-only",
     )
 
