@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..dataset.format.files import TEMPORARY
 from ..dataset.format.index import NAME as INDEX
+from ..dataset.format.lock import holder
 from ..dataset.format.manifest import NAME as MANIFEST
 from ..dataset.format.shard import shard_name
 from ..dataset.format.sums import file_sha256, read_sums, write_sums
@@ -73,8 +74,9 @@ def sums_of_written(plan: Plan, todo: list[int], tally: Tally) -> Iterator[None]
         yield
     finally:
         sums |= {shard_name(number, plan.shards): sha for number, sha in tally.written.items()}
-        with suppress(OSError):  # must not hide why the run failed; `_finish` would meet it again
-            write_sums(plan.folder, sums)
+        with suppress(OSError):  # must not hide why the run failed
+            if holder(plan.folder) == plan.run:  # else the list is that of another job
+                write_sums(plan.folder, sums)
 
 
 def _listed_sums(folder: Path) -> dict[str, str]:

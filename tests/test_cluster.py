@@ -51,8 +51,8 @@ def head_node(tmp_path: Path) -> Iterator[str]:
     yield f"127.0.0.1:{port}"
     family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
     head.terminate()
-    head.wait(60)
-    _, alive = psutil.wait_procs(family, timeout=60)
+    head.wait(300)
+    _, alive = psutil.wait_procs(family, timeout=300)
     for process in alive:
         process.kill()
 
@@ -90,5 +90,5 @@ def test_slots_for_teachers() -> None:
 
 @pytest.mark.usefixtures("ray_here")
 def test_cuda_that_is_not_there_is_refused(sample: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"needs 2 GPUs a teacher on one node, .* 0 at most"):
+    with pytest.raises(ConfigError, match=r"needs 2 GPUs per teacher on one node, .* 0 at most"):
         plan_resources(config(sample, tmp_path, device="cuda", gpus_per_teacher=2.0))

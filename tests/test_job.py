@@ -17,7 +17,7 @@ from tests.jobs import assert_nearly_equal, config, digests
 from tokenlabel.annotate import annotate, job
 from tokenlabel.annotate.report import Tally
 from tokenlabel.annotate.teacher.weights import load_weights
-from tokenlabel.dataset.format.lock import folder_lock
+from tokenlabel.dataset.format.lock import HOLDER, folder_lock
 from tokenlabel.dataset.format.score_map import DROPPED, MapLayout
 from tokenlabel.dataset.format.sums import file_sha256, read_sums
 from tokenlabel.dataset.store import LabelStore
@@ -250,6 +250,17 @@ def test_a_folder_in_a_file_s_place_is_named(sample: Path, copy: Path, name: str
 def test_a_locked_folder_is_refused(sample: Path, copy: Path) -> None:
     with folder_lock(copy / "train"), pytest.raises(LockedError, match="another job is writing"):
         annotate(config(sample, copy))
+
+
+def test_a_job_that_lost_its_lock_ends_and_leaves_the_checksums(
+    sample: Path, tmp_path: Path
+) -> None:
+    def steal(*_: object) -> None:
+        (tmp_path / "train" / HOLDER).write_text('{"run": "of another job"}')
+
+    with pytest.raises(LockedError, match="belongs to another job now"):
+        annotate(config(sample, tmp_path, shard_size=2), steal)
+    assert not (tmp_path / "train" / "SHA256SUMS").exists()
 
 
 def test_bad_images_become_rows(sample: Path, tmp_path: Path) -> None:

@@ -217,6 +217,7 @@ def create(path: Path, kind: str, version: int, attrs: dict[str, Any]) -> Iterat
             yield new
             new.finish()
     except (OSError, RuntimeError) as error:
-        if number := re.search(r"errno = (\d+)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        for cause in (error, error.__context__):  # that of closing the file hides the one before
+            if number := re.search(r"errno = (\d+)", str(cause)):
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
