@@ -20,6 +20,8 @@ from .directory import HEAD, MAGIC, Column
 _GZIP = 4
 _ROOM = 2048  # bytes of the directory for columns, and for attributes added later
 _BLOCK = 1 << 20
+#: The format of HDF5 1.10, whichever version writes, so that all later ones read it; no cache of
+#: chunks, as they are written past it.
 _OPEN: dict[str, Any] = {"libver": ("v110", "v110"), "rdcc_nbytes": 0}
 
 
