@@ -349,8 +349,8 @@ def test_pickles_carry_no_handles(split: tuple[Path, list[Rows]]) -> None:
 def test_columns_larger_than_a_block_are_stored_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr("tokenlabel.dataset.format.new_file._BLOCK", block)
-    monkeypatch.setattr("tokenlabel.dataset.format.directory._BLOCK", block)
+    monkeypatch.setattr("tokenlabel.dataset.format.new_file.BLOCK", block)
+    monkeypatch.setattr("tokenlabel.dataset.format.directory.BLOCK", block)
     want = np.arange(30, dtype="<u8").reshape(10, 3)
     with create(tmp_path / "f", "test", 1, {}) as file:
         for rows in (slice(0, 7), slice(7, 7), slice(7, 10)):

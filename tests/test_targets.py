@@ -438,19 +438,6 @@ def test_logits_of_any_size(dtype: torch.dtype, turn: float) -> None:
         torch.testing.assert_close(labels.crop(pool).sum(), torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("turn", [0.0, 17.0])
-def test_one_hot_maps(turn: float) -> None:
-    classes = torch.randint(5, (6, 8, 1))
-    leaf = TokenLabelMap.from_scores(
-        torch.zeros(6, 8, 1), classes, torch.full((6, 8), -torch.inf), canvas_size=SIZE
-    )
-    labels = record(F.rotate(leaf, turn))
-    whole = labels.targets(7).dense()[0]
-    there = labels.targets(7).weight[0] > 0
-    torch.testing.assert_close(whole.sum(1), there.float(), atol=1e-5, rtol=0)
-    assert whole.min() >= 0
-
-
 def test_entries_without_a_class_do_not_count() -> None:
     """Padding of a ragged map: class 0 at -inf, also in cells that hold class 0 for real."""
     scores = torch.tensor([[[1.0, 0.0, -torch.inf], [2.0, -torch.inf, -torch.inf]]])

@@ -33,7 +33,7 @@ HEAD = struct.Struct(f"<{len(MAGIC)}sII")
 MOST_TIMES, SLACK = 1032, 64
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _LARGEST = 1 << 20
-_BLOCK = 1 << 20
+BLOCK = 1 << 20  # bytes in memory at once, where all of a file is read
 _FIRST = 4096  # bytes read at first: most directories are smaller
 _DTYPE = re.compile(r"\|u1|\|S[1-9]\d{0,8}|<[iu][248]|<f[248]")
 # What wrong types and numbers in a directory raise when they are used.
@@ -222,8 +222,8 @@ class StoredFile:
             raise self.damaged(f"{name}: {error}") from error
 
     def _blocks(self, start: int, stop: int) -> Iterator[bytes]:
-        for offset in range(start, stop, _BLOCK):
-            yield self.pread(min(_BLOCK, stop - offset), offset)
+        for offset in range(start, stop, BLOCK):
+            yield self.pread(min(BLOCK, stop - offset), offset)
 
     def check_bytes(self) -> None:
         """Read the whole file; FormatError unless every byte is as it was written."""

@@ -60,6 +60,7 @@ class Index(NamedTuple):
             return False
         if "extent" in shard:
             shard.read("extent")  # whole, so that its CRC is checked: maps read single rows
+        # Sizes and digests may fit while a byte of the index is damaged: compare all of the rows.
         # Read rather than mapped: mapped pages would stay in memory.
         ends = self.file.read("key_offsets", first, last + 1)
         keys = shard.read("key").tolist()

@@ -19,7 +19,9 @@ from .directory import HEAD, MAGIC, Column
 
 _GZIP = 4
 _ROOM = 2048  # bytes of the directory for columns, and for attributes added later
-_BLOCK = 1 << 20
+BLOCK = 1 << 20  # bytes in memory at once
+#: The format of HDF5 1.10, whichever version writes, so that all later ones read it; no cache of
+#: chunks, as they are written past it.
 _OPEN: dict[str, Any] = {"libver": ("v110", "v110"), "rdcc_nbytes": 0}
 
 
@@ -113,7 +115,7 @@ class NewFile:
             row = math.prod(tail) * dtype.itemsize
             shape = (spool.tell() // row, *tail)
             spool.seek(0)
-            parts = iter(partial(spool.read, max(_BLOCK // row, 1) * row), b"")
+            parts = iter(partial(spool.read, max(BLOCK // row, 1) * row), b"")
             blocks = (np.frombuffer(part, dtype).reshape(-1, *tail) for part in parts)
             self.stream(name, dtype, shape, blocks)
         for name, value in self.attrs.items():
@@ -141,7 +143,7 @@ class NewFile:
                 name: {
                     "dtype": column.dtype.str,
                     "shape": column.shape,
-                    "offset": _found(file, block, *column[2:5]),
+                    "offset": find_bytes(file, block, *column[2:5]),
                     "size": column.size,
                     "crc": column.crc,
                     **({"gzip": True} if column.gzip else {}),
@@ -151,7 +153,7 @@ class NewFile:
             found: dict[str, Any] = {"attrs": self.attrs, "columns": columns}
             if self._planes:
                 size = sum(self._sizes)
-                offset = _found(file, block, first, size, self._crc)
+                offset = find_bytes(file, block, first, size, self._crc)
                 found["maps"] = {"offset": offset, "size": size, "planes": self._planes}
             size = file.seek(0, os.SEEK_END)
             found |= {"size": size, "block": block, "crc": _crc(file, block, size - block)}
@@ -165,7 +167,7 @@ class NewFile:
             file.write(HEAD.pack(MAGIC, len(text), zlib.crc32(text)) + text)
 
 
-def _found(file: IO[bytes], block: int, reported: int, size: int, crc: int) -> int:
+def find_bytes(file: IO[bytes], block: int, reported: int, size: int, crc: int) -> int:
     """The offset of what was written: some versions of HDF5 count from the user block's end."""
     for offset in (reported, reported + block):
         if _crc(file, offset, size) == crc:
@@ -177,7 +179,7 @@ def _crc(file: IO[bytes], offset: int, size: int) -> int:
     """CRC-32 of bytes of the file."""
     file.seek(offset)
     crc = 0
-    while size and (data := file.read(min(size, _BLOCK))):
+    while size and (data := file.read(min(size, BLOCK))):
         crc, size = zlib.crc32(data, crc), size - len(data)
     return crc
 

@@ -151,7 +151,7 @@ def pad(
         raise ValueError(f"Padding must be an int or 1, 2 or 4 ints, got {padding}")
     left, top, right, bottom = sides * (4 // len(sides))
     h, w = inpt.canvas_size
-    if padding_mode == "constant":
+    if padding_mode == "constant":  # shows fill, which has no label
         path = inpt.path.guarded((h, w))
     elif padding_mode in ("edge", "reflect", "symmetric"):
         path = inpt.path.warped(Fold(padding_mode, (h, w)))

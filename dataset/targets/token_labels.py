@@ -182,7 +182,7 @@ class TokenLabels(Tensor):
             parts = argument if isinstance(argument, (tuple, list)) else (argument,)
             given += [part for part in parts if isinstance(part, TokenLabels)]
         if func is Tensor.__setitem__ and given:
-            given[0]._layout = None
+            given[0]._layout = None  # the rows put in may reach further
         return _kept(result, given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

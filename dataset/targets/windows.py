@@ -66,6 +66,7 @@ class TokenWindows(NamedTuple):
         """The targets as one distribution a patch, float32 [B, N, C]."""
         (batch, patches), (cells, k) = self.origin.shape, self.classes.shape[1:]
         at = (self.origin[..., None] + self.offsets).flatten(1)
+        # One index over all cells of the batch: gather would need it expanded to K classes.
         at = (at + cells * torch.arange(batch, device=at.device)[:, None]).flatten()
         ids = self.classes.flatten(0, 1)[at].view(batch, patches, -1)
         values = self.values.flatten(0, 1)[at].view(batch, patches, -1, k)
