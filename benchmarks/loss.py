@@ -71,7 +71,7 @@ def dense(cls_logits: Tensor, patch_logits: Tensor, labels: Labels) -> Tensor:
         parts = [(windows, windows.weight)]
     target = sum(part.dense() * coefficient.unsqueeze(-1) for part, coefficient in parts)
     label = functional.one_hot(labels.label.reshape(len(labels), -1), cls_logits.shape[1])
-    probs = labels.label_probs if isinstance(labels, MixedLabels) else torch.ones(len(labels), 1)
+    probs = labels.label_probs if isinstance(labels, MixedLabels) else torch.ones_like(label[:, :, 0])
     by_label = -((label * probs.unsqueeze(-1)).sum(1) * cls_logits.log_softmax(-1)).sum(-1)
     rows = -(target * patch_logits.log_softmax(-1)).sum(-1)
     return by_label.mean() + BETA * rows.mean()
@@ -85,7 +85,8 @@ def step(loss: Loss, inputs: Inputs) -> Tensor:
 
 def log_softmax(patch_logits: Tensor, gradient: Tensor) -> Tensor:
     """What any dense loss does at least."""
-    result: Tensor = torch.autograd.grad(patch_logits.log_softmax(-1), patch_logits, gradient)[0]
+    logs = patch_logits.log_softmax(-1, dtype=gradient.dtype)
+    result: Tensor = torch.autograd.grad(logs, patch_logits, gradient)[0]
     return result
 
 

@@ -12,7 +12,7 @@ from ..dataset.targets.windows import TokenWindows
 #: Images at a time, so that the entries of the windows, expanded, stay small beside the logits.
 #: On a CPU a few fit its cache, and one alone would cost its threads too many barriers; measured at
 #: [64, 196, 1000] on one thread: 50 ms for 1 to 8 images, 96 ms for all 64.
-CPU_IMAGES, ACCELERATOR_IMAGES = 4, 16
+CPU_IMAGES, ACCELERATOR_IMAGES = 4, 64
 
 
 def cross_entropy(logits: Tensor, parts: Sequence[tuple[TokenWindows, Tensor]]) -> Tensor:
