@@ -1,5 +1,6 @@
 # make annotate SPLIT=train   set up what is missing, then annotate a split
 # make test                   set up what is missing, then run the tests
+# make help                   the other targets
 SHELL       := /bin/bash
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed-$(shell { cat pyproject.toml $(CONSTRAINTS); echo '$(EXTRAS)'; ls *.py */*.py */*/*.py */*/assets/*; } 2>/dev/null | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup annotate test soak check format clean
+.PHONY: help setup annotate test test-faults soak check format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -37,10 +38,14 @@ annotate: $(STAMP)  ## annotate SPLIT of DATA (default: the embedded sample) int
 	@$(BIN)/python cli.py annotate --config '$(CONFIG)' --split '$(SPLIT)' --out '$(OUT)' \
 		$(if $(DATA),--data '$(DATA)') $(ARGS)
 
-test: $(STAMP)  ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+# Two processes, each of whole modules, so that a module's labels are made once.
+test: $(STAMP)  ## run all tests but those of test-faults (under 5 minutes on 2 cores)
+	@$(BIN)/python -m pytest --ignore tests/faults --numprocesses 2 --dist loadfile $(ARGS)
 
-soak: $(STAMP)  ## try faults for up to an hour, and write what was seen to soak.md
+test-faults: $(STAMP)  ## kill jobs, fail disks, read hostile files (6 minutes)
+	@$(BIN)/python -m pytest tests/faults $(ARGS)
+
+soak: $(STAMP)  ## the faults again and again, for up to an hour; writes the results to soak.md
 	@$(BIN)/python -m pytest tests/faults --soak --table soak.md $(ARGS)
 
 check: $(STAMP)  ## lint, formatting, types, and who imports whom
@@ -54,4 +59,4 @@ format: $(STAMP)  ## format the code and fix what ruff can fix
 	@$(BIN)/ruff format .
 
 clean:  ## remove what make and the tools made (labels/ and data/ stay)
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

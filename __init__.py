@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .annotate import AnnotateConfig, Teacher
     from .dataset import (
         AutoAugment,
+        ImageSource,
         LabelStore,
         MapLayout,
         RandAugment,
@@ -56,6 +57,7 @@ __all__ = [
     "AutoAugment",
     "CutMix",
     "FormatError",
+    "ImageSource",
     "LVViT",
     "LabelStore",
     "MapLayout",

@@ -1,8 +1,8 @@
 """Command line of tokenlabel: `python cli.py COMMAND` or `tokenlabel COMMAND`.
 
-Parses, calls, prints; the work is done in tokenlabel.annotate and tokenlabel.inspection, whose
-commands are in its own cli.py. Exit status 0: done; 1: done with too many errors, or a check
-failed; 2: bad usage or configuration; 130: stopped by Ctrl-C or SIGTERM.
+Parses, calls, prints; the work is done in tokenlabel.annotate and tokenlabel.inspection, which has
+its commands in a cli.py of its own. Exit status 0: done; 1: done with too many errors, or a check
+failed; 2: wrong usage or configuration; 130: stopped by Ctrl-C or SIGTERM.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -21,7 +21,7 @@ _HERE = Path(__file__).resolve().parent
 
 
 def _use_project_environment() -> None:
-    """Go on in the repository's .venv when this interpreter lacks what is needed."""
+    """Restart in the repository's .venv if this interpreter lacks what is needed."""
     if importlib.util.find_spec("click") and importlib.util.find_spec("tokenlabel"):
         return
     python = _HERE / ".venv" / "bin" / "python"
@@ -34,7 +34,7 @@ def _use_project_environment() -> None:
 
 
 if __name__ == "__main__":
-    # Until there is something to tidy up, Ctrl-C just ends the process, without a traceback.
+    # Until there is something to clean up, Ctrl-C just ends the process, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _use_project_environment()
 elif not importlib.util.find_spec("click"):
@@ -42,13 +42,12 @@ elif not importlib.util.find_spec("click"):
 
 import click
 import yaml
-from rich.console import Console
 from rich.logging import RichHandler
 
 from tokenlabel.annotate.config import AnnotateConfig, load_config
 from tokenlabel.errors import ConfigError, TokenLabelError, visible
 from tokenlabel.inspection.cli import compare_labels, inspect_labels
-from tokenlabel.terminal import VisibleFormatter
+from tokenlabel.terminal import VisibleFormatter, console
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -56,33 +55,27 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130
 
 
-class _Failure(click.ClickException):
-    exit_code = 1
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(visible(str(error)))
-
-
-class _UsageFailure(_Failure):
+class _ConfigFailure(click.ClickException):
     exit_code = 2
 
 
 class _Group(click.Group):
-    """Prints domain errors as one message, without traceback, and gives their exit status."""
+    """Prints errors that a user can act on without a traceback, and sets the exit status."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (TokenLabelError, OSError) as error:
-            raise (_UsageFailure if isinstance(error, ConfigError) else _Failure)(error) from error
+            kind = _ConfigFailure if isinstance(error, ConfigError) else click.ClickException
+            raise kind(visible(str(error))) from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="tokenlabel")
-@click.option("-v", "--verbose", is_flag=True, help="Say more about what goes on.")
+@click.option("-v", "--verbose", is_flag=True, help="Log more of what happens.")
 def main(verbose: bool) -> None:
-    """Per-patch soft labels for vision transformers: make them, look at them."""
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    """Per-patch soft labels for vision transformers: make them, inspect them."""
+    handler = RichHandler(console=console(stderr=True), show_path=False, show_time=False)
     handler.setFormatter(VisibleFormatter("%(message)s"))
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, handlers=[handler])
@@ -91,7 +84,7 @@ def main(verbose: bool) -> None:
 class _Value(click.ParamType[Any]):
     """A value as it would stand in the YAML file; a list may leave out its outer brackets."""
 
-    def __init__(self, name: str, always_list: bool) -> None:
+    def __init__(self, name: str, always_list: bool = False) -> None:
         self.name = name
         self._always_list = always_list
 
@@ -106,46 +99,39 @@ class _Value(click.ParamType[Any]):
         return parts if whole or len(parts) != 1 or self._always_list else parts[0]
 
 
-def _option(name: str, field: "FieldInfo") -> Callable[[Any], Any]:
+def _option(name: str, field: "FieldInfo") -> click.Option:
     """The command-line option of a configuration field."""
-    flag = f"--{name.replace('_', '-')}"
-    text = str(field.annotation)
+    flag, default = f"--{name.replace('_', '-')}", field.default
+    shown = ",".join(map(str, default)) if isinstance(default, list) else default
+    text = f"{field.description}." + ("" if default is None else f" [{shown}]")
+    if field.annotation is bool:
+        return click.Option([f"{flag}/--no{flag[1:]}", name], default=None, help=text)
+    # The arguments of `Literal[...]`, and of `Literal[...] | None`.
     kinds = [get_args(kind) for kind in (field.annotation, *get_args(field.annotation))]
     choices = next((kind for kind in kinds if kind and isinstance(kind[0], str)), None)
     kind: Any = str
-    if field.annotation is bool:
-        return click.option(f"{flag}/--no{flag[1:]}", name, default=None, help=_help(field))
-    if "list" in text:
-        kind = _Value("VALUE[,VALUE]", always_list="int" not in text)
+    annotation = str(field.annotation)
+    if "list" in annotation:
+        kind = _Value("VALUE[,VALUE]", always_list="int" not in annotation)
     elif choices:
         kind = click.Choice(choices)
-    elif "int" in text or "float" in text:
-        kind = _Value("NUMBER", always_list=False)
-    return click.option(flag, name, type=kind, help=_help(field))
+    elif "int" in annotation or "float" in annotation:
+        kind = _Value("NUMBER")
+    return click.Option([flag, name], type=kind, help=text)
 
 
-def _help(field: "FieldInfo") -> str:
-    return f"{field.description}." + ("" if field.default is None else f" [{_shown(field)}]")
-
-
-def _shown(field: "FieldInfo") -> str:
-    value = field.default
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for name, field in reversed(AnnotateConfig.model_fields.items()):
-        command = _option(name, field)(command)
-    return command
-
-
-@main.command()
-@click.option(
-    "--config", metavar="FILE", help="YAML file with any of the options below, or a shipped name."
+@main.command(
+    params=[
+        click.Option(
+            ["--config"],
+            metavar="FILE",
+            help="YAML file with any of the options below, or the name of a shipped one.",
+        ),
+        *(_option(name, field) for name, field in AnnotateConfig.model_fields.items()),
+    ]
 )
-@_config_options
 def annotate(config: str | None, **options: Any) -> None:
-    """Annotate a split with a teacher. Finished shards are kept, so a stopped job goes on.
+    """Annotate a split with a teacher. Finished shards are kept, so a stopped job resumes.
 
     \b
     Examples:
@@ -157,20 +143,20 @@ def annotate(config: str | None, **options: Any) -> None:
 
     given = {name: value for name, value in options.items() if value is not None}
     settings = load_config(config, given)
-    console = Console(stderr=True, emoji=False, highlight=False)
+    stderr = console(stderr=True)
     try:
-        with _stop_on_signals() as stopped, progress_display(console) as show:
+        with _stop_on_signals() as stopped, progress_display(stderr) as show:
 
             def watch(*progress: Any) -> None:
-                if stopped.is_set():  # an exception that some callback has swallowed
+                if stopped.is_set():  # the exception was lost in some callback
                     raise KeyboardInterrupt
                 show(*progress)
 
             report = run(settings, watch)
     except KeyboardInterrupt:
-        console.print("Stopped. Finished shards are kept; run the same command again to go on.")
+        stderr.print("Stopped. Finished shards are kept; run the same command again to resume.")
         sys.exit(_INTERRUPTED)
-    print_report(report, Console(emoji=False, highlight=False))
+    print_report(report, console())
     if not report.ok:
         sys.exit(1)
     click.echo(f"Next: python cli.py inspect-labels {shlex.quote(settings.out)}")
@@ -178,9 +164,9 @@ def annotate(config: str | None, **options: Any) -> None:
 
 @contextmanager
 def _stop_on_signals() -> Iterator[threading.Event]:
-    """Turn SIGINT and SIGTERM into KeyboardInterrupt; the event remembers that one came."""
+    """Turn SIGINT and SIGTERM into KeyboardInterrupt; the event records that one came."""
     stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # which alone sets handlers
         yield stopped
         return
     report = sys.unraisablehook
@@ -189,14 +175,14 @@ def _stop_on_signals() -> Iterator[threading.Event]:
         stopped.set()
         raise KeyboardInterrupt
 
-    def swallowed(what: Any) -> None:
-        # A signal that comes during a weak reference's callback is lost there. The event tells of
-        # it a moment later; a stack dump would look as if something had gone wrong.
+    def unraisable(what: Any) -> None:
+        # Python drops an exception that is raised during a weak reference's callback and prints
+        # its stack. The event stops the job a moment later, so there is no error to print.
         if not issubclass(what.exc_type, KeyboardInterrupt):
             report(what)
 
     before = {which: signal.signal(which, stop) for which in (signal.SIGINT, signal.SIGTERM)}
-    sys.unraisablehook = swallowed
+    sys.unraisablehook = unraisable
     try:
         yield stopped
     finally:

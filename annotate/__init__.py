@@ -1,7 +1,7 @@
 """Run a large teacher over a set of images once, on Ray, and store per-patch top-k scores.
 
-`job` is the whole of it: `config` says what to do, `plan` what to write, the actors of `cluster`
-run a `teacher`, `report` says what came out.
+`job` is the whole of it: `config` says what to do, `plan` what to write and `output` where, the
+actors of `cluster` run a `teacher`, `report` says what came out.
 
 Names load on first use: a decode worker imports this package for a few kilobytes of code and must
 not pay for torch, timm and pydantic.
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import AnnotateConfig
     from .job import annotate
-    from .teacher.timm_teacher import Teacher
+    from .teacher.teacher import Teacher
 
 __all__ = ["AnnotateConfig", "Teacher", "annotate"]
 
-_HOMES = {"AnnotateConfig": "config", "Teacher": "teacher.timm_teacher", "annotate": "job"}
+_HOMES = {"AnnotateConfig": "config", "Teacher": "teacher.teacher", "annotate": "job"}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,133 +15,105 @@ from ..errors import ConfigError
 
 #: `data: sample` and `weights: sample` name what the extra `sample` installs.
 SAMPLE = "sample"
-MAX_FILE_BYTES = 1 << 14
-MAX_BRACKETS = 64
-_MOST_SHOWN = 200  # characters of a wrong value
 
+Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=1 << 24)]
 Side = Annotated[int, Field(ge=1, le=8192)]
-#: What `compact` and `precise` stand for, where an option is not given itself.
+#: What `compact` and `precise` stand for. An option that is given itself wins over them.
 _PRESETS: dict[str, dict[str, float]] = {
     "compact": {"floor": 0.01},
     "precise": {"step": 0.0, "floor": 0.0},
 }
-#: The last code of 8 bits times a step must be as improbable as what is not stored at all.
+#: The largest 8-bit code times the step must be as improbable as what is not stored at all.
 _LEAST_STEP = 1 / 16
 
 
 class AnnotateConfig(BaseModel):
     """Options of an annotation job; the same names in YAML files and on the command line.
 
-    The descriptions are the command line's help texts. Options after `seed of the content` change
-    how a job runs, not what it writes.
+        config = AnnotateConfig(data="/path/to/imagenet", split="val", model="dm_nfnet_f6", k=10)
+
+    The text below each option is the command line's help. Options up to `compile`, and `device`,
+    decide what a job writes; the others, how it runs.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
-
-    data: str = Field(
-        SAMPLE,
-        description='folder that holds a folder a split; "sample": the embedded 20 photographs',
-    )
-    split: str = Field("train", description="which folder of `data` to annotate")
-    out: str = Field("labels", description="folder to write to; shards go to OUT/SPLIT")
-
-    model: str = Field(
-        "tf_efficientnet_lite0", description="teacher: name of a timm classification model"
-    )
-    weights: str = Field(
-        "pretrained",
-        description='"pretrained" (timm downloads them), a checkpoint file, or "sample"',
-    )
-    num_classes: Count | None = Field(
-        None, description="classes of the checkpoint, where not those of the timm model"
-    )
-    class_names: str | None = Field(
-        None,
-        description="text file, a class name a line in order of the ids; ground truth of an image "
-        "is the class its folder is named after (default: WordNet ids for ImageNet teachers)",
-    )
-    input_size: Side | list[Side | list[Side]] | None = Field(
-        None,
-        description="side of the teacher's input in pixels, to which the whole image is squashed; "
-        "a list of sides for several passes, whose logits are averaged on the grid of the first; "
-        "a pair in the list is [height, width] (default: the model's own)",
-    )
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
-        None, description="how images are resized (default: the model's own)"
-    )
-    k: Count = Field(16, description="classes to store a patch, at most all")
-    step: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.25,
-        description="nats a code: -log of a probability is rounded to it; 0: stored as float16",
-        strict=False,
-    )
-    floor: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.003,
-        description="classes less probable than this in a patch are not stored there",
-        strict=False,
-    )
-    residual: Annotated[int, Field(ge=0, le=1 << 16)] = Field(
-        64, description="classes an image by which the mass that is not stored is spread; 0: evenly"
-    )
-    level: bool = Field(
-        True, description="store the log-sum-exp of the logits, which gives raw logits back"
-    )
-    compact: bool = Field(False, description="a third fewer bytes: floor 0.01")
-    precise: bool = Field(False, description="nothing rounded or dropped: step 0, floor 0")
-    views: list[Literal["identity", "hflip"]] = Field(
-        ["identity"],
-        description="add hflip to annotate the mirrored image too (for transformers as teachers)",
-    )
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="the teacher's autocast precision"
-    )
-    batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(32, description="images a batch")
-    shard_size: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
-        4096, description="images a shard: the unit of work, retry and resume"
-    )
-    channels_last: bool = Field(False, description="NHWC memory format: faster on GPUs for CNNs")
-    compile: bool = Field(False, description="torch.compile the teacher: slow start, then faster")
-
-    teachers: Annotated[int, Field(ge=0)] = Field(
-        0, description="teacher actors; 0: one a GPU, or one a machine without any"
-    )
-    gpus_per_teacher: Annotated[float, Field(gt=0, le=64)] = Field(
-        1.0, description="GPUs an actor reserves; 0.5 lets two share one", strict=False
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: GPUs where the cluster has any"
-    )
-    threads: Annotated[int, Field(ge=0)] = Field(
-        0,
-        description="CPU threads an actor; 0: the machine's cores shared among its actors (another "
-        "number changes a code by one here and there)",
-    )
-    window: Annotated[int, Field(ge=1, le=64)] = Field(
-        3, description="batches decoded ahead of each actor"
-    )
-    retries: Annotated[int, Field(ge=0, le=100)] = Field(
-        3, description="how often a lost shard is tried again"
-    )
-    max_errors: Annotated[float, Field(ge=0)] = Field(
-        0.01,
-        description="images without a map that are still a success: a fraction below 1, or a "
-        "number",
-        strict=False,
-    )
-    ray_address: str | None = Field(
-        None, description="cluster to run on, host:port or auto (default: this machine alone)"
-    )
-    rescan: bool = Field(
-        True, description="look for changed image lists when resuming; off trusts the manifest"
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
     )
 
-    @field_validator("data", "split", "out", "model", "weights")
-    @classmethod
-    def _not_empty(cls, value: str) -> str:
-        if not value or "\0" in value:
-            raise ValueError("must not be empty")
-        return value
+    data: Name = SAMPLE
+    """folder with one folder per split; "sample": the embedded 20 photographs"""
+    split: Name = "train"
+    """which folder of `data` to annotate"""
+    out: Name = "labels"
+    """folder to write to; shards go to OUT/SPLIT"""
+
+    model: Name = "tf_efficientnet_lite0"
+    """teacher: a timm classification model, or FILE.py:FUNCTION of your own"""
+    weights: Name = "pretrained"
+    """a checkpoint file, "pretrained" (timm downloads it) or "sample" (the sample's teacher)"""
+    num_classes: Count | None = None
+    """classes of the checkpoint, if not those of the timm model"""
+    class_names: str | None = None
+    """text file with one class name per line, in the order of the class ids; an image's ground
+    truth is the class that its folder is named after (default: WordNet ids for ImageNet teachers)
+    """
+    input_size: Side | list[Side | list[Side]] | None = None
+    """side of the teacher's input in pixels, to which the whole image is squashed; a list of sides
+    for several passes, whose logits are averaged on the grid of the first; a pair in the list is
+    [height, width] (default: the model's own)"""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    """how images are resized (default: the model's own)"""
+    k: Count = 16
+    """classes to store per patch, at most all"""
+    step: Annotated[float, Field(ge=0, le=1, strict=False)] = 0.25
+    """-log(probability) is rounded to multiples of this; 0 stores float16"""
+    floor: Annotated[float, Field(ge=0, lt=1, strict=False)] = 0.003
+    """classes less probable than this in a patch are not stored there"""
+    residual: Annotated[int, Field(ge=0, le=1 << 16)] = 64
+    """classes per image over which the mass that is not stored is spread; 0: evenly over all"""
+    level: bool = True
+    """store the log-sum-exp of the logits, which gives raw logits back"""
+    compact: bool = False
+    """a third fewer bytes: floor 0.01"""
+    precise: bool = False
+    """nothing rounded or dropped: step 0, floor 0"""
+    views: list[Literal["identity", "hflip"]] = ["identity"]
+    """add hflip to annotate the mirrored image too (for transformers as teachers)"""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """the teacher's autocast precision"""
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
+    """images per batch"""
+    shard_size: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
+    """images per shard: the unit of work, retry and resume"""
+    channels_last: bool = False
+    """NHWC memory format: faster on GPUs for CNNs"""
+    compile: bool = False
+    """torch.compile the teacher: slow start, then faster"""
+
+    teachers: Annotated[int, Field(ge=0)] = 0
+    """teacher actors; 0: one per GPU, or one per machine on a cluster without GPUs"""
+    gpus_per_teacher: Annotated[float, Field(gt=0, le=64, strict=False)] = 1.0
+    """GPUs that an actor reserves; 0.5 lets two share one"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs if the cluster has any"""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads per actor; 0: the machine's cores divided among its actors (another number
+    changes a code by one here and there)"""
+    window: Annotated[int, Field(ge=1, le=64)] = 3
+    """batches decoded ahead of each actor"""
+    retries: Annotated[int, Field(ge=0, le=100)] = 3
+    """how often a failed shard is retried"""
+    max_errors: Annotated[float, Field(ge=0, strict=False)] = 0.01
+    """images without a map up to which the job succeeds: a fraction below 1, or a number"""
+    ray_address: str | None = None
+    """cluster to run on, host:port or auto (default: this machine alone)"""
+    rescan: bool = True
+    """check for changed image lists when resuming; off trusts the manifest"""
 
     @field_validator("split")
     @classmethod
@@ -153,10 +125,8 @@ class AnnotateConfig(BaseModel):
     @field_validator("input_size")
     @classmethod
     def _sides_or_pairs(cls, value: Any) -> Any:
-        pairs = (
-            [side for side in value if isinstance(side, list)] if isinstance(value, list) else []
-        )
-        if value == [] or any(len(pair) != 2 for pair in pairs):
+        sides = value if isinstance(value, list) else [value]
+        if not sides or any(isinstance(side, list) and len(side) != 2 for side in sides):
             raise ValueError("must be a side, or a list of sides and pairs [height, width]")
         return value
 
@@ -215,82 +185,57 @@ def load_config(source: str | None, overrides: dict[str, Any] | None = None) -> 
     Raises:
         ConfigError: naming file, key, value and remedy of every fault.
     """
-    values = _read_yaml(*_find(source)) if source else {}
-    merged = {**values, **(overrides or {})}
+    given = overrides or {}
+    values = _read(source) if source else {}
     try:
-        return AnnotateConfig(**merged)
+        return AnnotateConfig(**{**values, **given})
     except ValidationError as error:
-        given = overrides or {}
         lines = [_explain(dict(fault), source, given) for fault in error.errors()]
         raise ConfigError("\n".join(lines)) from None
 
 
-def _find(source: str) -> tuple[str, str]:
-    """(name, text) of a configuration file."""
-    path = Path(source)
+def _read(source: str) -> dict[str, Any]:
+    shipped = {entry.name: entry for entry in resources.files(configs).iterdir()}
+    name = f"{source.removesuffix('.yaml')}.yaml"
+    file = Path(source) if Path(source).is_file() else shipped.get(name)
+    if file is None:
+        names = sorted(name.removesuffix(".yaml") for name in shipped if name.endswith(".yaml"))
+        raise ConfigError(
+            f"no configuration {source!r}: neither a file nor a shipped one ({', '.join(names)})"
+        )
     try:
-        if path.is_file():
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise ConfigError(f"{source}: a configuration has at most {MAX_FILE_BYTES} bytes")
-            return source, path.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: cannot be read: {error}") from error
-    shipped = resources.files(configs)
-    names = sorted(entry.name for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
-    name = f"{source.removesuffix('.yaml')}.yaml"
-    if name in names:
-        return name, (shipped / name).read_text(encoding="utf-8")
-    raise ConfigError(
-        f"no configuration {source!r}: neither a file nor one of the shipped ones "
-        f"({', '.join(name.removesuffix('.yaml') for name in names)})"
-    )
-
-
-def _read_yaml(name: str, text: str) -> dict[str, Any]:
     try:
-        _refuse_bombs(name, text)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         where = " ".join(str(error).split())
-        raise ConfigError(f"{name}: not valid YAML: {where}. Remedy: write `key: value`") from error
-    if values is None:
+        raise ConfigError(
+            f"{source}: not valid YAML: {where}. Remedy: write `key: value`"
+        ) from error
+    if root is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"{name}: must be `key: value` lines, got a {type(values).__name__}")
+        raise ConfigError(f"{source}: must be `key: value` lines, got a {type(values).__name__}")
+    # YAML itself takes the last of equal keys without a word.
+    keys = [key.value for key, _ in root.value]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ConfigError(f"{source}: given twice: {', '.join(twice)}. Remedy: keep one of them")
     return values
 
 
-def _refuse_bombs(name: str, text: str) -> None:
-    """Refuse what makes a small YAML file expand, or take minutes to read."""
-    if text.count("[") + text.count("{") > MAX_BRACKETS:
-        raise ConfigError(f"{name}: more than {MAX_BRACKETS} brackets. Remedy: write plain lists")
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-        raise ConfigError(f"{name}: YAML aliases (*name) are not used. Remedy: write values out")
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
-    if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
-        raise ConfigError(f"{name}: given twice: {', '.join(twice)}. Remedy: keep one of them")
-
-
 def _explain(fault: dict[str, Any], source: str | None, given: dict[str, Any]) -> str:
-    path = fault["loc"]
-    key = str(path[0]) if path else ""
+    key, got = str(next(iter(fault["loc"]), "")), repr(fault["input"])
     where = f"{source}: {key}" if source and key not in given else f"option {key}"
     fields = AnnotateConfig.model_fields
     rule = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, fields, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(fields)}"
-        return f"{where}: unknown key (value {_shown(fault['input'])}). Remedy: {hint}"
-    if not key:
+        return f"{where}: unknown key (value {got}). Remedy: {hint}"
+    if not key:  # a rule on several options
         return f"{source or 'options'}: {rule}"
-    got = _shown(fault["input"])
-    return f"{where}: {rule}, got {got}. Remedy: set {key}: {fields[key].description}"
-
-
-def _shown(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not write out a number of thousands of digits
-        return "a number too long to show"
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
+    text = " ".join(str(fields[key].description).split())
+    return f"{where}: {rule}, got {got}. Remedy: set {key}: {text}"

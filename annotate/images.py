@@ -3,12 +3,9 @@
 Runs in decode workers, so it needs Pillow and NumPy only.
 """
 
-import errno
 import hashlib
 import io
-import os
 import re
-import stat
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,27 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import ImageError, StorageError
+from ..dataset.sources.image_source import ImageSource
+from ..errors import ImageError
 
 #: What an image may be inside, whatever its name says. The list keeps out formats that start
 #: other programs (EPS) or that no image folder holds.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF")
-#: Larger files become error rows instead of exhausting a worker's memory.
-MAX_FILE_BYTES = 512 << 20
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF")
 _MAX_ERROR_CHARS = 200
-#: Why a file that is there cannot be opened, today as tomorrow: permission, and links that lead
-#: nowhere or to what is no file. Everything else is the storage's fault.
-_OWN_FAULTS = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.ELOOP,
-    errno.ENXIO,
-    errno.ENODEV,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-)
 
 
 class DecodedBatch(NamedTuple):
@@ -57,34 +40,28 @@ class DecodedBatch(NamedTuple):
 
 
 def decode_batch(
-    root: str, keys: Sequence[str], sizes: Sequence[tuple[int, int]], interpolation: str
+    source: ImageSource, keys: Sequence[str], sizes: Sequence[tuple[int, int]], interpolation: str
 ) -> DecodedBatch:
-    """Read the images `root`/key and squash each to all `sizes`, (height, width) each.
+    """Read images of a split and squash each to all `sizes`, (height, width) each.
 
-    The images are those that `torchvision.datasets.ImageFolder` gives: RGB by Pillow's own
-    conversion, EXIF orientation not applied. A bad image never raises; its row says why.
-
-    A row without a map is for ever, so it must not stand for a disk that fails, or a folder that
-    is unmounted, while the job runs.
+    A bad image never raises; its row says why. A row without a map is final, so a disk that fails,
+    or a folder that is unmounted while the job runs, must not make one.
 
     Raises:
-        FileNotFoundError: `root` itself is not there, as on a node without the file system.
         StorageError: an image cannot be read for a reason that is not its own.
     """
-    if not os.path.isdir(root):
-        raise FileNotFoundError(
-            f"the image folder {root} is not there on this node. "
-            "Remedy: mount it on every node under the same path"
-        )
     batch = failed_batch(keys, sizes, "")
     resample = Image.Resampling[interpolation.upper()]
-    for row, key in enumerate(keys):
+    for row, data in enumerate(source.read(keys)):
         try:
-            data = _read(os.path.join(root, key))
+            if isinstance(data, ImageError):
+                raise data
             batch.digests[row] = file_digest(data)
-            batch.sizes[row], squashed = _squash(data, sizes, resample)
-            for images, image in zip(batch.images, squashed, strict=True):
-                images[row] = image
+            image = decode_image(data)
+            squashed = [np.asarray(image.resize((w, h), resample)) for h, w in sizes]
+            batch.sizes[row] = image.size
+            for images, pixels in zip(batch.images, squashed, strict=True):
+                images[row] = pixels
         except ImageError as error:
             batch.errors[row] = str(error)
     return batch
@@ -116,49 +93,19 @@ def file_digest(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def _read(path: str) -> bytes:
-    try:
-        # Non-blocking, so that a named pipe called cat.jpg cannot hang the job.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with open(handle, "rb") as file:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError("not a regular file")
-            if status.st_size == 0:
-                raise ImageError("the file is empty")
-            if status.st_size > MAX_FILE_BYTES:
-                raise ImageError(f"the file has {status.st_size} bytes (limit {MAX_FILE_BYTES})")
-            return file.read()
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        if error.errno in _OWN_FAULTS and _is_listed(path):
-            raise ImageError(f"cannot be read: {reason}") from error
-        raise StorageError(
-            f"the image {path} cannot be read: {reason}. That is the storage's fault, so it gets "
-            "no row without a map. Remedy: mend the disk or the mount and run the same command "
-            "again; if the image is lost, put an empty file in its place"
-        ) from error
+def decode_image(data: bytes) -> Image.Image:
+    """The image that `torchvision.datasets.ImageFolder` gives for a file of these bytes.
 
+    RGB by Pillow's own conversion; EXIF orientation is not applied.
 
-def _is_listed(path: str) -> bool:
-    """Whether the folder still has the file, which it had when the manifest was made."""
-    try:
-        os.lstat(path)
-    except OSError:
-        return False
-    return True
-
-
-def _squash(
-    data: bytes, sizes: Sequence[tuple[int, int]], resample: Image.Resampling
-) -> tuple[tuple[int, int], list[np.ndarray]]:
-    """(width, height) of an image, and the whole of it at each of `sizes`, (height, width)."""
+    Raises:
+        ImageError: it cannot be decoded. The same bytes give the same text: shards store it.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large images and odd EXIF are no news here
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                rgb = image.convert("RGB")
-            return rgb.size, [np.asarray(rgb.resize((w, h), resample)) for h, w in sizes]
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                return image.convert("RGB")
     except UnidentifiedImageError as error:  # its text holds a memory address
         raise ImageError("not an image, or its header is damaged") from error
     except Image.DecompressionBombError as error:

@@ -4,29 +4,27 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from ..dataset.format.files import TEMPORARY
 from ..dataset.format.index import NAME as INDEX
 from ..dataset.format.index import build_index, find_shards, open_index
 from ..dataset.format.lock import folder_lock
-from ..dataset.format.manifest import NAME as MANIFEST
-from ..dataset.format.manifest import Manifest, open_manifest, shard_rows
+from ..dataset.format.manifest import shard_rows
 from ..dataset.format.shard import Shard
-from ..dataset.sources.folder import EXTENSIONS, scan
-from ..errors import ConfigError, FingerprintError, FormatError, JobError, output_error
-from .classes import build_manifest
-from .cluster.pool import Pool, Tally
+from ..dataset.sources.folder import open_source
+from ..errors import FormatError
+from .cluster.pool import Pool
 from .cluster.session import plan_resources, ray_session
 from .config import SAMPLE, AnnotateConfig
-from .plan import Identity, Plan, make_plan, unfinished
-from .report import Report, make_report
+from .output import complete_sums, explained_errors, no_temporary_files, sums_of_written
+from .plan import Identity, Plan, make_plan, split_manifest, unfinished
+from .report import Report, Tally, make_report
 from .sample import sample_folder
 
 _log = logging.getLogger(__name__)
-#: Where the embedded sample is laid out.
+#: The embedded sample is laid out here.
 SAMPLE_PARENT = Path("data")
 
 
@@ -35,8 +33,13 @@ def annotate(
 ) -> Report:
     """Annotate a split: build the manifest, make the missing shards, index them, and report.
 
-    Uses the Ray session that is there, or starts one (or attaches to `config.ray_address`) and
-    shuts it down. Finished shards are skipped, so a job that was stopped goes on.
+        >>> config = AnnotateConfig(weights="sample", input_size=64, out="labels-64")
+        >>> report = annotate(config)
+        >>> report.ok, report.images
+        (True, 16)
+
+    Uses the Ray session that is running, or starts one (or attaches to `config.ray_address`) and
+    shuts it down. Finished shards are skipped, so a job that was stopped resumes.
 
     Args:
         config: the options.
@@ -51,168 +54,64 @@ def annotate(
         ConfigError: wrong options or input; TeacherError for the teacher.
         OutputError: the folder cannot be written, holds another run's shards (FingerprintError)
             or is locked by another job (LockedError).
-        JobError: no teacher could be run.
+        JobError: no teacher could be started, or storage failed.
         FormatError: a finished shard is damaged.
     """
     begin = time.monotonic()
-    root = split_folder(config)
+    data = sample_folder(SAMPLE_PARENT) if config.data == SAMPLE else Path(config.data)
+    source, tally = open_source(data, config.split), Tally()
     folder = config.folder.absolute()
-    with folder_lock(folder) as run, _told_errors(), _no_temporary(folder):
-        if _looks_finished(config.folder):
-            # Nothing to run: the teacher is only asked who it is, here in this process.
-            identity = _identify_here(config, root)
-            plan, todo = _plan(config, root, run, identity)
-            if not todo:
-                return _finish(config, plan, identity, Tally(), 0, begin)
+    with folder_lock(folder) as run, explained_errors(), no_temporary_files(folder):
+        if _looks_finished(folder):
+            # No teacher has to run, so it is only identified, here in this process.
+            from .teacher.identity import build_teacher, identify
+
+            identity = identify(build_teacher(config), source)
+            if config.device == "auto":
+                # This machine may be a head node without the GPUs that made the shards.
+                with Shard(find_shards(folder)[0]) as shard, suppress(KeyError, ValueError):
+                    made_on = json.loads(shard.attrs["settings"])["device"]
+                    identity = dataclasses.replace(identity, device=made_on)
+            plan = make_plan(config, run, split_manifest(config, source, identity), identity)
+            if not unfinished(plan):
+                return _finish(config, plan, identity, tally, 0, begin)
         with ray_session(config.ray_address):
             resources = plan_resources(config)
             if resources.gpus == 0:
                 config = config.model_copy(update={"device": "cpu"})
-            with Pool((config, root, resources.threads), resources) as pool:
+            with Pool((config, source, resources.threads), resources) as pool:
                 identity = pool.identify(resources.teachers)
                 for note in identity.notes:
                     _log.warning(note)
-                plan, todo = _plan(config, root, run, identity)
+                plan = make_plan(config, run, split_manifest(config, source, identity), identity)
+                todo = unfinished(plan)
                 images = sum(len(shard_rows(plan.rows, plan.shard_size, shard)) for shard in todo)
-                tally = pool.run(
-                    plan, todo, config.retries, lambda now: progress(now, images, plan.rows)
-                )
+                with sums_of_written(plan, todo, tally):
+                    pool.run(
+                        plan,
+                        todo,
+                        config.retries,
+                        tally,
+                        lambda now: progress(now, images, plan.rows),
+                    )
         return _finish(config, plan, identity, tally, len(todo), begin)
-
-
-def split_folder(config: AnnotateConfig) -> Path:
-    """The folder of the split's images, absolute; lays the embedded sample out if asked for.
-
-    Raises:
-        ConfigError: it is not there, or holds no image.
-    """
-    data = sample_folder(SAMPLE_PARENT) if config.data == SAMPLE else Path(config.data)
-    root = (data / config.split).absolute()
-    if not root.is_dir():
-        there = sorted(p.name for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
-        raise ConfigError(
-            f"no folder {root}: `data` must hold a folder a split, and `split` name one; "
-            + (f"{data} holds {', '.join(there[:5])}" if there else f"{data} holds no folder")
-            + ". Remedy: check `data` and `split`"
-        )
-    if next(scan(root), None) is None:
-        raise ConfigError(
-            f"no images found in {root} or its folders. Remedy: check the path; the images of a "
-            f"split lie in DATA/SPLIT/CLASS/ and end in {', '.join(EXTENSIONS)}"
-        )
-    return root
-
-
-@contextmanager
-def _told_errors() -> Iterator[None]:
-    """Say what to do about storage that is full, may not be written or fails."""
-    try:
-        yield
-    except OSError as error:
-        if told := output_error(error):
-            raise told from error
-        if error.errno is None or isinstance(error, ConnectionError):  # ours, or of the network
-            raise
-        if isinstance(error, IsADirectoryError):
-            raise JobError(
-                f"{error.filename2 or error.filename} is a folder where a file must be. Finished "
-                "shards are kept. Remedy: remove it and run the same command again"
-            ) from error
-        raise JobError(
-            f"storage failed: {error}. Finished shards are kept. Remedy: mend the disk or the "
-            "mount, and run the same command again"
-        ) from error
-
-
-@contextmanager
-def _no_temporary(folder: Path) -> Iterator[None]:
-    """Delete what killed runs and actors left half-written. Only under the folder's lock."""
-
-    def clean() -> None:
-        for path in folder.iterdir():
-            if path.name.startswith(".") and path.name.endswith(TEMPORARY):
-                with suppress(FileNotFoundError):
-                    path.unlink()
-
-    clean()
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # the next run's work; must not hide why this one failed
-            clean()
 
 
 def _looks_finished(folder: Path) -> bool:
     with suppress(FileNotFoundError, FormatError):
         open_index(folder)
-        return (folder / INDEX).is_file()  # else it was built in memory
+        return (folder / INDEX).is_file()  # where it cannot be written, it is built in memory
     return False
-
-
-def _identify_here(config: AnnotateConfig, root: Path) -> Identity:
-    from .cluster.worker import build_teacher, identify
-
-    identity = identify(build_teacher(config), root)
-    if config.device == "auto":
-        # This machine may be a head node without the GPUs that made the shards.
-        with Shard(find_shards(config.folder)[0]) as shard, suppress(KeyError, ValueError):
-            made_on = json.loads(shard.attrs["settings"])["device"]
-            identity = dataclasses.replace(identity, device=made_on)
-    return identity
-
-
-def _plan(
-    config: AnnotateConfig, root: Path, run: str, identity: Identity
-) -> tuple[Plan, list[int]]:
-    manifest = _manifest(config, root, identity)
-    plan = make_plan(config, root, run, manifest, identity)
-    return plan, unfinished(plan)
-
-
-def _manifest(config: AnnotateConfig, root: Path, identity: Identity) -> Manifest:
-    """The split's manifest: rebuilt, and compared with the one that finished shards are of."""
-    path = config.folder / MANIFEST
-    saved: Manifest | None = None
-    with suppress(FileNotFoundError, FormatError):
-        saved = open_manifest(path, verify=True)
-    if saved and not config.rescan:
-        return saved
-    fresh_path = path.with_name(f".{MANIFEST}{TEMPORARY}")
-    fresh = build_manifest(root, fresh_path, identity.class_names, identity.num_classes)
-    has_shards = any(config.folder.glob("shard-*.h5"))
-    if saved and saved.digest != fresh.digest and has_shards:
-        fresh_path.unlink()
-        raise FingerprintError(_changed(config, saved, fresh))
-    fresh_path.replace(path)
-    return fresh
-
-
-def _changed(config: AnnotateConfig, saved: Manifest, fresh: Manifest) -> str:
-    pairs = zip(saved.keys, fresh.keys, strict=False)
-    where = next((row for row, (old, new) in enumerate(pairs) if old != new), None)
-    if where is None and len(saved.keys) == len(fresh.keys):
-        return (
-            f"the ground truth of the images has changed since {config.folder} was begun: class "
-            "folders get other class ids now. Remedy: go back to the old model or class_names, or "
-            "annotate into another folder with `out`"
-        )
-    row = min(len(saved.keys), len(fresh.keys)) if where is None else where
-    old, new = ((m.keys[row] if row < len(m.keys) else "nothing") for m in (saved, fresh))
-    what = f"the first difference is row {row}: {old!r} then, {new!r} now"
-    return (
-        f"the images have changed since {config.folder} was begun: {len(saved.keys)} then "
-        f"(manifest {saved.digest[:16]}), {len(fresh.keys)} now ({fresh.digest[:16]}); {what}. "
-        "Remedy: restore the images, or annotate into another folder with `out`"
-    )
 
 
 def _finish(
     config: AnnotateConfig, plan: Plan, identity: Identity, tally: Tally, todo: int, begin: float
 ) -> Report:
     if tally.failed:
-        _log.error("no index was made: %d shards are missing", len(tally.failed))
+        _log.error("no index is built: %d shards are missing", len(tally.failed))
     elif todo or not _looks_finished(plan.folder):
         build_index(plan.folder)
+    complete_sums(plan)
     report = make_report(
         plan, identity, tally, plan.shards - todo, time.monotonic() - begin, config.max_errors
     )

@@ -1,15 +1,20 @@
-"""What a run writes: the settings that decide every byte, and their fingerprint."""
+"""What a run writes: the images, the settings that decide every byte, and their fingerprint."""
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..dataset.format.manifest import Manifest, shard_count
+from ..dataset.format.files import TEMPORARY
+from ..dataset.format.manifest import NAME as MANIFEST
+from ..dataset.format.manifest import Manifest, open_manifest, shard_count
 from ..dataset.format.score_map import MapLayout
 from ..dataset.format.shard import Shard, parse_shard_name, shard_name
+from ..dataset.sources.image_source import ImageSource
 from ..errors import FingerprintError, FormatError
+from .classes import build_manifest
 from .config import AnnotateConfig
 
 #: Raised by one whenever the same settings would give other bytes.
@@ -21,16 +26,17 @@ class Identity:
     """What the driver must know of a teacher without loading it.
 
     Attributes:
-        model: timm name.
-        weights_digest: hex sha256 of the state dict.
+        model: its name.
+        weights_digest: hex sha256 of the weights.
         preprocessing: input size, mean, std, interpolation.
         grid: (H, W) of its maps.
         num_classes: number of classes.
-        class_names: their names, None where unknown.
+        class_names: their names, None if unknown.
         device: "cpu" or "cuda".
-        dense_rule: how the dense logits are computed, and `dense_exact` whether their mean must be
-            the pooled logits; `dense_error` is the largest difference met on the first images.
-        notes: warnings from building the teacher, to be shown to the user.
+        head_mode: how the patch logits are computed.
+        exact: whether their mean must equal the pooled logits, and `pooled_error` the largest
+            difference on the first images.
+        notes: warnings from building the teacher, for the user.
         libraries: versions of the libraries on its node, and its `processor`. Other ones give
             codes that differ by one in rare cells, so shards record them; they are not in the
             fingerprint, so a job may resume on another machine.
@@ -43,47 +49,75 @@ class Identity:
     num_classes: int
     class_names: list[str] | None
     device: str
-    dense_rule: str
-    dense_exact: bool
-    dense_error: float
+    head_mode: str
+    exact: bool
+    pooled_error: float
     notes: tuple[str, ...] = ()
     libraries: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything an actor needs to make any shard of the run.
+    """What an actor needs besides its options to make any shard of the run.
 
     Attributes:
-        root: folder of the split's images.
         folder: folder of its shards, which holds the manifest.
         run: id that the folder's lock must show.
-        rows, shards, shard_size, batch_size, window: sizes, in images and batches.
+        rows, shards, shard_size: of the split, in images and shards.
         layout: shapes and dtypes of the maps.
-        floor: classes less probable than this are dropped.
         fingerprint: of the settings.
         attrs: root attributes that all shards share.
         label_space: "teacher" or "folders".
     """
 
-    root: Path
     folder: Path
     run: str
     rows: int
     shards: int
     shard_size: int
-    batch_size: int
-    window: int
     layout: MapLayout
-    floor: float
     fingerprint: str
     attrs: dict[str, Any]
     label_space: str
 
 
-def make_plan(
-    config: AnnotateConfig, root: Path, run: str, manifest: Manifest, teacher: Identity
-) -> Plan:
+def split_manifest(config: AnnotateConfig, source: ImageSource, identity: Identity) -> Manifest:
+    """The split's manifest: rebuilt, and compared with the one that finished shards are of.
+
+    Raises:
+        FingerprintError: it has changed since; names the first difference.
+    """
+    path = config.folder / MANIFEST
+    saved: Manifest | None = None
+    with suppress(FileNotFoundError, FormatError):
+        saved = open_manifest(path, verify=True)
+    if saved and not config.rescan:
+        return saved
+    fresh_path = path.with_name(f".{MANIFEST}{TEMPORARY}")
+    fresh = build_manifest(source, fresh_path, identity.class_names, identity.num_classes)
+    if saved and saved.digest != fresh.digest and any(config.folder.glob("shard-*.h5")):
+        fresh_path.unlink()
+        old, new = saved.keys, fresh.keys
+        pairs = enumerate(zip(old, new, strict=False))
+        row = next((row for row, (a, b) in pairs if a != b), min(len(old), len(new)))
+        if row == len(old) == len(new):
+            raise FingerprintError(
+                f"the ground truth of the images has changed since {config.folder} was begun: "
+                "class folders get other class ids now. Remedy: go back to the old model or "
+                "class_names, or annotate into another folder with `out`"
+            )
+        was, now = (repr(keys[row]) if row < len(keys) else "nothing" for keys in (old, new))
+        raise FingerprintError(
+            f"the images have changed since {config.folder} was begun: {len(old)} then (manifest "
+            f"{saved.digest[:16]}), {len(new)} now ({fresh.digest[:16]}); the first difference is "
+            f"row {row}: {was} then, {now} now. Remedy: restore the images, or annotate into "
+            "another folder with `out`"
+        )
+    fresh_path.replace(path)
+    return fresh
+
+
+def make_plan(config: AnnotateConfig, run: str, manifest: Manifest, teacher: Identity) -> Plan:
     """Combine options, images and teacher."""
     layout = config.layout(teacher.grid, teacher.num_classes)
     settings = {
@@ -94,7 +128,7 @@ def make_plan(
         "weights": teacher.weights_digest,
         "num_classes": teacher.num_classes,
         "class_names": _digest(teacher.class_names),
-        "dense_rule": teacher.dense_rule,
+        "dense_rule": teacher.head_mode,
         "device": teacher.device,
         "preprocessing": teacher.preprocessing,
         "k": layout.k,
@@ -114,7 +148,7 @@ def make_plan(
     attrs = {
         "teacher": teacher.model,
         "weights_digest": teacher.weights_digest,
-        "dense_rule": teacher.dense_rule,
+        "dense_rule": teacher.head_mode,
         "preprocessing": _json(teacher.preprocessing),
         "floor": config.floor,
         "extent": [0.0, 0.0, 1.0, 1.0],
@@ -126,16 +160,12 @@ def make_plan(
         "split_rows": rows,
     }
     return Plan(
-        root=root,
         folder=config.folder.absolute(),
         run=run,
         rows=rows,
         shards=shard_count(rows, config.shard_size),
         shard_size=config.shard_size,
-        batch_size=config.batch_size,
-        window=config.window,
         layout=layout,
-        floor=config.floor,
         fingerprint=fingerprint,
         attrs=attrs,
         label_space=manifest.label_space,
@@ -150,37 +180,32 @@ def unfinished(plan: Plan) -> list[int]:
         FormatError: a shard in the folder is damaged.
     """
     todo = set(range(plan.shards))
-    for entry in sorted(plan.folder.iterdir()):
-        if (number := parse_shard_name(entry.name)) is None:
+    for path in sorted(plan.folder.iterdir()):
+        if (number := parse_shard_name(path.name)) is None:
             continue
-        with Shard(entry) as shard:
-            _check_fingerprint(shard, plan)
-        if entry.name == shard_name(number[0], plan.shards):
+        with Shard(path) as shard:
+            attrs = shard.attrs
+        if (found := attrs.get("fingerprint")) != plan.fingerprint:
+            try:
+                old = json.loads(attrs["settings"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise FormatError(f"{path} does not say how it was made: {error}") from error
+            new = json.loads(plan.attrs["settings"])
+            differ = [
+                f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+                for key in sorted(old.keys() | new.keys())
+                if old.get(key) != new.get(key)
+            ]
+            raise FingerprintError(
+                f"{plan.folder} holds finished shards of another run: {path.name} has fingerprint "
+                f"{found}, this job {plan.fingerprint}.\n  "
+                + "\n  ".join(differ or ["the settings are equal, so the header was changed"])
+                + "\nRemedy: annotate into another folder with `out`, go back to the old settings, "
+                "or delete the folder to start over"
+            )
+        if path.name == shard_name(number[0], plan.shards):
             todo.discard(number[0])
     return sorted(todo)
-
-
-def _check_fingerprint(shard: Shard, plan: Plan) -> None:
-    found = shard.attrs.get("fingerprint")
-    if found == plan.fingerprint:
-        return
-    try:
-        old = json.loads(shard.attrs["settings"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{shard.path} does not say how it was made: {error}") from error
-    new = json.loads(plan.attrs["settings"])
-    differ = [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    raise FingerprintError(
-        f"{plan.folder} holds finished shards of another run: {shard.path.name} has fingerprint "
-        f"{found}, this job {plan.fingerprint}.\n  "
-        + "\n  ".join(differ or ["the settings are equal, so the header was changed"])
-        + "\nRemedy: annotate into another folder with `out`, go back to the old settings, or "
-        "delete the folder to start over"
-    )
 
 
 def _json(value: Any) -> str:

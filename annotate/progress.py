@@ -1,116 +1,106 @@
-"""What the annotation job shows a person: a bar in a terminal, plain lines in a log, a report."""
+"""What an annotation job prints: a bar in a terminal, plain lines in a log, a report at the end."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 
 import rich.progress as rp
 from rich.console import Console
 from rich.table import Table
 
 from ..terminal import escape
-from .cluster.pool import Tally
-from .report import Report
+from .report import Report, Tally
 
 #: Seconds between two lines in a log.
 LOG_SECONDS = 10.0
+_MOST_LISTED = 10  # errors and failed shards
 
 
 @contextmanager
 def progress_display(console: Console) -> Iterator[Callable[[Tally, int, int], None]]:
     """A function to call with the run's tally, its number of images and the split's."""
-    if console.is_terminal:
-        columns = (
-            rp.TextColumn("{task.description}"),
-            rp.BarColumn(),
-            rp.MofNCompleteColumn(),
-            rp.TextColumn("{task.fields[rate]}"),
-            rp.TimeRemainingColumn(),
-            rp.TextColumn("{task.fields[errors]}"),
-        )
-        with rp.Progress(*columns, console=console, speed_estimate_period=120) as bar:
-            task = bar.add_task("starting", total=None, rate="", errors="")
+    columns = (
+        rp.TextColumn("{task.description}"),
+        rp.BarColumn(),
+        rp.MofNCompleteColumn(),
+        rp.TextColumn("{task.fields[rate]}"),
+        rp.TimeRemainingColumn(),
+        rp.TextColumn("{task.fields[errors]}"),
+    )
+    bar = rp.Progress(
+        *columns, console=console, speed_estimate_period=120, disable=not console.is_terminal
+    )
+    task = bar.add_task("starting", total=None, rate="", errors="")
+    printed = time.monotonic()
 
-            def show(tally: Tally, images: int, _: int) -> None:
-                bar.update(
-                    task,
-                    description=f"{tally.teachers} teacher{'s' * (tally.teachers != 1)}",
-                    total=images,
-                    completed=min(tally.images, images),
-                    rate=f"{tally.rate:.1f} images/s" if tally.rate else "",
-                    errors=f"{tally.errors} errors" if tally.errors else "",
-                )
+    def show(tally: Tally, images: int, split: int) -> None:
+        nonlocal printed
+        done = min(tally.images, images)  # a retried shard counts twice
+        teachers = f"{tally.teachers} teacher{'s' * (tally.teachers != 1)}"
+        if console.is_terminal:
+            bar.update(
+                task,
+                description=teachers,
+                total=images,
+                completed=done,
+                rate=f"{tally.rate:.1f} images/s" if tally.rate else "",
+                errors=f"{tally.errors} errors" if tally.errors else "",
+            )
+        elif time.monotonic() - printed >= LOG_SECONDS:
+            printed = time.monotonic()
+            left = f"{(images - done) / tally.rate:.0f} s left" if tally.rate else "…"
+            console.print(
+                f"{done}/{images} images of this run ({split} in the split), "
+                f"{tally.rate or 0:.1f} images/s, {left}, {tally.errors} errors, {teachers}",
+                soft_wrap=True,
+            )
 
-            yield show
-        return
-    last = time.monotonic()
-
-    def log(tally: Tally, images: int, split: int) -> None:
-        nonlocal last
-        if time.monotonic() - last < LOG_SECONDS:
-            return
-        last = time.monotonic()
-        left = f"{max(images - tally.images, 0) / tally.rate:.0f} s left" if tally.rate else "…"
-        console.print(
-            f"{min(tally.images, images)}/{images} images of this run ({split} in the split), "
-            f"{tally.rate or 0:.1f} images/s, {left}, {tally.errors} errors, "
-            f"{tally.teachers} teachers",
-            soft_wrap=True,
-        )
-
-    yield log
+    with bar:
+        yield show
 
 
 def print_report(report: Report, console: Console) -> None:
     """The end report as a table, with the errors and failed shards below it."""
+    height, width = report.grid
+    how = "0 up to rounding, as it must be" if report.exact else "not expected to be 0"
+    rows = {
+        "shards": f"{report.folder} ({report.shards}: {report.written} new, {report.skipped} kept)",
+        "images": f"{report.images}, {report.errors} of them without a map",
+        "maps": f"{height} x {width} patches, top {report.k} of {report.num_classes}, "
+        + " + ".join(report.views),
+        "teacher": f"{report.teacher}; patch logits: {report.head_mode}; their mean differs from "
+        f"the pooled logits by {report.pooled_error:.1e} ({how})",
+    }
+    if report.top1 is not None and report.top5 is not None:
+        rows["teacher accuracy"] = (
+            f"top-1 {report.top1:.1%}, top-5 {report.top5:.1%} of {report.labelled} images with a "
+            "known class"
+        )
+    if report.mass is not None:
+        rows["top-k mass"] = f"{report.mass:.3f} of the probability, mean over patches"
+    if report.bytes_per_image is not None:
+        rows["size"] = f"{report.bytes_per_image:,.0f} bytes per image"
+    rows["time"] = f"{report.seconds:.1f} s"
+    if report.images_per_second and report.busy:
+        rows["time"] += (
+            f", {report.images_per_second:.1f} images/s, teachers busy {report.busy:.1%}"
+        )
     table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in _rows(report):
+    for name, value in rows.items():
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(table)
-    for key, reason in report.error_list[:10]:
+    for key, reason in report.error_list[:_MOST_LISTED]:
         console.print(f"  [yellow]no map[/yellow] {escape(repr(key))}: {escape(reason)}")
-    if report.errors > 10:
-        console.print(f"  … and {report.errors - 10} more: see `inspect-labels --json`")
-    for shard, reason in islice(report.failed.items(), 10):
+    if (more := report.errors - _MOST_LISTED) > 0:
+        console.print(f"  … and {more} more: see `inspect-labels --json`")
+    for shard, reason in list(report.failed.items())[:_MOST_LISTED]:
         console.print(f"  [red]failed[/red] shard {shard}: {escape(reason)}")
-    if len(report.failed) > 10:
-        console.print(f"  … and {len(report.failed) - 10} more: see report.json")
+    if (more := len(report.failed) - _MOST_LISTED) > 0:
+        console.print(f"  … and {more} more: see report.json")
     if report.failed:
-        console.print("[red]Some shards failed.[/red] Run the same command again to try just them.")
+        console.print("[red]Some shards failed.[/red] Run the same command again to redo them.")
     if report.max_errors_exceeded:
         console.print(
             f"[red]Too many images have no map[/red] ({report.errors} of {report.images}); "
             "the limit is the option max_errors."
         )
-
-
-def _rows(report: Report) -> Iterator[tuple[str, str]]:
-    yield (
-        "shards",
-        f"{report.folder} ({report.shards}: {report.written} new, {report.skipped} kept)",
-    )
-    yield "images", f"{report.images}, {report.errors} of them without a map"
-    height, width = report.grid
-    views = " + ".join(report.views)
-    yield "maps", f"{height} x {width} patches, top {report.k} of {report.num_classes}, {views}"
-    how = "0 up to rounding, as it must be" if report.dense_exact else "not expected to be 0"
-    yield (
-        "teacher",
-        f"{report.teacher}; patch logits: {report.dense_rule}; their mean differs from the "
-        f"pooled logits by {report.dense_error:.1e} ({how})",
-    )
-    if report.top1 is not None and report.top5 is not None:
-        yield (
-            "teacher accuracy",
-            f"top-1 {report.top1:.1%}, top-5 {report.top5:.1%} of {report.labelled} images with a "
-            "known class",
-        )
-    if report.mass is not None:
-        yield "top-k mass", f"{report.mass:.3f} of the probability, mean over patches"
-    if report.bytes_per_image is not None:
-        yield "size", f"{report.bytes_per_image:,.0f} bytes an image"
-    speed = f"{report.seconds:.1f} s"
-    if report.images_per_second and report.busy:
-        speed += f", {report.images_per_second:.1f} images/s, teachers busy {report.busy:.1%}"
-    yield "time", speed

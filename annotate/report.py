@@ -1,18 +1,60 @@
-"""The end report of a job: of the whole split, shards of earlier runs included."""
+"""What a job does while it runs, and its end report: of the whole split, earlier runs included."""
 
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..dataset.format.files import replacing
 from ..dataset.format.shard import Shard, shard_name
-from .cluster.pool import Tally
 from .plan import Identity, Plan
 
 NAME = "report.json"
 #: Images with an error that a report lists by name; the shards name all of them.
 LISTED_ERRORS = 100
+#: Counts in a shard's header that a report adds up.
+_COUNTS = ("errors", "labelled", "top1", "top5", "mass")
+
+
+class Progress(NamedTuple):
+    """What an actor has done since it started: images, error rows, and seconds of its teacher.
+
+    `busy` is the time the teacher computed. `since` and `until` are when its first batch began and
+    its last one ended, and `now` when it was asked, by the monotonic clock of its machine.
+    """
+
+    images: int
+    errors: int
+    busy: float
+    since: float
+    until: float
+    now: float = 0.0
+
+
+@dataclass
+class Tally:
+    """What a run has done so far; updated while it runs.
+
+    Attributes:
+        images, errors: annotated rows, and those of them without a map.
+        busy: seconds that the teachers computed.
+        span: seconds from each teacher's first batch to its last, summed over the teachers.
+        rate: images per second, from the first batch to the last.
+        teachers: actors that are ready.
+        written: hex sha256 of each shard that was written, by number.
+        failed: the reason of each shard that failed for good, by number.
+        lost_actors: teacher actors that died.
+    """
+
+    images: int = 0
+    errors: int = 0
+    busy: float = 0.0
+    span: float = 0.0
+    rate: float | None = None
+    teachers: int = 0
+    written: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    lost_actors: int = 0
 
 
 @dataclass
@@ -31,11 +73,12 @@ class Report:
         top1, top5: fraction of these that the teacher gets right, from the pooled logits of its
             first pass; None without ground truth.
         mass: mean probability mass of the stored classes, over all patches.
-        bytes_per_image: size of the shards over the number of rows.
-        dense_rule, dense_exact, dense_error: the teacher's per-patch form, whether the mean of
-            its logits must be the pooled ones, and the largest difference on the first images.
+        bytes_per_image: size of the shards divided by the number of rows.
+        head_mode: how the teacher's map is derived.
+        exact: whether the mean of the map's logits must equal the pooled logits, and `pooled_error`
+            the largest difference on the first images.
         seconds: of this run; `images_per_second` from the teachers' first batch to their last.
-        busy: fraction of that time the teachers computed.
+        busy: fraction of that time that the teachers computed.
         lost_actors: teacher actors that died and were replaced.
         max_errors_exceeded: whether the errors are too many for the job to be a success.
         libraries: the different `libraries` of the shards: versions and processors that made them.
@@ -53,9 +96,9 @@ class Report:
     written: int
     skipped: int
     failed: dict[int, str]
-    dense_rule: str
-    dense_exact: bool
-    dense_error: float
+    head_mode: str
+    exact: bool
+    pooled_error: float
     seconds: float
     images_per_second: float | None
     busy: float | None
@@ -75,18 +118,16 @@ class Report:
         """Whether all shards are there and errors are within the limit."""
         return not self.failed and not self.max_errors_exceeded
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write report.json beside the shards."""
-        path = Path(self.folder) / NAME
-        with replacing(path) as temporary:
+        with replacing(Path(self.folder) / NAME) as temporary:
             temporary.write_text(json.dumps({"ok": self.ok, **asdict(self)}, indent=2) + "\n")
-        return path
 
 
 def make_report(
     plan: Plan, identity: Identity, tally: Tally, skipped: int, seconds: float, max_errors: float
 ) -> Report:
-    """Add up the headers of all shards that are there."""
+    """Sum up the headers of all shards that are there."""
     report = Report(
         folder=str(plan.folder),
         teacher=identity.model,
@@ -100,41 +141,39 @@ def make_report(
         written=len(tally.written),
         skipped=skipped,
         failed=tally.failed,
-        dense_rule=identity.dense_rule,
-        dense_exact=identity.dense_exact,
-        dense_error=identity.dense_error,
+        head_mode=identity.head_mode,
+        exact=identity.exact,
+        pooled_error=identity.pooled_error,
         seconds=round(seconds, 3),
         images_per_second=tally.rate,
         busy=tally.busy / tally.span if tally.span else None,
         lost_actors=tally.lost_actors,
     )
-    totals: dict[str, Any] = dict.fromkeys(("labelled", "top1", "top5", "mass", "rows", "bytes"), 0)
+    rows, size, totals = 0, 0, dict[str, Any].fromkeys(_COUNTS, 0)
     for number in range(plan.shards):
-        if number not in tally.failed:
-            _add(report, totals, plan.folder / shard_name(number, plan.shards))
-    good = totals["rows"] - report.errors
-    report.labelled = totals["labelled"]
+        if number in tally.failed:
+            continue
+        path = plan.folder / shard_name(number, plan.shards)
+        with Shard(path) as shard:
+            rows += shard.rows
+            size += path.stat().st_size
+            for name in _COUNTS:
+                totals[name] += shard.attrs[name]
+            if shard.attrs["errors"] and len(report.error_list) < LISTED_ERRORS:
+                pairs = zip(shard.texts("key"), shard.texts("error"), strict=True)
+                report.error_list += [(key, error) for key, error in pairs if error]
+                del report.error_list[LISTED_ERRORS:]
+            libraries = json.loads(shard.attrs["libraries"])
+            if libraries not in report.libraries:
+                report.libraries.append(libraries)
+    report.errors, report.labelled = totals["errors"], totals["labelled"]
     if report.labelled:
         report.top1 = totals["top1"] / report.labelled
         report.top5 = totals["top5"] / report.labelled
-    report.mass = totals["mass"] / good if good else None
-    report.bytes_per_image = totals["bytes"] / totals["rows"] if totals["rows"] else None
+    if rows > report.errors:
+        report.mass = totals["mass"] / (rows - report.errors)
+    if rows:
+        report.bytes_per_image = size / rows
     limit = max_errors if max_errors >= 1 else max_errors * plan.rows
     report.max_errors_exceeded = report.errors > limit
     return report
-
-
-def _add(report: Report, totals: dict[str, Any], path: Path) -> None:
-    with Shard(path) as shard:
-        for name in ("labelled", "top1", "top5", "mass"):
-            totals[name] += shard.attrs[name]
-        totals["rows"] += shard.rows
-        totals["bytes"] += path.stat().st_size
-        report.errors += shard.attrs["errors"]
-        if shard.attrs["errors"] and len(report.error_list) < LISTED_ERRORS:
-            bad = [pair for pair in zip(shard.texts("key"), shard.texts("error"), strict=True)]
-            report.error_list += [pair for pair in bad if pair[1]]
-            del report.error_list[LISTED_ERRORS:]
-        libraries = json.loads(shard.attrs["libraries"])
-        if libraries not in report.libraries:
-            report.libraries.append(libraries)

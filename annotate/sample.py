@@ -5,7 +5,6 @@ file's name, imagenet_NN_CLASS.jpg.
 """
 
 import importlib.util
-import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,23 @@ from ..errors import ConfigError
 
 #: Photographs from this number on are the split `val`.
 FIRST_VAL = 16
-_NAME = re.compile(r"imagenet_(\d\d)_(\d{1,3})\.jpg")
+
+
+def sample_images() -> list[Path]:
+    """The photographs where foolbox is installed, by number.
+
+    Raises:
+        ConfigError: the extra `sample` is not installed.
+    """
+    spec = importlib.util.find_spec("foolbox")  # finds it without importing it
+    folders = spec.submodule_search_locations if spec else None
+    images = sorted(Path(folders[0]).glob("data/imagenet_*.jpg")) if folders else []
+    if not images:
+        raise ConfigError(
+            "the embedded sample needs the package foolbox. Remedy: pip install "
+            "'tokenlabel[sample]', or name your own images with `data`"
+        )
+    return images
 
 
 def sample_folder(parent: Path) -> Path:
@@ -25,23 +40,13 @@ def sample_folder(parent: Path) -> Path:
     Raises:
         ConfigError: the extra `sample` is not installed.
     """
-    from timm.data import ImageNetInfo
+    from .teacher.timm_teacher import wordnet_ids
 
-    spec = importlib.util.find_spec("foolbox")  # finds it without importing it
-    places = spec.submodule_search_locations if spec else None
-    images = sorted(Path(places[0]).glob("data/imagenet_*.jpg")) if places else []
-    if not images:
-        raise ConfigError(
-            "the embedded sample needs the package foolbox. Remedy: pip install "
-            "'tokenlabel[sample]', or name your own images with `data`"
-        )
-    info = ImageNetInfo("imagenet-1k")
-    folder = parent / "sample"
-    for image in images:
-        match = _NAME.fullmatch(image.name)
-        assert match, image.name
-        split = "train" if int(match[1]) < FIRST_VAL else "val"
-        target = folder / split / info.index_to_label_name(int(match[2])) / image.name
+    classes, folder = wordnet_ids(), parent / "sample"
+    for number, image in enumerate(sample_images()):
+        label = int(image.stem.split("_")[2])
+        split = "train" if number < FIRST_VAL else "val"
+        target = folder / split / classes[label] / image.name
         if not (target.is_file() and target.stat().st_size == image.stat().st_size):
             target.parent.mkdir(parents=True, exist_ok=True)
             with replacing(target) as temporary:

@@ -27,16 +27,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from tokenlabel.annotate import AnnotateConfig, annotate
 from tokenlabel.annotate.cluster.session import ray_session
-from tokenlabel.annotate.cluster.worker import build_teacher
 from tokenlabel.annotate.images import DecodedBatch, decode_batch
 from tokenlabel.annotate.sample import sample_folder
-from tokenlabel.annotate.teacher.timm_teacher import Teacher, TeacherOutput
-from tokenlabel.dataset.sources.folder import scan
+from tokenlabel.annotate.teacher.annotator import Annotator, TeacherOutput
+from tokenlabel.annotate.teacher.identity import build_teacher
+from tokenlabel.dataset.sources.folder import FolderSource
 
 
 def repeated(split: Path, count: int, folder: Path) -> Path:
     """A data set of `count` links to the images of `split`, over and over."""
-    keys = [key.decode() for key in scan(split)]
+    keys = [entry.key.decode() for entry in FolderSource(split).scan()]
     for number, key in enumerate(islice(cycle(keys), count)):
         link = folder / "train" / f"{number % 100:02d}" / f"{number:06d}{Path(key).suffix}"
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -47,17 +47,17 @@ def repeated(split: Path, count: int, folder: Path) -> Path:
 class Batches(Dataset[DecodedBatch]):
     """Batches decoded by the job's own function, for a plain DataLoader."""
 
-    def __init__(self, root: Path, teacher: Teacher, size: int) -> None:
-        keys = [key.decode() for key in scan(root)]
+    def __init__(self, root: Path, teacher: Annotator, size: int) -> None:
+        self._source = FolderSource(root)
+        keys = [entry.key.decode() for entry in self._source.scan()]
         self._keys = [keys[start : start + size] for start in range(0, len(keys), size)]
-        self._root, self._sizes = str(root), teacher.input_sizes
-        self._interpolation = teacher.interpolation
+        self._sizes, self._interpolation = teacher.input_sizes, teacher.interpolation
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def __getitem__(self, number: int) -> DecodedBatch:
-        return decode_batch(self._root, self._keys[number], self._sizes, self._interpolation)
+        return decode_batch(self._source, self._keys[number], self._sizes, self._interpolation)
 
 
 Annotate = Callable[[DecodedBatch], TeacherOutput]

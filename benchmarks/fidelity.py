@@ -28,11 +28,11 @@ from torch import Tensor
 
 from tokenlabel.annotate import AnnotateConfig, annotate
 from tokenlabel.annotate.sample import sample_folder
+from tokenlabel.annotate.teacher.rebuild import rebuild_teachers
 from tokenlabel.dataset import LabelStore
 from tokenlabel.inspection.agreement import SCALES, Score, look, mean, probabilities, random_box
 from tokenlabel.inspection.agreement import score as score_of
 from tokenlabel.inspection.pictures.image_files import PictureFiles
-from tokenlabel.inspection.teacher import rebuild_teachers
 
 CROPS = 2  # of each range; the whole image once
 #: As in TokenLabelDataset(shrink=).

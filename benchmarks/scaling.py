@@ -41,10 +41,12 @@ from PIL import Image
 
 from tokenlabel.annotate import AnnotateConfig, annotate
 from tokenlabel.annotate.classes import build_manifest
+from tokenlabel.annotate.cluster import actor
 from tokenlabel.annotate.cluster.pool import Pool
-from tokenlabel.annotate.cluster.session import Resources, actor, ray_session
+from tokenlabel.annotate.cluster.session import Resources, ray_session
 from tokenlabel.annotate.images import decode_batch
 from tokenlabel.annotate.plan import Identity, Plan, make_plan, unfinished
+from tokenlabel.annotate.report import Progress, Tally
 from tokenlabel.annotate.sample import sample_folder
 from tokenlabel.annotate.teacher.encode import encode
 from tokenlabel.dataset import LabelStore
@@ -55,7 +57,8 @@ from tokenlabel.dataset.format.manifest import NAME as MANIFEST
 from tokenlabel.dataset.format.manifest import Manifest, open_manifest
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import shard_name, write_shard
-from tokenlabel.dataset.sources.folder import scan
+from tokenlabel.dataset.sources.folder import FolderSource, open_source
+from tokenlabel.dataset.sources.image_source import ImageSource
 
 # ---- teachers ----
 
@@ -66,11 +69,11 @@ class SleepingActor(actor.TeacherActor):
     go: Path
     seconds: float
 
-    def __init__(self, config: AnnotateConfig, root: Path, threads: int) -> None:
+    def __init__(self, config: AnnotateConfig, source: ImageSource, threads: int) -> None:
         import timm
 
         timm.models.register_model(sleeper(self.go, self.seconds))
-        super().__init__(config, root, threads)
+        super().__init__(config, source, threads)
 
 
 def sleeper(go: Path, seconds: float) -> Callable[..., Any]:
@@ -213,7 +216,7 @@ def identity() -> Identity:
 def plan_of(folder: Path) -> Plan:
     config = AnnotateConfig(data=str(folder), out=str(folder), split="out", k=1)
     manifest = open_manifest(folder / "out" / MANIFEST)
-    return make_plan(config, folder / "train", "run", manifest, identity())
+    return make_plan(config, "run", manifest, identity())
 
 
 def make_shards(folder: Path) -> None:
@@ -269,7 +272,9 @@ def scan_folders(folder: Path, images: int, classes: int) -> None:
     for number in range(classes):
         (root / f"class-{number:05d}").mkdir()
     with listings(root, images):
-        manifest: Manifest = build_manifest(root, folder / "out" / MANIFEST, None, CLASSES)
+        manifest: Manifest = build_manifest(
+            FolderSource(root), folder / "out" / MANIFEST, None, CLASSES
+        )
     assert len(manifest.keys) == images // max(classes, 1) * max(classes, 1)
 
 
@@ -292,13 +297,13 @@ class IdleActor(actor.TeacherActor):
         return identity()
 
     @ray.method(concurrency_group="control")
-    def progress(self) -> actor.Progress:
-        return actor.Progress(self._images, 0, 1.0, 1.0, 2.0)
+    def progress(self) -> Progress:
+        return Progress(self._images, 0, 1.0, 1.0, 2.0)
 
     @ray.method(concurrency_group="shards")
-    def annotate(self, plan: Plan, shard: int) -> int:
+    def annotate(self, plan: Plan, shard: int) -> str:
         self._images += SHARD
-        return SHARD
+        return "0" * 64
 
 
 def hand_out(folder: Path, images: int) -> None:
@@ -308,10 +313,11 @@ def hand_out(folder: Path, images: int) -> None:
         STACK.enter_context(ray_session(None, num_cpus=2))
         STACK.enter_context(mock.patch.object(actor, "TeacherActor", IdleActor))
         config = AnnotateConfig(data=str(folder))
-        pool = Pool((config, folder, 1), Resources(2, 0.0, 1, fixed=True))
+        pool = Pool((config, FolderSource(folder), 1), Resources(2, 0.0, 1, fixed=True))
         POOLS.append(STACK.enter_context(pool))
         POOLS[0].identify(2)
-    tally = POOLS[0].run(plan, range(plan.shards), 3)
+    tally = Tally()
+    POOLS[0].run(plan, range(plan.shards), 3, tally)
     assert len(tally.written) == plan.shards
 
 
@@ -435,11 +441,11 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 def measure_decoding(options: argparse.Namespace) -> None:
     """Photographs that one core reads, decodes and squashes a second."""
-    root = (options.data or sample_folder(Path(tempfile.gettempdir()))) / "train"
-    keys = [key.decode() for key in islice(scan(root), 300)]
+    source = open_source(options.data or sample_folder(Path(tempfile.gettempdir())), "train")
+    keys = [entry.key.decode() for entry in islice(source.scan(), 300)]
     for side in (224, 576):
         seconds = cpu_seconds(
-            lambda side=side: decode_batch(str(root), keys, ((side, side),), "bicubic")
+            lambda side=side: decode_batch(source, keys, ((side, side),), "bicubic")
         )
         print(f"{side} px: {len(keys) / seconds:.0f} images a CPU second")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .format.score_map import MapLayout, ScoreMap
     from .label_map.label_map import TokenLabelMap
+    from .sources.image_source import ImageSource
     from .store import LabelStore
     from .targets.token_labels import TokenLabels
     from .targets.windows import TokenTargets, TokenWindows
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AutoAugment",
+    "ImageSource",
     "LabelStore",
     "MapLayout",
     "RandAugment",
@@ -42,6 +44,7 @@ __all__ = [
 _HOMES = {
     "format.score_map": ("MapLayout", "ScoreMap"),
     "label_map.label_map": ("TokenLabelMap",),
+    "sources.image_source": ("ImageSource",),
     "store": ("LabelStore",),
     "targets.token_labels": ("TokenLabels",),
     "targets.windows": ("TokenTargets", "TokenWindows"),

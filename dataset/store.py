@@ -2,8 +2,8 @@
 
 import logging
 import os
-import threading
-from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .label_map.label_map import TokenLabelMap
-    from .targets.token_labels import Grid, TokenLabels
+    from .targets.record import Grid
+    from .targets.token_labels import TokenLabels
 
 _log = logging.getLogger(__name__)
 
@@ -29,9 +30,13 @@ _log = logging.getLogger(__name__)
 class LabelStore:
     """The score maps of a split, by key or by row. Opens at once, whatever the size.
 
-    Safe to pickle, to fork and to use from threads: files are opened on first use in each
-    process, without locks, and never written. Threads read maps side by side; a shard costs a
-    process one file descriptor, and half of those that it may have are used at most.
+        store = LabelStore("labels/train")
+        entry = store[store.keys[0]]  # a key is the image's path, such as "n01440764/1.JPEG"
+        classes, probs, rest = entry.probabilities()  # of each cell: [H, W, K] twice, and [H, W]
+
+    Safe to pickle, to fork and to use from threads: files are opened on first use, without locks,
+    and never written. A shard costs a process one file descriptor; at most half of those that the
+    process may have are used.
 
     Args:
         root: folder of the split, OUT/SPLIT, with the shards.
@@ -61,15 +66,34 @@ class LabelStore:
         self.classes = _class_names(self.root / manifest.NAME)
         if self.classes is not None:
             self.attrs["class_names"] = self.classes
-        self._local = _Handles(self.root)
-        self._local.index()
+        self._files: tuple[Index, Callable[[int], Shard]] | None = None
+        self._open()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_local": None}
+        return {**self.__dict__, "_files": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._local = _Handles(self.root)
+    def _open(self) -> tuple[Index, Callable[[int], Shard]]:
+        """The index, and its shards by number, which stay open while there is room for them.
+
+        No lock: threads that open a file at once get one each, and a thread that has got hold of a
+        shard keeps it open when the cache drops it. A forked process goes on with the files of its
+        parent, since reads say their offset and move no position that the two would share.
+        """
+        if self._files is None:
+            paths, index = find_shards(self.root), open_index(self.root)
+            shards = lru_cache(_open_files_limit())(partial(_open_indexed, index, paths))
+            self._files = index, shards
+        return self._files
+
+    @property
+    def _index(self) -> Index:
+        return self._open()[0]
+
+    def _shard(self, row: int) -> tuple[Shard, int]:
+        """The open shard that holds a row of the split, and its row there."""
+        index, shard = self._open()
+        number = index.shard(row)
+        return shard(number), row - int(index.shard_rows[number])
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -77,22 +101,22 @@ class LabelStore:
     @property
     def keys(self) -> KeyTable:
         """The keys in order, a read-only sequence: the images' paths relative to the split."""
-        return self._local.index().keys
+        return self._index.keys
 
     @property
     def ground_truth(self) -> np.ndarray:
         """Ground-truth classes, int32 [n], -1 where unknown; read-only."""
-        return self._local.index().labels
+        return self._index.labels
 
     @property
     def sizes(self) -> np.ndarray:
         """(width, height) of the images in pixels, int32 [n, 2]; read-only."""
-        return self._local.index().sizes
+        return self._index.sizes
 
     @property
     def failed(self) -> np.ndarray:
         """True where the image has no map, bool [n]; `error(row)` says why."""
-        return self._local.index().failed
+        return self._index.failed
 
     @property
     def num_classes(self) -> int:
@@ -129,29 +153,29 @@ class LabelStore:
             MissingMapError: a KeyError; the key is unknown or its image had an error.
             IndexError: the row is out of range.
             FormatError: the stored bytes are damaged.
-            OSError: the system does not give them.
+            OSError: the system cannot read them.
         """
-        row, index = self.row(key), self._local.index()
+        row, index = self.row(key), self._index
         if index.failed[row]:
             raise MissingMapError(
                 f"{index.keys[row]!r} has no score map: {self.error(row)}. "
                 "Remedy: repair or leave out the image"
             )
-        shard, local = self._local.shard(row)
+        shard, local = self._shard(row)
         return shard.map(local)
 
     def planes(self, row: int) -> bytes:
         """The planes of a row's map, inflated and otherwise as stored, one behind the other.
 
         In the order of `layout.planes()`; items of more than a byte are byte-shuffled. Raises as
-        `store[row]`, but does not look whether the image has a map: see `failed`.
+        `store[row]`, but does not check whether the image has a map: see `failed`.
         """
-        shard, local = self._local.shard(self.row(row))
+        shard, local = self._shard(self.row(row))
         return shard.planes(local)
 
     def extent(self, row: int) -> tuple[float, float, float, float]:
         """Box (x0, y0, x1, y1), normalised to the image, that the row's map covers."""
-        shard, local = self._local.shard(self.row(row))
+        shard, local = self._shard(self.row(row))
         return shard.extent(local)
 
     def leaf(self, row: int, canvas_size: tuple[int, int] | None = None) -> "TokenLabelMap":
@@ -165,8 +189,8 @@ class LabelStore:
         """
         from .label_map.label_map import TokenLabelMap  # the store itself needs no torch
 
-        index, row = self._local.index(), self.row(row)
-        shard, local = self._local.shard(row)
+        index, row = self._index, self.row(row)
+        shard, local = self._shard(row)
         if canvas_size is None:
             width, height = index.sizes[row].tolist()
             canvas_size = (max(height, 1), max(width, 1))  # it is not known where decoding failed
@@ -186,7 +210,7 @@ class LabelStore:
         grid: "int | Grid | None" = None,
         shrink: float = 0.0,
     ) -> "TokenLabels":
-        """The records of a batch of crops, for whoever crops tensors himself.
+        """The records of a batch of crops that your own code cuts from the images.
 
         Args:
             rows: row or key of each crop's image, B of them.
@@ -229,7 +253,7 @@ class LabelStore:
 
     def row(self, key: str | int, near: int = -1) -> int:
         """Row of a key, found soonest if it is `near`; a row is checked and returned as it is."""
-        keys = self._local.index().keys
+        keys = self._index.keys
         if isinstance(key, str):
             row = keys.find(key, near)
             if row < 0:
@@ -246,7 +270,7 @@ class LabelStore:
 
     def error(self, key: str | int) -> str:
         """Why an image has no map; empty when it has one."""
-        shard, local = self._local.shard(self.row(key))
+        shard, local = self._shard(self.row(key))
         return shard.texts("error")[local]
 
 
@@ -261,57 +285,14 @@ def _class_names(path: Path) -> list[str] | None:
         return None
 
 
-class _Handles:
-    """This process's open index and shards. Forked children and unpickled copies open their own."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._lock = threading.RLock()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._pid = os.getpid()
-        self._index: Index | None = None
-        self._paths: list[Path] = []
-        self._open: OrderedDict[int, Shard] = OrderedDict()
-
-    def index(self) -> Index:
-        """The index, opened on first use in a process."""
-        if self._pid != os.getpid():
-            # A lock that another thread held during the fork would never be released here.
-            self._lock = threading.RLock()
-            self._forget()
-        index = self._index
-        if index is None:
-            with self._lock:
-                index = self._index
-                if index is None:
-                    self._paths = find_shards(self._root)
-                    self._index = index = open_index(self._root)
-        return index
-
-    def shard(self, row: int) -> tuple[Shard, int]:
-        """The open shard that holds a row of the split, and its row there."""
-        index = self.index()
-        number = index.shard(row)
-        # Without the lock: who has got hold of an open shard keeps its file open.
-        shard = self._open.get(number) or self._opened(index, number)
-        return shard, row - int(index.shard_rows[number])
-
-    def _opened(self, index: Index, number: int) -> Shard:
-        with self._lock:
-            shard = self._open.get(number)
-            if shard is None:
-                while len(self._open) >= _open_files_limit():
-                    self._open.popitem(last=False)
-                shard = open_shard(self._paths[number])
-                if not index.fits(shard, number):
-                    raise FormatError(
-                        f"{shard.path} and the index do not agree: one of them changed. Remedy: "
-                        f"delete {index.file.path}; it is rebuilt"
-                    )
-                self._open[number] = shard
-            return shard
+def _open_indexed(index: Index, paths: list[Path], number: int) -> Shard:
+    shard = open_shard(paths[number])
+    if not index.fits(shard, number):
+        raise FormatError(
+            f"{shard.path} and the index do not agree: one of them changed. Remedy: "
+            f"delete {index.file.path}; it is rebuilt"
+        )
+    return shard
 
 
 def _open_files_limit() -> int:

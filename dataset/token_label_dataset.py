@@ -12,29 +12,29 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from ..errors import MissingMapError
+from .keyed_images import KeyedImages
 from .label_map.label_map import TokenLabelMap
 from .label_map.path import PixelPath
-from .sources.image_source import ImageSource
 from .store import LabelStore
 from .targets.token_labels import TokenLabels
 from .transforms import executor
 from .transforms.to_token_labels import ToTokenLabels
 
-#: Images whose keys are looked up at the start, where missing maps are no error.
+#: Keys that are looked up at the start, where a missing map is no error.
 _SAMPLED = 100
-Truth = Literal["auto", "images", "maps"]
 Sample = tuple[Any, TokenLabels]
 
 
 class TokenLabelDataset(Dataset[Sample]):
-    """A map-style data set of (image, TokenLabels), for any DataLoader with its default collate.
+    """Images with their label maps, augmented together, for any DataLoader.
 
         dataset = TokenLabelDataset("imagenet/train", "labels/train", transform=train_transform())
-        for images, labels in DataLoader(dataset, batch_size=256, num_workers=8):
+        for images, labels in DataLoader(dataset, batch_size=256):
             loss = TokenLabelLoss()(*student(images.to(device)), labels.to(device))
 
-    A sample's labels are a record of its map and of where its crop lies on it; nothing is computed
-    before the batch is on its device.
+    A map-style data set of (image, TokenLabels), which the default collate makes batches of. A
+    sample's labels are a record of its map and of where its crop lies on it; targets are computed
+    from them once the batch is on its device.
 
     Args:
         images: folder of the split (read as torchvision's ImageFolder), or any map-style data set
@@ -42,19 +42,19 @@ class TokenLabelDataset(Dataset[Sample]):
             data set, a Subset of these. It must not transform its images itself.
         labels: folder of the split's shards, OUT/SPLIT, or a `LabelStore`.
         transform: any pipeline of torchvision.transforms.v2, called with (image, TokenLabelMap)
-            and giving the same; `train_transform()` makes one. None leaves the image as it is.
-        grid: the student's patches, (h, w), or one number for a square; `labels.targets()` makes
-            those of another grid as well. None: the records do not say one.
-        key: index to key, where `images` does not tell the files of its images.
+            and returning the same; `train_transform()` makes one. None leaves the image as it is.
+        grid: the student's patches, (h, w), or one number for a square; `labels.targets()` computes
+            those of another grid as well. None: the records do not name one.
+        key: index to key, where `images` does not name the files of its images.
         missing: what to do about an image without a map: "error", or "ignore", which gives
             labels whose targets have weight 0, so that the loss falls back on the class; with a
             warning if no image seems to have a map.
-        truth: where `TokenLabels.label` comes from: the classes of `images`, the ground truth in
-            the "maps", or "auto": that of the maps for a folder, else that of `images`, which must
-            then agree with the maps where these know it.
+        label_source: where `TokenLabels.label` comes from: "images", the classes of `images`;
+            "maps", the ground truth stored with the maps; or "auto": "maps" for a folder, else
+            "images", which must then agree with the maps where these have a class.
         shrink: draw the targets of small crops towards the mean of their image's map, since a cell
             of a map of the whole image is worth less the more it is enlarged: by the fraction
-            min(.5, shrink * log2(linear zoom)). 0 for not at all; .3 was nearest to the teacher.
+            min(.5, shrink * log2(linear zoom)). 0 turns it off; .3 was nearest to the teacher.
 
     Raises:
         FileNotFoundError, FormatError: as `LabelStore`.
@@ -71,38 +71,36 @@ class TokenLabelDataset(Dataset[Sample]):
         grid: int | tuple[int, int] | None = 14,
         key: Callable[[int], str] | None = None,
         missing: Literal["error", "ignore"] = "error",
-        truth: Truth = "auto",
+        label_source: Literal["auto", "images", "maps"] = "auto",
         shrink: float = 0.0,
     ) -> None:
         for name, value, choices in (
             ("missing", missing, ("error", "ignore")),
-            ("truth", truth, ("auto", "images", "maps")),
+            ("label_source", label_source, ("auto", "images", "maps")),
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-        self.images = ImageSource(images, key)
+        self.images = KeyedImages(images, key)
         self.store = labels if isinstance(labels, LabelStore) else LabelStore(labels)
         self.transform = transform
         self._to_labels = ToTokenLabels(grid, shrink=shrink)
         self._ignore_missing = missing == "ignore"
-        # By how much the row of the last image's map was beyond its index, and that of the one
-        # before it as well.
+        # By how much the row of the last map was beyond its image's index, and whether that was
+        # so for the map before it as well: the next row is then guessed.
         self._shift, self._steady = 0, True
         is_folder = isinstance(images, str | os.PathLike)
-        self._truth: Truth = "maps" if truth == "auto" and is_folder else truth
+        self._label_source = "maps" if label_source == "auto" and is_folder else label_source
         if self._ignore_missing:
-            self._warn_if_nothing_matches()
-
-    def _warn_if_nothing_matches(self) -> None:
-        step = max(1, len(self) // _SAMPLED)
-        keys = [self.images.key(index) for index in range(0, len(self), step)]
-        if keys and not any(key in self.store for key in keys):
-            warnings.warn(
-                f"none of {len(keys)} images sampled has a map, such as {keys[0]!r}; the "
-                f"labels have {next(iter(self.store.keys), None)!r}. Remedy: check that images and "
-                "labels are of one split; missing='ignore' trains such images on labels alone",
-                stacklevel=3,
-            )
+            step = max(1, len(self) // _SAMPLED)
+            keys = [self.images.key(index) for index in range(0, len(self), step)]
+            if keys and not any(key in self.store for key in keys):
+                warnings.warn(
+                    f"none of {len(keys)} images sampled has a map, such as {keys[0]!r}; the "
+                    f"labels have {next(iter(self.store.keys), None)!r}. Remedy: check that images "
+                    "and labels are of one split; missing='ignore' trains such images on their "
+                    "classes alone",
+                    stacklevel=2,
+                )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -113,7 +111,7 @@ class TokenLabelDataset(Dataset[Sample]):
         Raises:
             IndexError: there is no such image.
             MissingMapError: the image has no map, and `missing` is "error".
-            TypeError: `transform` gave back no map.
+            TypeError: `transform` returned no map.
             ValueError: the image is not the annotated one: another size, or another class.
         """
         return self.__getitems__([index])[0]
@@ -121,28 +119,26 @@ class TokenLabelDataset(Dataset[Sample]):
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """The same for a batch at a time, as a DataLoader asks for it."""
         # All maps first, then all images, then all records: each while its code is in the cache.
-        places = [self._place(index) for index in indices]
-        leaves = [self._stored(index, key) for index, key in places]
-        images = []
-        for position, (index, key) in enumerate(places):
+        entries, images = [], []
+        for index in indices:
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"index {index} is outside the {len(self)} images")
+            index = index + len(self) if index < 0 else index
+            key = self.images.key(index)
+            entries.append((index, key, self._stored(index, key)))
+        leaves = []
+        for index, key, leaf in entries:
             image, label = self.images[index]
-            leaf = self._matched(key, image, label, leaves[position])
+            leaf = self._matched(key, image, label, leaf)
             if self.transform:
                 image, leaf = self._checked(executor.run(self.transform, image, leaf))
             images.append(image)
-            leaves[position] = leaf
+            leaves.append(leaf)
         if not leaves:
             return []
         records = TokenLabels.collate(leaves, self._to_labels.grid, self._to_labels.shrink)
         rows: Any = records.unbind()
         return list(zip(images, rows, strict=True))
-
-    def _place(self, index: int) -> tuple[int, str]:
-        """Index from the start, and key."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is outside the {len(self)} images")
-        index = index + len(self) if index < 0 else index
-        return index, self.images.key(index)
 
     def _stored(self, index: int, key: str) -> TokenLabelMap:
         """The map of an image, still without a path; no planes where none is stored."""
@@ -160,7 +156,7 @@ class TokenLabelDataset(Dataset[Sample]):
         return leaf
 
     def _matched(self, key: str, image: Any, label: int, leaf: TokenLabelMap) -> TokenLabelMap:
-        """The map of this very image, with the label that `truth` asks for."""
+        """The map of this very image, with the label that `label_source` asks for."""
         size = _size(image)
         if not leaf.planes:
             leaf = leaf.with_path(PixelPath.of(size), size)
@@ -175,34 +171,32 @@ class TokenLabelDataset(Dataset[Sample]):
         return leaf
 
     def _label(self, key: str, label: int, stored: int) -> int:
-        if self._truth == "images":
+        """The class to train, of that in the images and the one stored with the map."""
+        if self._label_source == "images":
             return label
-        if self._truth == "auto" and label >= 0 and stored >= 0 and label != stored:
+        if self._label_source == "auto" and label >= 0 and stored >= 0 and label != stored:
             raise ValueError(
                 f"{key!r} is of class {label} in the images and {stored} in the label maps: "
                 "the two number their classes differently (ImageFolder over some of ImageNet's "
-                'folders does). Remedy: truth="maps" takes the maps\', truth="images" the images\''
+                'folders does). Remedy: label_source="maps" takes those of the maps, '
+                'label_source="images" those of the images'
             )
-        return stored if stored >= 0 else self._known_class(key, label)
-
-    def _known_class(self, key: str, label: int) -> int:
-        """Class of an image of which the maps say nothing, in the numbering of the maps.
-
-        A folder's own number is of no use where the maps hold the teacher's classes: of some of
-        ImageNet's folders, ImageFolder numbers the first 0.
-        """
-        if self._truth != "maps" or self.store.attrs.get("label_space") != "teacher":
+        if stored >= 0:
+            return stored
+        if self._label_source == "auto" or self.store.attrs.get("label_space") != "teacher":
             return label
+        # The maps hold the teacher's classes, which a folder's own number need not be: of some of
+        # ImageNet's folders, ImageFolder numbers the first 0.
         names = self.store.attrs.get("class_names", [])
         folder = key.partition("/")[0]
         return names.index(folder) if folder in names else -1
 
     def _checked(self, sample: Any) -> tuple[Any, TokenLabelMap]:
-        """What the transform gave back."""
+        """What the transform returned."""
         image, leaf = sample if isinstance(sample, tuple) and len(sample) == 2 else (sample, None)
         if not isinstance(leaf, TokenLabelMap):
             raise TypeError(
-                "transform must give back (image, TokenLabelMap), as it got them; the second is "
+                "transform must return (image, TokenLabelMap), as it got them; the second is "
                 f"{type(leaf).__name__}. Remedy: pipelines of torchvision.transforms.v2 do; leave "
                 "ToTokenLabels out, as grid and shrink go to TokenLabelDataset"
             )

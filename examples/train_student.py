@@ -35,9 +35,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from tokenlabel.dataset import LabelStore, TokenLabelDataset, eval_transform, train_transform
-from tokenlabel.errors import TokenLabelError
-from tokenlabel.supervise import CutMix, MixUp, TokenLabelLoss, TokenStudent
+import tokenlabel as tl
 
 
 def arguments() -> argparse.Namespace:
@@ -116,7 +114,7 @@ class Classes(ImageFolder):
         return folders, {folder: self.names.index(folder) for folder in folders}
 
 
-def class_names(args: argparse.Namespace, store: LabelStore | None) -> list[str]:
+def class_names(args: argparse.Namespace, store: tl.LabelStore | None) -> list[str]:
     """Names of the student's classes: the teacher's where there are labels, else the folders."""
     if store and store.attrs["label_space"] == "teacher":
         return list(store.classes)
@@ -207,16 +205,16 @@ def refuse_other_run(path: Path, saved: dict[str, str], asked: dict[str, str]) -
 
 def train(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
     """Train from the last checkpoint, or the beginning, to the end."""
-    store = LabelStore(args.labels) if args.labels else None
+    store = tl.LabelStore(args.labels) if args.labels else None
     names = class_names(args, store)
 
     torch.manual_seed(args.seed)
     model = timm.create_model(args.model, num_classes=len(names), **args.model_kwargs)
-    bare = TokenStudent(model, image_size=args.size) if store else model
+    bare = tl.TokenStudent(model, image_size=args.size) if store else model
     bare.to(device)
     ema = ModelEmaV3(bare, decay=args.ema) if args.ema else None
 
-    augment = train_transform(
+    augment = tl.train_transform(
         args.size,
         scale=(args.min_scale, 1.0),
         auto_augment=None if args.auto_augment == "none" else args.auto_augment,
@@ -224,15 +222,15 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     )
     dataset: Dataset[Any]
     if store:
-        dataset = TokenLabelDataset(
+        dataset = tl.TokenLabelDataset(
             Classes(args.data / "train", names, None), store, transform=augment, grid=bare.grid
         )
-        criterion = TokenLabelLoss(
+        criterion = tl.TokenLabelLoss(
             dense_weight=args.dense_weight,
             cls_target=args.cls_target,
             label_smoothing=args.label_smoothing,
         )
-        mixes = [MixUp(0.8), CutMix(1.0)]
+        mixes = [tl.MixUp(0.8), tl.CutMix(1.0)]
     else:
         dataset = Classes(args.data / "train", names, augment)
         mixes = [
@@ -242,7 +240,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     mix = v2.RandomChoice(mixes)  # by torchvision's draws in either case
     loader = make_loader(dataset, args, rank, world)
     validation = Classes(
-        args.data / "val", names, eval_transform(args.size, crop_pct=args.crop_pct)
+        args.data / "val", names, tl.eval_transform(args.size, crop_pct=args.crop_pct)
     )
     part = Subset(validation, range(rank, len(validation), world))
     val_loader = DataLoader(part, args.batch_size, num_workers=args.workers)
@@ -341,7 +339,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         train(args, rank, world, device)
-    except (ValueError, OSError, TokenLabelError) as error:
+    except (ValueError, OSError, tl.TokenLabelError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     finally:
         if world > 1:

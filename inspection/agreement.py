@@ -22,12 +22,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..annotate.teacher.annotator import Annotator
 from ..annotate.teacher.passes import onto
-from ..annotate.teacher.timm_teacher import Teacher
+from ..annotate.teacher.rebuild import rebuild_teachers
 from ..dataset.label_map.path import UNIT_BOX, Box
 from ..dataset.store import LabelStore
 from .pictures.image_files import PictureFiles
-from .teacher import rebuild_teachers
 
 #: Fractions of the image's area: the whole, then what RandomResizedCrop takes, in four parts.
 SCALES = ((1.0, 1.0), (0.7, 1.0), (0.4, 0.7), (0.2, 0.4), (0.08, 0.2))
@@ -172,7 +172,9 @@ def random_box(size: tuple[int, int], scale: tuple[float, float], rng: np.random
     return left / width, top / height, (left + w) / width, (top + h) / height
 
 
-def look(teacher: Teacher, other: Teacher | None, image: Image.Image, boxes: Sequence[Box]) -> Live:
+def look(
+    teacher: Annotator, other: Annotator | None, image: Image.Image, boxes: Sequence[Box]
+) -> Live:
     """Run the teacher live on crops of an image, given as boxes (x0, y0, x1, y1), normalised."""
     mirrored = probabilities(teacher, image, boxes, mirrored=True)
     return Live(
@@ -183,7 +185,7 @@ def look(teacher: Teacher, other: Teacher | None, image: Image.Image, boxes: Seq
 
 
 def probabilities(
-    teacher: Teacher,
+    teacher: Annotator,
     image: Image.Image,
     boxes: Sequence[Box],
     *,

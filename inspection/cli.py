@@ -31,7 +31,7 @@ _FOLDER = click.Path(path_type=Path)
     help="As --verify, then delete bad shards after asking: the same `annotate` redoes just them.",
 )
 @click.option("--yes", is_flag=True, help="With --repair: do not ask.")
-@click.option("--workers", type=click.IntRange(0), help="Processes of --verify. [one a core]")
+@click.option("--workers", type=click.IntRange(1), help="Processes of --verify. [one a core]")
 @click.option(
     "--agreement",
     metavar="N",
@@ -180,17 +180,17 @@ def _faults() -> Iterator[list[str]]:
 
 
 def _verify(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -> None:
+    from ..dataset.format.lock import folder_lock
     from ..terminal import progress_bar
     from .splits import split_images
-    from .verify.repair import held, remove_bad_files
-    from .verify.verify import verify
+    from .verify.verify import repair, verify
     from .verify.verify_terminal import print_check
 
     workers = options["workers"] if options["workers"] is not None else cpu_count() or 1
     checks = []
     for split in splits:
         images = options["images"] and split_images(split, options["images"])
-        with held(split) if options["repair"] else nullcontext():
+        with folder_lock(split) if options["repair"] else nullcontext():
             with progress_bar(split.name) as watch:
                 check = verify(split, images, workers, watch)
             removed = []
@@ -199,7 +199,7 @@ def _verify(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -> N
             if options["repair"] and check.bad_files:
                 question = f"Delete {', '.join(check.bad_files)} of {split}?"
                 if options["yes"] or click.confirm(question, err=True):
-                    removed = remove_bad_files(split, check)
+                    removed = repair(split, check)
         checks.append(check.as_dict() | {"removed": [path.name for path in removed]})
         if removed and not as_json:
             click.echo(

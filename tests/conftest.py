@@ -13,6 +13,8 @@ from tokenlabel.annotate.cluster.session import ray_session
 from tokenlabel.annotate.sample import sample_folder
 
 torch.set_num_threads(1)
+# Seconds that Ray waits for its server, which starts late on a busy machine.
+os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "300")
 # CI tries the same examples each time; elsewhere they differ from run to run.
 hypothesis.settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("default")

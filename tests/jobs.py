@@ -45,19 +45,22 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
-def run(*command: str, timeout: float = 300) -> "subprocess.CompletedProcess[str]":
-    """Run a command to its end."""
+def run(
+    *command: str, variables: dict[str, str] | None = None, timeout: float | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command to its end, with these variables in its environment."""
+    env = environment() | (variables or {})
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=environment(), check=False
+        command, capture_output=True, text=True, timeout=timeout, env=env, check=False
     )
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of the files that must be equal from run to run: all but the report."""
+    """sha256 of the files that must be equal from run to run: all but the report and the lock."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
-        if path.name != "report.json"
+        if path.name not in ("report.json", ".lock")
     }
 
 

@@ -7,7 +7,7 @@ from torchvision.transforms.v2 import functional as F
 
 from tokenlabel.dataset import MapLayout, TokenLabelMap, TokenLabels, TokenWindows
 from tokenlabel.dataset.label_map.label_map import shuffled
-from tokenlabel.dataset.targets.token_labels import WORDS
+from tokenlabel.dataset.targets.record import WORDS
 
 SIZE = (32, 32)
 

@@ -113,7 +113,7 @@ def test_annotate_reports_and_says_what_is_next(sample: Path, tmp_path: Path) ->
     for state in ("1 new, 0 kept", "0 new, 1 kept"):
         text = invoke(*command)
         assert state in text.replace("\n", " ")
-        assert "teacher accuracy" in text and "bytes an image" in text
+        assert "teacher accuracy" in text and "bytes per image" in text
         assert f"Next: python cli.py inspect-labels {tmp_path}" in text.replace("\n", "")
     assert "k: 16 there, 5 now" in invoke(*command, "--k", 5, code=1)
 

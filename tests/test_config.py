@@ -50,24 +50,23 @@ def test_what_is_stored() -> None:
         ("kk: 5", "kk: unknown key (value 5). Remedy: did you mean 'k'?"),
         ("zzzz: 5", "zzzz: unknown key (value 5). Remedy: one of data, split"),
         ("k: ten", "k: Input should be a valid integer, got 'ten'. Remedy: set k: classes to"),
-        ("k: '10'", "k: Input should be a valid integer, got '10'. Remedy: set k: "),
         ("k: 0", "k: Input should be greater than or equal to 1, got 0. Remedy: set k: "),
         ("batch_size: 1.5", "batch_size: Input should be a valid integer"),
-        ("channels_last: 1", "channels_last: Input should be a valid boolean, got 1"),
         ("precision: fp8", "precision: Input should be 'float32', 'bfloat16' or 'float16'"),
         ("input_size: [[1, 2, 3]]", "input_size: must be a side, or a list of sides and pairs"),
-        ("input_size: []", "input_size: must be a side, or a list of sides and pairs"),
-        ("step: 0.01", "step: must be 0 or from 0.0625 to 1, got 0.01. Remedy: set step: nats"),
-        ("floor: 1", "floor: Input should be less than 1, got 1"),
+        ("step: 0.01", "step: must be 0 or from 0.0625 to 1, got 0.01. Remedy: set step: -log"),
         ("compact: 1", "compact: Input should be a valid boolean, got 1"),
         ("views: [hflip]", "views: must be [identity] or [identity, hflip], got ['hflip']"),
         ("split: ../x", "split: must be a folder inside `data`, such as train, got '../x'"),
-        ("model: ''", "model: must not be empty"),
+        ("model: ''", "model: String should have at least 1 character, got ''. Remedy: set model"),
         ("device: cpu\nprecision: float16", "precision float16 needs a GPU"),
         ("- k", "must be `key: value` lines, got a list"),
         ("k: [1", "not valid YAML: while parsing a flow sequence"),
-        ("a: &x [1]\nb: *x", "YAML aliases (*name) are not used"),
         ("k: 5\nseed: 1\nk: 7", "given twice: k. Remedy: keep one"),
+        ("k: 1\n---\nk: 2", "not valid YAML: expected a single document"),
+        ("k: 9999-99-99", "not valid YAML: month must be in 1..12"),
+        ("? [a, b]\n: 1", "not valid YAML: while constructing a mapping"),
+        ("7: 1", "must be `key: value` lines"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML: could not determine"),
     ],
 )
@@ -80,7 +79,7 @@ def test_faults_name_file_key_value_and_remedy(tmp_path: Path, text: str, messag
     assert message in str(caught.value)
 
 
-def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("k: 0\nmodle: x")
     with pytest.raises(ConfigError, match=r"(?s)k: .*modle: .*did you mean 'model'"):
         load_config(str(tmp_path / "mine.yaml"))
@@ -91,23 +90,14 @@ def test_a_fault_of_an_option_is_not_blamed_on_the_file() -> None:
         load_config("sample", {"k": 0})
 
 
-def test_unknown_and_odd_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"neither a file nor one of .*nfnet_f6.*sample"):
+def test_unknown_unreadable_and_empty_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"neither a file nor a shipped one .*nfnet_f6.*sample"):
         load_config("nope")
     (tmp_path / "latin.yaml").write_bytes(b"model: \xff")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(str(tmp_path / "latin.yaml"))
-    (tmp_path / "long.yaml").write_text("#" * (1 << 21))
-    with pytest.raises(ConfigError, match="has at most"):
-        load_config(str(tmp_path / "long.yaml"))
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert load_config(str(tmp_path / "empty.yaml")) == AnnotateConfig()
-    (tmp_path / "deep.yaml").write_text("[" * 8_000)
-    with pytest.raises(ConfigError, match="more than 64 brackets"):
-        load_config(str(tmp_path / "deep.yaml"))
-    (tmp_path / "deep.yaml").write_text("- " * 8_000)
-    with pytest.raises(ConfigError, match=r"not valid YAML|must be `key: value` lines"):
-        load_config(str(tmp_path / "deep.yaml"))
 
 
 def test_every_option_is_on_the_command_line() -> None:
@@ -135,15 +125,14 @@ def test_sizes_on_the_command_line_are_those_of_the_file(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--k", "0"], "option k: Input should be greater than or equal to 1, got 0"),
         (["--k", "many"], "option k: Input should be a valid integer, got 'many'"),
-        (["--views", "hflip"], "option views: must be [identity] or [identity, hflip]"),
         (["--input-size", "[[1,2,3]]"], "option input_size: must be a side, or a list"),
         (["--input-size", "[1"], "'[1' is not a value"),
         (["--precision", "int4"], "'int4' is not one of 'float32', 'bfloat16', 'float16'"),
-        (["--data", "/nowhere"], "no folder /nowhere/train: `data` must hold a folder a split"),
-        (["--config", "nope"], "no configuration 'nope'"),
-        (["--nope"], "No such option"),
+        (
+            ["--data", "/nowhere"],
+            "no folder /nowhere/train: `data` must hold a folder for each split",
+        ),
     ],
 )
 def test_bad_options_end_with_status_2_and_no_traceback(

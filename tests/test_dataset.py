@@ -24,7 +24,7 @@ from tokenlabel.dataset import (
     ToTokenLabels,
     train_transform,
 )
-from tokenlabel.dataset.sources.image_source import ImageSource
+from tokenlabel.dataset.keyed_images import KeyedImages
 from tokenlabel.errors import MissingMapError
 
 GRID = (3, 4)
@@ -155,9 +155,9 @@ def test_keys_are_relative_to_the_root_however_it_is_spelt(
     folder = ImageFolder(images)
     name = Path(folder.samples[3][0]).relative_to(images)
     for root in (str(images), f"{images}/", images.name, f"./{images.name}/"):
-        assert ImageSource(root, None).key(3) == name.as_posix()
+        assert KeyedImages(root, None).key(3) == name.as_posix()
     folder.samples[3] = (images.parent / ".." / images.parent.name / images.name / name, 0)
-    assert ImageSource(folder, None).key(3) == name.as_posix()
+    assert KeyedImages(folder, None).key(3) == name.as_posix()
 
 
 # timm's reader leaves its files to the garbage collector.
@@ -231,7 +231,7 @@ def test_sources_that_cannot_be_matched(images: Path, labels: Path) -> None:
 
     with pytest.raises(TypeError, match="map-style data set"):
         TokenLabelDataset(Stream(), labels)
-    with pytest.raises(TypeError, match=r"does not tell the files of its images. Remedy: pass key"):
+    with pytest.raises(TypeError, match=r"does not name the files of its images. Remedy: pass key"):
         TokenLabelDataset([(1, 2)], labels)
     image = PIL.Image.new("RGB", (4, 4))
     cases: list[tuple[Any, str]] = [

@@ -1,6 +1,8 @@
-"""Every Python block of the documentation runs, on real labels, and says what is true."""
+"""Every example of the documentation and of docstrings runs, on real labels, and is true."""
 
 import ast
+import doctest
+import importlib
 import io
 import re
 import subprocess
@@ -15,9 +17,9 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+import tokenlabel as tl
 from tests.jobs import config
 from tokenlabel.annotate import annotate
-from tokenlabel.dataset import LabelStore
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -149,7 +151,7 @@ def test_the_diff_leads_from_a_script_that_runs_to_the_one_shown(here: Path) -> 
     }
     (after,) = sections()[diff.section]
     assert sides["+"] == after.text
-    added = [line for line in diff.text.splitlines() if re.match(r"\+(?!from|$)", line)]
+    added = [line for line in diff.text.splitlines() if re.match(r"\+(?!import|$)", line)]
     assert len(added) == 3
     execute(diff, sides["-"])
 
@@ -188,5 +190,35 @@ np.save("dense.npy", probabilities("labels/train/shard-00001-of-00002.h5", 7))
     command = [sys.executable, "-W", "error", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    dense = LabelStore("labels/train")[15].dense()
+    dense = tl.LabelStore("labels/train")[15].dense()
     np.testing.assert_allclose(np.load("dense.npy"), dense, rtol=1e-4, atol=1e-7)
+
+
+def test_links_lead_to_files() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    links = [
+        page.parent / link
+        for page in pages
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    ]
+    assert len(links) > 30
+    assert [link for link in links if not link.exists()] == []
+
+
+def modules_with_examples() -> list[str]:
+    """Modules of the package whose docstrings have examples."""
+    rooms = ("annotate", "dataset", "inspection", "supervise")
+    paths = [path for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
+    return [
+        ".".join(("tokenlabel", *path.relative_to(ROOT).with_suffix("").parts))
+        for path in paths
+        if ">>> " in path.read_text()
+    ]
+
+
+@pytest.mark.parametrize("module", modules_with_examples())
+def test_examples_in_docstrings(module: str, here: Path) -> None:
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    names = {"np": np, "tl": tl, "torch": torch}
+    result = doctest.testmod(importlib.import_module(module), extraglobs=names, optionflags=flags)
+    assert result.attempted and not result.failed

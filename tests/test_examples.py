@@ -1,7 +1,9 @@
 """The examples, run as a user runs them, on a few small images."""
 
+import contextlib
 import csv
 import importlib.util
+import io
 import json
 import re
 import subprocess
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from tests.jobs import environment
+from tests.jobs import run as run_command
 from tokenlabel.annotate import annotate
 from tokenlabel.annotate.config import load_config
 from tokenlabel.dataset import LabelStore
@@ -41,32 +44,30 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def run(*command: object, status: int = 0) -> str:
-    """Run a script in a process of its own; return what it prints."""
-    arguments = [sys.executable, *map(str, command)]
-    done = subprocess.run(
-        arguments, capture_output=True, text=True, timeout=300, env=environment(), check=False
+def run_until(path: Path, *command: object) -> None:
+    """Run a script in a process of its own, and kill that as soon as the script has written a file.
+
+    One thread, as in this process: sums of floats depend on it.
+    """
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=environment() | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
     )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def kill_when(path: Path, command: list[str]) -> None:
-    """Start a command and kill it as soon as it has written a file."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=environment(), **quiet)
-    deadline = time.monotonic() + 200
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not path.exists() and process.poll() is None:
         time.sleep(0.002)
     process.kill()
     process.wait()
     assert path.exists()
 
 
-def call(path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    """Run a script in this process."""
-    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
-    load(path).main()
+def run(path: Path, *arguments: object) -> str:
+    """Run a script in this process; return what it prints."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        load(path).main()
+    return said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +76,11 @@ def data(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("images")
     for split in ("train", "val"):
         for number, path in enumerate(sorted((sample / split).rglob("*.jpg"))):
-            picture = PIL.Image.open(path).resize((64, 64))
+            image = PIL.Image.open(path).resize((64, 64))
             folder = root / split / CLASSES[number % 2]
             folder.mkdir(parents=True, exist_ok=True)
             for corner in (0, 32):
-                tile = picture.crop((corner, corner, corner + 32, corner + 32))
+                tile = image.crop((corner, corner, corner + 32, corner + 32))
                 tile.save(folder / f"{number:02d}-{corner}.png")
     return root
 
@@ -89,8 +90,7 @@ def work(data: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -
     """Steps 2 and 3 of the CIFAR-10 example: teacher and labels, at 64 px instead of 256."""
     work = tmp_path_factory.mktemp("work")
     small = ("--size", 64, "--views", 2, "--epochs", 1, "--batch-size", 8)
-    with pytest.MonkeyPatch.context() as patch:
-        call(CIFAR / "fit_teacher.py", patch, "--data", data, "--out", work, *small)
+    run(CIFAR / "fit_teacher.py", "--data", data, "--out", work, *small)
     for split in ("train", "val"):
         given: dict[str, Any] = {
             "data": str(data),
@@ -109,13 +109,13 @@ def work(data: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -
 
 def test_the_images_are_exported_once(tmp_path: Path) -> None:
     export = load(CIFAR / "prepare.py").export
-    pictures = [(PIL.Image.new("RGB", (4, 4), (i, 0, 0)), i % 2) for i in range(7)]
-    assert export(pictures, CLASSES, 2, tmp_path / "train") == 4
+    images = [(PIL.Image.new("RGB", (4, 4), (i, 0, 0)), i % 2) for i in range(7)]
+    assert export(images, CLASSES, 2, tmp_path / "train") == 4
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
     assert files == [f"train/{c}/0000{i}.png" for c in CLASSES for i in range(2)]
     assert PIL.Image.open(tmp_path / "train/odd/00001.png").getpixel((0, 0)) == (3, 0, 0)
     assert export([], CLASSES, 2, tmp_path / "train") == 4
-    assert export(pictures, CLASSES, 0, tmp_path / "val") == 7
+    assert export(images, CLASSES, 0, tmp_path / "val") == 7
 
 
 def test_the_fitted_teacher_annotates(work: Path) -> None:
@@ -125,13 +125,14 @@ def test_the_fitted_teacher_annotates(work: Path) -> None:
     assert json.loads((work / "labels" / "val" / "report.json").read_text())["top1"] is not None
 
 
-SMALL = ("--width", 32, "--depth", 1, "--batch-size", 8)
+#: Small students in the table's place, on as many threads as a killed process has.
+SMALL = ("--width", 32, "--depth", 1, "--batch-size", 8, "--threads", 1)
 
 
 def test_the_table_resumes(data: Path, work: Path) -> None:
-    command = (CIFAR / "compare.py", "--data", data, "--work", work, *SMALL, "--seeds", 2)
-    command = (*command, "--epochs", 2)
-    first = run(*command)
+    table = (CIFAR / "compare.py", "--data", data, "--work", work, *SMALL, "--seeds", 2)
+    table = (*table, "--epochs", 2)
+    first = run(*table)
     names = re.findall(r"^\| \((.)\) .* \| [\d.]+ \| [\d.]+ \| ", first, re.MULTILINE)
     assert names == ["a", "b", "c", "d"] and "annotator itself" in first
     assert first.count("epoch 2/2") == 2
@@ -139,27 +140,25 @@ def test_the_table_resumes(data: Path, work: Path) -> None:
     results = work / "results.jsonl"
     lines = results.read_text().split("\n")
     assert [json.loads(line)["arm"] for line in lines[1:]] == [*"abcdabcd"]
-    # Killed in the midst of the last line: that arm and seed alone are redone, and the same.
+    # Killed in the middle of the last line: that arm and seed alone are redone, and the same.
     results.write_text("\n".join([*lines[:-1], lines[-1][:40]]))
-    second = run(*command)
+    second = run(*table)
     assert second.count("epoch 1/2") == 1 and "(d)" in second and "(c) 0" not in second
-    table = first[first.index("| supervision") :]
-    assert second.endswith(table)
-    assert run(*command) == table
+    end = first[first.index("| supervision") :]
+    assert second.endswith(end)
+    assert run(*table) == end
 
 
 def test_a_killed_comparison_ends_as_an_undisturbed_one(data: Path, work: Path) -> None:
     given = ("--data", data, "--work", work, *SMALL, "--seeds", 1, "--epochs", 3, "--arms", "bd")
-    command = [sys.executable, *map(str, (CIFAR / "compare.py", *given))]
     state = work / "seed-0.pt"
     state.unlink(missing_ok=True)
-    kill_when(state, command)
-    said = run(*command[1:])
-    assert "epoch 1/3" not in said
+    run_until(state, CIFAR / "compare.py", *given)
+    assert "epoch 1/3" not in run(CIFAR / "compare.py", *given)
     killed = torch.load(state, weights_only=True)
     state.unlink()
     (work / "results.jsonl").unlink()
-    run(*command[1:])
+    run(CIFAR / "compare.py", *given)
     whole = torch.load(state, weights_only=True)
     for arm in "bd":
         for name, value in whole[arm]["student"].items():
@@ -193,6 +192,9 @@ def test_boxes_are_where_the_crops_come_from(data: Path) -> None:
     assert seen == {(0, False), (0, True)}
 
 
+SCRIPT = EXAMPLES / "train_student.py"
+
+
 def weights(out: Path) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(out / "checkpoint.pt", weights_only=True)
     return state
@@ -204,17 +206,14 @@ def rows(out: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("mix", [0, 1])
-def test_labels_are_the_only_difference(
-    mix: int, data: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_labels_are_the_only_difference(mix: int, data: Path, work: Path, tmp_path: Path) -> None:
     """With labels that weigh nothing, the student becomes the one without labels."""
-    script = EXAMPLES / "train_student.py"
     # Plain and slow, so that the last bits of two ways to the same loss stay the last bits.
     common = ["--data", data, *STUDENT, "--epochs", 2, "--opt", "sgd", "--lr", 1e-3, "--mix", mix]
     labels = ["--labels", work / "labels" / "train"]
-    call(script, monkeypatch, *common, "--out", tmp_path / "without")
-    call(script, monkeypatch, *common, "--out", tmp_path / "with", *labels)
-    call(script, monkeypatch, *common, "--out", tmp_path / "zero", *labels, "--dense-weight", 0)
+    run(SCRIPT, *common, "--out", tmp_path / "without")
+    run(SCRIPT, *common, "--out", tmp_path / "with", *labels)
+    run(SCRIPT, *common, "--out", tmp_path / "zero", *labels, "--dense-weight", 0)
     losses = {
         n: [float(row["loss"]) for row in rows(tmp_path / n)] for n in ("without", "with", "zero")
     }
@@ -228,15 +227,14 @@ def test_labels_are_the_only_difference(
 def test_a_killed_run_ends_as_an_undisturbed_one(data: Path, work: Path, tmp_path: Path) -> None:
     labels = work / "labels" / "train"
     command = [
-        *(EXAMPLES / "train_student.py", "--data", data, "--labels", labels, *STUDENT),
+        *(SCRIPT, "--data", data, "--labels", labels, *STUDENT),
         *("--epochs", 4, "--ema", 0.9, "--mix", 0.5),
     ]
     run(*command, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
-    kill_when(out / "checkpoint.pt", [sys.executable, *map(str, command), "--out", str(out)])
+    run_until(out / "checkpoint.pt", *command, "--out", out)
     epoch = weights(out)["epoch"]
-    said = run(*command, "--out", out)
-    assert f"resuming after epoch {epoch} " in said
+    assert f"resuming after epoch {epoch} " in run(*command, "--out", out)
     one, other = weights(tmp_path / "whole"), weights(out)
     for part in ("model", "ema"):
         assert one[part].keys() == other[part].keys()
@@ -246,19 +244,20 @@ def test_a_killed_run_ends_as_an_undisturbed_one(data: Path, work: Path, tmp_pat
         for n in ("whole", "killed")
     ]
     assert logs[0] == logs[1] and len(logs[0]) == 4
-
-    refusal = run(*command, "--out", out, "--lr", "0.5", status=1)
-    assert "lr: 0.001 then, 0.5 now" in refusal and "Remedy" in refusal
+    with pytest.raises(SystemExit, match=r"(?s)lr: 0.001 then, 0.5 now.*Remedy"):
+        run(*command, "--out", out, "--lr", "0.5")
 
 
 def test_two_processes(data: Path, work: Path, tmp_path: Path) -> None:
-    said = run(
+    command = [
         *("-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone"),
-        *("--local-addr", "127.0.0.1"),
-        *(EXAMPLES / "train_student.py", "--data", data, "--labels", work / "labels" / "train"),
+        *("--local-addr", "127.0.0.1", SCRIPT),
+        *("--data", data, "--labels", work / "labels" / "train"),
         *(*STUDENT, "--epochs", 2, "--ema", 0.5, "--out", tmp_path / "out"),
-    )
-    assert said.count("epoch 2, ") == 1  # by the first process alone
+    ]
+    done = run_command(sys.executable, *map(str, command))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("epoch 2, ") == 1  # by the first process alone
     assert [row["epoch"] for row in rows(tmp_path / "out")] == ["1", "2"]
     assert weights(tmp_path / "out")["epoch"] == 2
 
@@ -275,34 +274,24 @@ def test_two_processes(data: Path, work: Path, tmp_path: Path) -> None:
         (["--labels", "nowhere"], "nowhere"),
     ],
 )
-def test_wrong_arguments_are_told(
+def test_wrong_arguments_are_reported(
     arguments: list[object],
     message: str,
     data: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = ["--data", data, "--out", tmp_path, *STUDENT, *arguments]
     with pytest.raises(SystemExit) as stopped:
-        call(EXAMPLES / "train_student.py", monkeypatch, *given)
+        run(SCRIPT, "--data", data, "--out", tmp_path, *STUDENT, *arguments)
     assert stopped.value.code not in (0, None)
     assert message in capsys.readouterr().err + str(stopped.value.code)
 
 
-def test_classes_that_no_label_knows_are_refused(
-    data: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_classes_that_no_label_knows_are_refused(data: Path, work: Path, tmp_path: Path) -> None:
     other = tmp_path / "data"
     for split in ("train", "val"):
         (other / split).mkdir(parents=True)
         (other / split / "strange").symlink_to(data / split / "odd")
     given = ["--data", other, "--out", tmp_path / "out", *STUDENT]
     with pytest.raises(SystemExit, match="strange are not"):
-        call(
-            EXAMPLES / "train_student.py",
-            monkeypatch,
-            *given,
-            "--labels",
-            work / "labels" / "train",
-        )
+        run(SCRIPT, *given, "--labels", work / "labels" / "train")

@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 from torchvision.datasets.folder import pil_loader
 
-from tokenlabel.annotate import images as decoding
 from tokenlabel.annotate.images import decode_batch, file_digest, join_batches
+from tokenlabel.dataset.sources import folder
+from tokenlabel.dataset.sources.folder import FolderSource
+from tokenlabel.errors import StorageError
 
 
 def image(mode: str, size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -49,7 +51,7 @@ def rotated_jpeg() -> bytes:
 def test_readable_images_are_what_the_student_sees(tmp_path: Path, mode: str, kind: str) -> None:
     path = tmp_path / "a.jpg"  # the ending does not decide
     image(mode).save(path, kind)
-    batch = decode_batch(str(tmp_path), ["a.jpg"], [(24, 20), (9, 30)], "bicubic")
+    batch = decode_batch(FolderSource(tmp_path), ["a.jpg"], [(24, 20), (9, 30)], "bicubic")
     assert batch.errors == [""]
     assert batch.sizes.tolist() == [[40, 30]]
     assert [images.shape for images in batch.images] == [(1, 24, 20, 3), (1, 9, 30, 3)]
@@ -61,7 +63,7 @@ def test_readable_images_are_what_the_student_sees(tmp_path: Path, mode: str, ki
 
 def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(rotated_jpeg())
-    batch = decode_batch(str(tmp_path), ["a.jpg"], [(30, 40)], "nearest")
+    batch = decode_batch(FolderSource(tmp_path), ["a.jpg"], [(30, 40)], "nearest")
     assert batch.sizes.tolist() == [[40, 30]]
     want = np.asarray(pil_loader(str(tmp_path / "a.jpg")))
     np.testing.assert_array_equal(batch.images[0][0], want)
@@ -80,7 +82,7 @@ def test_bad_files_become_rows_and_their_neighbours_stay(
     (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "pipe.jpg")
     Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(decoding, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(folder, "MAX_FILE_BYTES", 100_000)
     (tmp_path / "huge.jpg").write_bytes(good + b"\0" * 100_000)
     reasons = {
         "bomb.png": "too many pixels: Image size (400000000 pixels) exceeds limit",
@@ -94,13 +96,13 @@ def test_bad_files_become_rows_and_their_neighbours_stay(
         "script.jpg": "not an image, or its header is damaged",
         "text.jpg": "not an image, or its header is damaged",
     }
-    batch = decode_batch(str(tmp_path), list(reasons), [(8, 8)], "bicubic")
+    batch = decode_batch(FolderSource(tmp_path), list(reasons), [(8, 8)], "bicubic")
     for error, (name, reason) in zip(batch.errors, reasons.items(), strict=True):
         assert error.startswith(reason) and bool(error) == bool(reason), name
         assert str(tmp_path) not in error and "0x" not in error
-    again = decode_batch(str(tmp_path), list(reasons), [(8, 8)], "bicubic")
+    again = decode_batch(FolderSource(tmp_path), list(reasons), [(8, 8)], "bicubic")
     assert again.errors == batch.errors, "error texts belong to the bytes of a shard"
-    alone = [decode_batch(str(tmp_path), [name], [(8, 8)], "bicubic") for name in reasons]
+    alone = [decode_batch(FolderSource(tmp_path), [name], [(8, 8)], "bicubic") for name in reasons]
     joined = join_batches(alone)
     for got, want in zip((*joined.images, *joined[1:]), (*batch.images, *batch[1:]), strict=True):
         np.testing.assert_array_equal(got, want)
@@ -118,11 +120,11 @@ def test_damaged_bytes_never_raise(tmp_path: Path, kind: str) -> None:
             damaged[place] = int(rng.integers(0, 256))
         names.append(f"{number}.jpg")
         (tmp_path / names[-1]).write_bytes(damaged)
-    batch = decode_batch(str(tmp_path), names, [(8, 8)], "bilinear")
+    batch = decode_batch(FolderSource(tmp_path), names, [(8, 8)], "bilinear")
     for size, error in zip(batch.sizes, batch.errors, strict=True):
         assert bool(error) != bool(size.any())
 
 
 def test_a_node_without_the_images_is_no_bad_image(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"is not there on this node. Remedy: mount it"):
-        decode_batch(str(tmp_path / "nope"), ["a.jpg"], [(8, 8)], "bicubic")
+    with pytest.raises(StorageError, match=r"is not there on this node. Remedy: mount it"):
+        decode_batch(FolderSource(tmp_path / "nope"), ["a.jpg"], [(8, 8)], "bicubic")

@@ -1,5 +1,6 @@
 """The job on a real Ray: what it stores, resumes, refuses and reports."""
 
+import doctest
 import json
 import re
 import shutil
@@ -13,10 +14,12 @@ import torch
 from PIL import Image
 
 from tests.jobs import assert_nearly_equal, config, digests
-from tokenlabel.annotate import annotate
+from tokenlabel.annotate import annotate, job
+from tokenlabel.annotate.report import Tally
 from tokenlabel.annotate.teacher.weights import load_weights
 from tokenlabel.dataset.format.lock import folder_lock
 from tokenlabel.dataset.format.score_map import DROPPED, MapLayout
+from tokenlabel.dataset.format.sums import file_sha256, read_sums
 from tokenlabel.dataset.store import LabelStore
 from tokenlabel.errors import (
     ConfigError,
@@ -82,20 +85,17 @@ def test_maps_are_those_of_a_plain_loop_over_timm(
         assert timm.data.ImageNetInfo().index_to_label_name(entry.label) == key.split("/")[0]
 
 
-@pytest.mark.parametrize("teachers", [1, 2])
-def test_bytes_do_not_depend_on_teachers_or_window(
-    sample: Path, labels: tuple[Path, dict[str, str]], tmp_path: Path, teachers: int
-) -> None:
-    annotate(config(sample, tmp_path, teachers=teachers, window=teachers))
-    assert digests(tmp_path / "train") == labels[1]
-
-
-def test_other_threads_change_a_code_by_one_here_and_there(
+def test_bytes_do_not_depend_on_teachers_or_window_and_progress_reaches_the_end(
     sample: Path, labels: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:
-    """As another processor does: the threads share the terms of a sum in another way."""
-    annotate(config(sample, tmp_path, threads=2))
-    assert_nearly_equal(labels[0] / "train", tmp_path / "train")
+    seen: list[tuple[int, int, int]] = []
+    annotate(
+        config(sample, tmp_path, teachers=2, window=1),
+        lambda tally, images, rows: seen.append((tally.images, images, rows)),
+    )
+    assert digests(tmp_path / "train") == labels[1]
+    assert seen[-1] == (16, 16, 16)
+    assert [images for images, _, _ in seen] == sorted(images for images, _, _ in seen)
 
 
 def test_a_job_of_mixed_machines_resumes_and_says_it_once(
@@ -104,6 +104,7 @@ def test_a_job_of_mixed_machines_resumes_and_says_it_once(
     copy: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Another number of threads divides the terms of a sum otherwise, as another processor does."""
     (copy / "train" / "shard-00000-of-00002.h5").unlink()
     report = annotate(config(sample, copy, threads=2))
     assert (report.written, report.skipped) == (1, 1)
@@ -114,6 +115,11 @@ def test_a_job_of_mixed_machines_resumes_and_says_it_once(
     saved = json.loads((copy / "train" / "report.json").read_text())
     assert saved["libraries"] == report.libraries
     assert [one["torch"] for one in report.libraries] == [version("torch")] * 2
+
+
+def test_the_docstring_s_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert doctest.testmod(job) == (0, 3), "failures, attempts"
 
 
 def test_resume_makes_only_what_is_missing(
@@ -129,6 +135,34 @@ def test_resume_makes_only_what_is_missing(
     assert digests(copy / "train") == labels[1]
     assert (report.images, report.labelled) == (16, 16), "the report is of the whole split"
     assert report.images_per_second and report.busy and 0 < report.busy <= 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"{'0' * 64}  shard-00000-of-00002.h5\n", "damaged"],
+    ids=["wrong for the lost shard, none for the other, as after SIGKILL", "damaged"],
+)
+def test_checksums_are_completed(
+    sample: Path, labels: tuple[Path, dict[str, str]], copy: Path, text: str
+) -> None:
+    folder = copy / "train"
+    files = {name: sha for name, sha in labels[1].items() if name != "SHA256SUMS"}
+    assert read_sums(folder) == files
+    (folder / "SHA256SUMS").write_text(text)
+    (folder / "shard-00000-of-00002.h5").unlink()
+    annotate(config(sample, copy))
+    assert read_sums(folder) == files
+
+
+def test_a_stopped_job_lists_the_checksums_of_what_it_wrote(sample: Path, tmp_path: Path) -> None:
+    def stop(tally: Tally, *_: int) -> None:
+        if tally.written:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        annotate(config(sample, tmp_path, shard_size=5), stop)
+    listed = read_sums(tmp_path / "train")
+    assert listed and listed == {name: file_sha256(tmp_path / "train" / name) for name in listed}
 
 
 def test_a_finished_split_needs_no_ray(
@@ -177,7 +211,7 @@ def test_changed_images_are_refused(sample: Path, copy: Path, tmp_path: Path) ->
     assert annotate(config(data, copy, rescan=False)).skipped == 2, "the manifest is trusted"
 
 
-def test_a_damaged_manifest_is_made_anew(
+def test_a_damaged_manifest_is_rebuilt(
     sample: Path, labels: tuple[Path, dict[str, str]], copy: Path
 ) -> None:
     path = copy / "train" / "manifest"
@@ -288,20 +322,10 @@ def test_labels_of_folders_that_no_teacher_knows(sample: Path, tmp_path: Path) -
         ({"split": "test"}, ConfigError, "holds train, val"),
     ],
 )
-def test_faults_are_told_before_anything_is_written(
+def test_faults_are_reported_before_anything_is_written(
     sample: Path, tmp_path: Path, change: dict, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error) as caught:
         annotate(config(sample, tmp_path / "out", **change))
     assert message in str(caught.value)
     assert not list((tmp_path / "out").rglob("shard-*"))
-
-
-def test_progress_reaches_the_end(sample: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int, int]] = []
-    annotate(
-        config(sample, tmp_path),
-        lambda tally, images, rows: seen.append((tally.images, images, rows)),
-    )
-    assert seen[-1] == (16, 16, 16)
-    assert [images for images, _, _ in seen] == sorted(images for images, _, _ in seen)

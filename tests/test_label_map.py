@@ -23,8 +23,8 @@ from torchvision.transforms.v2.functional._utils import _KERNEL_REGISTRY
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.label_map.label_map import TokenLabelMap
 from tokenlabel.dataset.label_map.path import PixelPath
+from tokenlabel.dataset.targets.record import Records, pack, read_layout
 from tokenlabel.dataset.targets.token_labels import TokenLabels
-from tokenlabel.dataset.targets.windows import plane
 from tokenlabel.dataset.transforms.to_token_labels import ToTokenLabels
 
 SIZE = (120, 160)
@@ -45,6 +45,12 @@ def a_map(size: tuple[int, int] = SIZE, *, seed: int = 0, **options: Any) -> Tok
 
 def an_image(size: tuple[int, int] = SIZE) -> tv_tensors.Image:
     return tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8))
+
+
+def plane(made: TokenLabelMap, name: str) -> torch.Tensor:
+    """A plane of a map's record, as targets read it."""
+    data = pack([made], None, 0.0)
+    return Records(data, read_layout(data)).plane(name)[0]
 
 
 def same(one: TokenLabelMap, other: TokenLabelMap) -> bool:
@@ -77,13 +83,12 @@ def test_from_scores_keeps_what_it_was_given() -> None:
     assert "5x6 cells" in repr(made)
     scores, classes, rest = a_view()
     level = torch.cat([scores, rest[..., None]], -1).logsumexp(-1)
-    labels = TokenLabels.of(made)[None]
-    codes = plane(labels, "codes")[0]
+    codes = plane(made, "codes")
     torch.testing.assert_close(
         codes, (level[..., None] - scores).permute(2, 0, 1), atol=0.01, rtol=0
     )
-    assert torch.equal(plane(labels, "classes")[0].permute(1, 2, 0).long(), classes)
-    torch.testing.assert_close(plane(labels, "level")[0], level, atol=0.01, rtol=0)
+    assert torch.equal(plane(made, "classes").permute(1, 2, 0).long(), classes)
+    torch.testing.assert_close(plane(made, "level"), level, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64])
@@ -94,7 +99,7 @@ def test_numpy_arrays(dtype: Any, writeable: bool) -> None:
     for array in (scores, rest, classes):
         array.flags.writeable = writeable
     made = TokenLabelMap.from_scores(scores, classes, rest, canvas_size=SIZE)
-    assert plane(TokenLabels.of(made)[None], "classes")[0, :, 1, 2].tolist() == [0, 1, 2, 3]
+    assert plane(made, "classes")[:, 1, 2].tolist() == [0, 1, 2, 3]
 
 
 def test_the_number_of_classes_is_read_off_the_ids() -> None:

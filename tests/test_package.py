@@ -1,4 +1,4 @@
-"""Packaging: one import name, light imports, a complete wheel, a CLI that finds .venv."""
+"""Packaging: light imports, no circles, a complete wheel, a command that finds .venv."""
 
 import os
 import subprocess
@@ -10,40 +10,66 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import tokenlabel
 from tokenlabel.cli import main
 
 ROOT = Path(__file__).parents[1]
+ROOMS = ("annotate", "configs", "dataset", "inspection", "supervise")
 
 
-def python(code: str, *arguments: str, cwd: Path | None = None) -> str:
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+def python(code: str, *arguments: object, cwd: Path, **variables: str) -> str:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, **variables},
+    )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout.strip()
 
 
 @pytest.mark.parametrize(
-    ("module", "unwanted"),
+    ("modules", "unwanted"),
     [
-        ("tokenlabel.dataset", ["ray", "timm", "click", "pydantic", "rich"]),
-        ("tokenlabel.dataset.transforms.recipe", ["ray", "timm", "click", "pydantic", "rich"]),
-        ("tokenlabel.supervise", ["ray", "timm", "click", "pydantic", "rich", "transformers"]),
+        ("tokenlabel", ["torch", "numpy"]),
+        (
+            "tokenlabel.dataset, tokenlabel.dataset.transforms.recipe, tokenlabel.supervise",
+            ["ray", "timm", "click", "pydantic", "rich", "transformers"],
+        ),
         ("tokenlabel.annotate.images", ["torch", "ray", "timm", "pydantic", "h5py"]),
-        ("tokenlabel.annotate.cluster.pool", ["torch", "timm"]),
-        ("tokenlabel.annotate.job", ["torch", "timm"]),
+        ("tokenlabel.annotate.job, tokenlabel.annotate.cluster.pool", ["torch", "timm"]),
         ("tokenlabel.cli", ["torch", "timm", "ray"]),
     ],
 )
-def test_imports_are_light(module: str, unwanted: list[str], tmp_path: Path) -> None:
-    code = f"import sys, {module}; print([name for name in {unwanted} if name in sys.modules])"
-    assert python(code, cwd=tmp_path).strip() == "[]"
+def test_imports_are_light(modules: str, unwanted: list[str], tmp_path: Path) -> None:
+    code = f"import sys, {modules}; print([name for name in {unwanted} if name in sys.modules])"
+    assert python(code, cwd=tmp_path) == "[]"
 
 
-def test_public_names(tmp_path: Path) -> None:
-    python("from tokenlabel.annotate import AnnotateConfig, Teacher, annotate", cwd=tmp_path)
-    python("from tokenlabel import LabelStore, ScoreMap, FormatError", cwd=tmp_path)
-    with pytest.raises(AssertionError, match="has no attribute 'nope'"):
-        python("import tokenlabel.annotate as a; a.nope", cwd=tmp_path)
+def test_public_names() -> None:
+    for name in tokenlabel.__all__:
+        assert getattr(tokenlabel, name).__module__.startswith("tokenlabel."), name
+    assert {*tokenlabel.__all__} < {*dir(tokenlabel)}
+    with pytest.raises(AttributeError, match="'tokenlabel' has no attribute 'nope'"):
+        tokenlabel.nope  # noqa: B018
+
+
+def test_a_plain_checkout_shows_its_structure_and_no_circle(tmp_path: Path) -> None:
+    """Grimp reads the imports of a folder called tokenlabel; nothing is installed or imported."""
+    (tmp_path / "tokenlabel").symlink_to(ROOT)
+    code = (
+        "import graphlib, grimp, sys\n"
+        "graph = grimp.build_graph('tokenlabel', exclude_type_checking_imports=True)\n"
+        "imports = {m: graph.find_modules_directly_imported_by(m) for m in graph.modules}\n"
+        "graphlib.TopologicalSorter(imports).prepare()  # raises CycleError\n"
+        "assert 'tokenlabel' not in sys.modules and 'torch' not in sys.modules\n"
+        "print(*imports)"
+    )
+    seen = python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path)).split()
+    assert {"tokenlabel.dataset.store", "tokenlabel.annotate.job"} <= {*seen}
 
 
 def test_wheel_and_sdist_hold_what_they_must(tmp_path: Path) -> None:
@@ -51,20 +77,21 @@ def test_wheel_and_sdist_hold_what_they_must(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, *build], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        archive.extractall(tmp_path / "installed")
-    assert {
-        "tokenlabel/cli.py",
-        "tokenlabel/py.typed",
-        "tokenlabel/configs/sample.yaml",
-        "tokenlabel/configs/nfnet_f6.yaml",
-        "tokenlabel/dataset/store.py",
-        "tokenlabel/annotate/job.py",
-        "tokenlabel/inspection/page/assets/page.html",
-    } <= names
     assert wheel.name.endswith("-py3-none-any.whl"), "nothing to compile"
-    assert not [name for name in names if "test" in name or name.startswith(("dataset", "cli"))]
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if name.startswith("tokenlabel/")}
+        assert {name.partition("/")[0] for name in archive.namelist()} == {
+            "tokenlabel",
+            wheel.name.rsplit("-", 3)[0] + ".dist-info",
+        }
+        archive.extractall(tmp_path / "installed")
+    kept = [path for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file()]
+    kept += [*ROOT.glob("*.py"), ROOT / "py.typed"]
+    assert names == {
+        f"tokenlabel/{path.relative_to(ROOT).as_posix()}"
+        for path in kept
+        if "__pycache__" not in path.parts
+    }
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
@@ -75,15 +102,15 @@ def test_wheel_and_sdist_hold_what_they_must(tmp_path: Path) -> None:
         "import tokenlabel.cli as c; assert c.__file__.startswith(sys.argv[1]), c.__file__\n"
         "from tokenlabel.annotate.config import load_config; print(load_config('nfnet_f6').model)"
     )
-    assert python(code, str(tmp_path / "installed"), cwd=tmp_path).strip() == "dm_nfnet_f6.dm_in1k"
+    assert python(code, tmp_path / "installed", cwd=tmp_path) == "dm_nfnet_f6.dm_in1k"
 
 
-def test_the_script_goes_on_in_the_projects_environment(tmp_path: Path) -> None:
+def test_the_script_uses_the_environment_of_the_project(tmp_path: Path) -> None:
     """As after `make annotate`: the interpreter at hand has none of what the CLI needs."""
     (tmp_path / "cli.py").symlink_to(ROOT / "cli.py")  # resolved: finds ROOT's .venv
     bare = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"
     command = [str(bare), "-S", str(ROOT / "cli.py"), "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if (ROOT / ".venv").exists():
         assert done.returncode == 0 and "version" in done.stdout, done.stderr
     else:

@@ -6,8 +6,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from tests.shards import digest, edit_directory
 from tokenlabel.annotate.classes import build_manifest
 from tokenlabel.dataset.format import new_file
 from tokenlabel.dataset.format.directory import StoredFile
-from tokenlabel.dataset.format.keys import KeyTable
+from tokenlabel.dataset.format.keys import KeyTable, KeyWriter
 from tokenlabel.dataset.format.new_file import create
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import HEADER, Shard, shard_name, write_shard
+from tokenlabel.dataset.sources.folder import FolderSource
 from tokenlabel.dataset.store import LabelStore
 from tokenlabel.errors import FormatError, MissingMapError
 
@@ -310,7 +311,7 @@ def test_names_of_the_classes_come_from_the_manifest(split: tuple[Path, list[Row
     images = root.parent / "images"
     (images / "b").mkdir(parents=True)
     (images / "b" / "1.jpg").touch()
-    build_manifest(images, root / "manifest", ["a", "b", "ü"], 3)
+    build_manifest(FolderSource(images), root / "manifest", ["a", "b", "ü"], 3)
     store = LabelStore(root)
     assert store.classes == store.attrs["class_names"] == ["a", "b", "ü"]
     (root / "manifest").write_bytes(b"damaged")
@@ -388,16 +389,18 @@ def test_columns_larger_than_a_block_are_stored_whole(
     with StoredFile(tmp_path / "f", "test", 1, "delete it") as stored:
         np.testing.assert_array_equal(stored.read("a"), want)
         np.testing.assert_array_equal(stored.read("a", 2, -3), want[2:-3])
-        assert b"".join(stored.blocks("a")) == want.tobytes()
         stored.check_bytes()
 
 
-@given(st.sets(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), max_size=40))
+@given(
+    st.sets(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), min_size=1, max_size=40)
+)
 def test_key_table_finds_what_is_there_and_nothing_else(keys: set[str]) -> None:
     ordered = sorted(keys, key=str.encode)
-    text = "".join(ordered).encode()
-    ends = [0, *accumulate(len(key.encode()) for key in ordered)]
-    table = KeyTable(len(ordered), lambda a, b: ends[a:b], lambda a, b: text[a:b])
+    with tempfile.TemporaryDirectory() as folder:
+        with create(Path(folder) / "f", "test", 1, {}) as new:
+            KeyWriter(new).append([key.encode() for key in ordered])
+        table = KeyTable(StoredFile(Path(folder) / "f", "test", 1, "delete it"))
     assert list(table) == ordered
     assert table[:] == ordered
     for row, key in enumerate(ordered):

@@ -23,6 +23,7 @@ from tests.leaves import CLASSES, LAYOUT, LAYOUTS, SIZE, by_points, dense, made_
 from tokenlabel.annotate import annotate
 from tokenlabel.dataset import LabelStore, TokenLabelMap, TokenLabels, TokenTargets, ToTokenLabels
 from tokenlabel.dataset.label_map.path import PixelPath
+from tokenlabel.dataset.targets.record import word
 
 Move = Callable[[TokenLabelMap], TokenLabelMap]
 TWO_VIEWS = LAYOUTS["two views"]
@@ -302,7 +303,7 @@ def test_points_on_the_horizon_have_no_source() -> None:
     # Column 95 of the image, where sub-points and the points of a record lie, is the horizon.
     far = F.perspective(leaf, None, None, coefficients=[1, 0, 0, 0, 1, 0, -1 / 95, 0])
     labels = record(far, shrink=0.3)
-    assert np.isfinite(labels.record_layout.reach).all() and labels.word("shrink").isfinite()
+    assert np.isfinite(labels.record_layout.reach).all() and word(labels, "shrink").isfinite()
     targets = labels.targets(17)
     there = targets.weight[0] > 0
     assert 0 < there.sum() < 17**2

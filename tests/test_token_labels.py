@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from tests.leaves import LAYOUT, LAYOUTS, SIZE, made_up, record
 from tokenlabel.dataset import TokenLabelMap, TokenLabels
-from tokenlabel.dataset.targets.token_labels import HEAD, planes_size
+from tokenlabel.dataset.targets.record import HEAD
 
 
 def a_batch(count: int = 5, **options: Any) -> TokenLabels:
@@ -37,7 +37,7 @@ def plain(labels: TokenLabels) -> Tensor:
 def test_what_a_record_says_of_itself() -> None:
     labels = a_batch()
     assert labels.dtype == torch.uint8 and labels.device.type == "cpu"
-    assert labels.shape == (5, HEAD + planes_size(LAYOUT) + -planes_size(LAYOUT) % 8)
+    assert labels.shape == (5, HEAD + LAYOUT.nbytes + -LAYOUT.nbytes % 8)
     assert (labels.grid, labels.num_classes, len(labels)) == ((3, 4), 60, 5)
     assert labels.label.tolist() == labels.hard_label().tolist() == [0, 1, 2, 3, 4]
     assert labels.label.dtype == torch.int64

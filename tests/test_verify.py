@@ -24,13 +24,15 @@ from tokenlabel.annotate.images import file_digest
 from tokenlabel.cli import main
 from tokenlabel.dataset.format.index import build_index
 from tokenlabel.dataset.format.lock import folder_lock
-from tokenlabel.dataset.format.manifest import open_manifest
+from tokenlabel.dataset.format.manifest import open_manifest, write_manifest
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import Shard, shard_name, write_shard
+from tokenlabel.dataset.format.sums import NAME as SUMS
+from tokenlabel.dataset.format.sums import file_sha256, read_sums, write_sums
+from tokenlabel.dataset.sources.folder import FolderSource
 from tokenlabel.errors import FormatError
-from tokenlabel.inspection.verify.index_check import index_difference
 from tokenlabel.inspection.verify.shard_check import check_shard
-from tokenlabel.inspection.verify.verify import verify
+from tokenlabel.inspection.verify.verify import index_faults, verify
 
 #: FLIPS=20000 CUTS=500 for the soak.
 FLIPS, CUTS = int(os.environ.get("FLIPS", 500)), int(os.environ.get("CUTS", 50))
@@ -41,7 +43,7 @@ NAMES = [f"n{number:08d}" for number in range(1000)]
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A split of 16 images in 2 shards, with manifest and index, and the images beside it."""
+    """A split of 16 images in 2 shards, with all files of a job, and the images beside it."""
     root = tmp_path_factory.mktemp("verify")
     keys = [f"{NAMES[number % 2]}/{number:02d}.jpg" for number in range(16)]
     for key in keys:
@@ -49,7 +51,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(key.encode())
     (root / "train").mkdir()
-    manifest = build_manifest(root / "images", root / "train" / "manifest", NAMES, 1000)
+    manifest = build_manifest(
+        FolderSource(root / "images"), root / "train" / "manifest", NAMES, 1000
+    )
     named = hashlib.sha256(json.dumps(NAMES).encode()).hexdigest()
     settings = json.dumps({"manifest": manifest.digest, "class_names": named, "shard_size": 8})
     more = {
@@ -71,13 +75,18 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ) as writer:
             writer.append(rows.maps, rows.sizes, np.array(digests, "u8"), rows.errors)
     build_index(root / "train")
+    write_sums(
+        root / "train", {path.name: file_sha256(path) for path in (root / "train").iterdir()}
+    )
     return root
 
 
 @pytest.fixture
 def labels(written: Path, tmp_path: Path) -> Path:
-    """A copy of the split, to damage."""
-    return Path(shutil.copytree(written / "train", tmp_path / "train"))
+    """A copy of the split, to damage; without the list of digests, so that other checks find it."""
+    copy = Path(shutil.copytree(written / "train", tmp_path / "train"))
+    (copy / SUMS).unlink()
+    return copy
 
 
 def invoke(*command: object, code: int = 0, answer: str | None = None) -> str:
@@ -94,11 +103,12 @@ def test_undamaged_labels_are_well(written: Path) -> None:
     assert "note" not in text
 
 
-@pytest.mark.parametrize("views", [("identity",), ("identity", "hflip")])
-@pytest.mark.parametrize("step", [0.25, 0.0])
-@pytest.mark.parametrize("residual", [6, 0])
+@pytest.mark.parametrize(
+    ("views", "step", "residual"),
+    [(("identity", "hflip"), 0.25, 6), (("identity",), 0.0, 6), (("identity",), 0.25, 0)],
+)
 def test_all_layouts_are_well(
-    tmp_path: Path, step: float, views: tuple[str, ...], residual: int
+    tmp_path: Path, views: tuple[str, ...], step: float, residual: int
 ) -> None:
     layout = MapLayout(views, (3, 5), 4, 70_000, residual, step, level=residual > 0)
     keys = [f"{n:03d}.jpg" for n in range(5)]
@@ -127,7 +137,7 @@ def test_each_flipped_bit_is_found(labels: Path, name: str) -> None:
         path.write_bytes(content)
     assert missed == []
     flip(path, len(content) // 2)
-    text = invoke("inspect-labels", labels, "--verify", "--workers", 0, code=1)
+    text = invoke("inspect-labels", labels, "--verify", "--workers", 1, code=1)
     assert name in text and SECOND not in text
 
 
@@ -135,11 +145,11 @@ def found(path: Path) -> bool:
     """Whether the part of `verify` that checks this file finds it damaged."""
     try:
         if path.name == "index":
-            return bool(index_difference(path, sorted(path.parent.glob("shard-*"))))
+            return any(index_faults(path, sorted(path.parent.glob("shard-*"))))
         if path.name == "manifest":
             open_manifest(path, verify=True)
             return False
-        return bool(check_shard(path).faults)
+        return bool(check_shard(path))
     except FormatError:
         return True
 
@@ -149,82 +159,116 @@ def test_each_truncation_is_found(labels: Path) -> None:
     content = path.read_bytes()
     for length in [0, len(content) - 1, *(rng.randrange(len(content)) for _ in range(CUTS - 2))]:
         path.write_bytes(content[:length])
-        assert check_shard(path).faults, length
+        assert check_shard(path), length
     path.write_bytes(content + b"\0")
     assert verify(labels).bad_files == [SECOND], "so are bytes behind the end"
 
 
-def test_class_names_are_covered(labels: Path, written: Path) -> None:
-    """A manifest that is whole, with the names of other classes."""
-    build_manifest(written / "images", labels / "manifest", NAMES[:2] + NAMES[:1:-1], 1000)
-    (fault,) = verify(labels).faults
-    assert fault.file == "manifest" and "class_names" in fault.text
+Change = Callable[[dict[str, Any]], None]
 
 
-def rewrite(path: Path, name: str, index: object, value: object) -> None:
+def rewrite(path: Path, change: Change) -> None:
     """Write a shard again with other values, by the real writer, but with the digest of before."""
     with Shard(path) as shard:
-        layout, header, rows = shard.layout, dict(shard.attrs), shard.rows
-        names = ("key", "label", "size", "digest", "error")
-        arrays = {part: shard.read(part) for part in (*layout.planes(), *names)}
-    if name == "error":
-        arrays[name] = arrays[name].astype("S9")
-    arrays[name][index] = value
-    keys, errors = ([text.decode() for text in arrays[part].tolist()] for part in ("key", "error"))
-    maps = {part: arrays[part] for part in layout.planes()}
+        layout, header = shard.layout, dict(shard.attrs)
+        arrays = {name: shard.read(name) for name in (*layout.planes(), "label", "size", "digest")}
+        arrays |= {name: shard.texts(name) for name in ("key", "error")}
+    change(arrays)
     path.unlink()
-    with write_shard(path, layout, keys, arrays["label"], header) as writer:
-        writer.append(maps, arrays["size"], arrays["digest"], [""] * rows)
-        writer._errors = errors
+    with write_shard(path, layout, arrays["key"], arrays["label"], header) as writer:
+        writer.append(arrays, arrays["size"], arrays["digest"], arrays["error"])
     edit_directory(
         path,
         lambda found: found["attrs"].update(errors=header["errors"], sha256=header["sha256"]),
     )
 
 
+def put(name: str, index: object, value: object) -> Change:
+    return lambda arrays: arrays[name].__setitem__(index, value)
+
+
+def repeated_class(arrays: dict[str, Any]) -> None:
+    arrays["classes"][7, 0, 1, 0, 0] = arrays["classes"][7, 0, 0, 0, 0]
+
+
+def class_of_no_code(arrays: dict[str, Any]) -> None:
+    arrays["codes"][4, 0, 3, 0, 0], arrays["classes"][4, 0, 3, 0, 0] = 255, 999
+
+
 @pytest.mark.parametrize(
-    ("name", "index", "value", "row", "message"),
+    ("change", "row", "message"),
     [
-        ("codes", (3, 0, 0, 1, 1), 255, 3, "the first class of a cell must not be dropped"),
-        ("codes", (3, 0, 3, 1, 2), 0, 3, "must not descend"),
-        ("level", (5, 0, 0, 0), np.inf, 5, "level must be finite"),
-        ("classes", (6, 0, 0, 0, 0), 1000, 6, "class ids must be below 1000"),
-        ("residual_classes", (6, 0, 5), 1001, 6, "residual classes must be below 1000"),
-        ("residual_classes", (6, 0, 5), 0, 6, "residual classes must ascend"),
-        ("label", 2, 1000, 2, "a label must be -1 or below 1000"),
-        ("label", 2, 7, 2, "in the manifest"),
-        ("size", (4, 0), 0, 4, "width and height"),
-        ("error", 1, b"?", 0, "counts 0 rows with an error, there are 1"),
-        ("digest", 1, 1, None, "sha256 of the decoded arrays"),
-        ("key", 3, b"../../secret.jpg", 3, "a key must be a path inside the split's folder"),
+        (put("codes", (3, 0, 0, 1, 1), 255), 3, "the first class of a cell must not be dropped"),
+        (put("codes", (3, 0, 3, 1, 2), 0), 3, "the codes of a cell must not descend"),
+        (put("level", (5, 0, 0, 0), np.inf), 5, "level must be finite"),
+        (put("classes", (6, 0, 0, 0, 0), 1000), 6, "class ids must be below 1000"),
+        (repeated_class, 7, "classes of a cell must be different"),
+        (class_of_no_code, 4, "dropped classes must be stored as 0"),
+        (put("residual_classes", (6, 0, 5), 1001), 6, "residual classes must be below 1000"),
+        (put("residual_classes", (6, 0, 5), 0), 6, "residual classes must ascend"),
+        (put("label", 2, 1000), 2, "a label must be -1 or below 1000; it is 1000"),
+        (put("label", slice(2, 4), 7), 2, "that of the manifest, 1 (and 1 more rows)"),
+        (put("size", (4, 0), 0), 4, "width and height must be positive"),
+        (put("error", 1, "?"), None, "counts 0 rows with an error, there are 1"),
+        (put("digest", 1, 1), None, "sha256 of the decoded arrays"),
+        (put("key", 3, "../../secret.jpg"), 3, "a key must be a path inside the split's folder"),
+        (put("key", 3, "z"), 4, "keys must be unique and ascend"),
+        (put("key", 7, "z"), 7, "its key must be that of the manifest, 'n00000001/15.jpg'"),
     ],
 )
 def test_impossible_values_name_shard_and_row(
-    labels: Path, name: str, index: object, value: object, row: int | None, message: str
+    labels: Path, change: Change, row: int | None, message: str
 ) -> None:
-    rewrite(labels / SECOND, name, index, value)
-    faults = verify(labels).faults
-    assert {fault.file for fault in faults} == {SECOND}
+    rewrite(labels / SECOND, change)
+    faults = check_shard(labels / SECOND, manifest=labels / "manifest")
     assert any(message in fault.text and fault.row == row for fault in faults), faults
     assert any("sha256" in fault.text for fault in faults)
 
 
-def test_classes_of_a_cell_are_different(labels: Path) -> None:
-    with Shard(labels / FIRST) as shard:
-        twice = int(shard.read("classes")[7, 0, 0, 0, 0])
-    rewrite(labels / FIRST, "classes", (7, 0, 1, 0, 0), twice)
-    assert any("must be different" in f.text and f.row == 7 for f in verify(labels).faults)
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("shard", 0, "its name says shard 1 of 2, its header 0 of 2"),
+        ("fingerprint", "0" * 64, "fingerprint must be"),
+        ("first_row", 7, "first_row must be 8 by its settings; it is 7"),
+        ("extent", [0, 0, 2, 1], "the extent must be a box in the image; it is [0. 0. 2. 1.]"),
+        ("first_row", "zero", "first_row must be int, got 'zero'"),
+        ("settings", "[" * 1000, "recursion"),
+        ("settings", "[1]", "cannot convert"),
+        ("extent", [[[[]]]], "extent must be a box of 4 numbers"),
+        ("teacher", "another", "its attribute teacher is 'another', to HDF5 'made up'"),
+    ],
+)
+def test_wrong_headers_are_named(labels: Path, attribute: str, value: object, message: str) -> None:
+    edit_directory(labels / SECOND, lambda found: found["attrs"].update({attribute: value}))
+    assert any(message in fault.text for fault in check_shard(labels / SECOND))
 
 
-def test_a_damaged_row_is_named_with_its_image(labels: Path) -> None:
-    with Shard(labels / FIRST) as shard:
-        key, bounds = shard.texts("key")[2], shard.read("bounds")
-        place = shard.maps.offset + int(bounds[10] + bounds[11]) // 2
-    flip(labels / FIRST, place, 4)
-    (fault,) = verify(labels).faults
-    assert (fault.file, fault.row, fault.key) == (FIRST, 2, key)
-    facts = json.loads(invoke("inspect-labels", labels, "--verify", "--json", code=1))
-    assert facts[0]["bad_files"] == [FIRST] and facts[0]["faults"][0]["row"] == 2
+def test_codes_that_are_exact_are_checked_too(tmp_path: Path) -> None:
+    write_split(tmp_path, ["a", "b"], LAYOUT._replace(step=0.0))
+    rewrite(tmp_path / shard_name(0, 1), put("codes", (1, 0, 0, 0, 0), -1))
+    assert any(
+        "codes must be 0 or more" in f.text for f in check_shard(tmp_path / shard_name(0, 1))
+    )
+
+
+def test_each_shard_begins_where_the_one_before_it_ends(tmp_path: Path) -> None:
+    write_split(tmp_path, ["a", "b", "c", "d"], LAYOUT, shard_size=2)
+    with write_shard(tmp_path / SECOND, LAYOUT, ["b"], [0], attrs(1, 2, 3)) as writer:
+        writer.append(*random_rows(LAYOUT, 1))
+    texts = [fault.text for fault in verify(tmp_path).faults if fault.file == SECOND]
+    assert texts == [
+        f"it must begin at row 2, where {FIRST} ends; it begins at 3",
+        f"keys must ascend; {FIRST} ends with 'b'",
+    ]
+
+
+def test_a_manifest_of_more_images_is_named(tmp_path: Path) -> None:
+    write_split(tmp_path, ["a", "b"], LAYOUT)
+    rows = [([b"a", b"b", b"c"], np.array([0, 1, 2], "i4"))]
+    write_manifest(tmp_path / "manifest", rows, "folders", None)
+    (fault,) = verify(tmp_path).faults
+    assert fault.file == "manifest" and fault.text == "it has 3 images, the shards have 2"
 
 
 def forge(path: Path, change: Callable[[h5py.File], None]) -> None:
@@ -238,10 +282,6 @@ def forge(path: Path, change: Callable[[h5py.File], None]) -> None:
         found.update(size=size, crc=zlib.crc32(rest))
 
     edit_directory(path, update)
-
-
-def forged_attribute(file: h5py.File) -> None:
-    file.attrs["teacher"] = "another"
 
 
 def forged_values(file: h5py.File) -> None:
@@ -268,15 +308,54 @@ def lost_dataset(file: h5py.File) -> None:
     del file["size"]
 
 
-@pytest.mark.parametrize(
-    "change", [forged_attribute, forged_values, forged_shape, forged_chunk, lost_dataset]
-)
+@pytest.mark.parametrize("change", [forged_values, forged_shape, forged_chunk, lost_dataset])
 def test_a_file_that_shows_hdf5_something_else_is_named(
     labels: Path, change: Callable[[h5py.File], None]
 ) -> None:
     forge(labels / FIRST, change)
     (fault,) = verify(labels).faults
     assert fault.file == FIRST and "HDF5" in fault.text, fault
+
+
+@pytest.fixture
+def listed(written: Path, tmp_path: Path) -> Path:
+    """A copy of the split with its list of digests."""
+    return Path(shutil.copytree(written / "train", tmp_path / "train"))
+
+
+@pytest.mark.parametrize(
+    ("text", "bit", "file", "message"),
+    [
+        (f"  {FIRST}", 0, SUMS, "two spaces"),
+        (f" {FIRST}", 3, SUMS, "two spaces"),
+        (FIRST, 0, SUMS, "it lists 'rhard-00000-of-00002.h5', which is no file of a split"),
+        (FIRST[10:], 1, SUMS, f"it lacks 1 files, {FIRST} the first of them"),
+        ("index", 0, SUMS, "it lacks 1 files, index the first of them"),
+        ("\n", 0, SUMS, "it lacks 2 files"),
+    ],
+)
+def test_each_flipped_bit_of_the_list_is_found(
+    listed: Path, text: str, bit: int, file: str, message: str
+) -> None:
+    path = listed / SUMS
+    flip(path, path.read_bytes().index(text.encode()), bit)
+    assert any(fault.file == file and message in fault.text for fault in verify(listed).faults)
+
+
+@pytest.mark.parametrize("name", [FIRST, "index", "manifest"])
+def test_a_file_with_another_digest_than_listed_is_named(listed: Path, name: str) -> None:
+    """As after a rewrite that left all checksums inside the file right."""
+    write_sums(listed, read_sums(listed) | {name: "0" * 64})
+    (fault,) = verify(listed).faults
+    assert fault.file == name and f"must be {'0' * 64}, as in {SUMS}" in fault.text
+
+
+def test_listed_files_that_are_gone_are_missing(listed: Path) -> None:
+    for name in (SECOND, "manifest", "index"):
+        (listed / name).unlink()
+    result = verify(listed)
+    assert (result.missing, result.faults) == (["manifest", SECOND], [])
+    assert "there is no index: it is built when it is needed" in result.notes
 
 
 def swap(labels: Path) -> list[str]:
@@ -303,15 +382,14 @@ def stale_index(labels: Path) -> list[str]:
     write_split(other, [f"{n}.jpg" for n in range(8)], LAYOUT)
     build_index(other)
     shutil.copy(other / "index", labels / "index")
-    return ["index: stale or damaged"]
+    return ["index: stale: other "]
 
 
-def another_manifest(labels: Path) -> list[str]:
-    path = labels / "manifest"
-    content = path.read_bytes()
-    place = content.index(b"n00000001/01.jpg")
-    path.write_bytes(content[:place] + b"N" + content[place + 1 :])
-    return ["manifest: is damaged"]
+def other_class_names(labels: Path) -> list[str]:
+    old = open_manifest(labels / "manifest")
+    rows = [([key.encode() for key in old.keys], np.array(old.labels))]
+    write_manifest(labels / "manifest", rows, "teacher", NAMES[::-1])
+    return ["manifest: its class_names must have the sha256"]
 
 
 def another_length(labels: Path) -> list[str]:
@@ -321,13 +399,13 @@ def another_length(labels: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "damage",
-    [swap, lose, replace_by_another_run, stale_index, another_manifest, another_length],
+    [swap, lose, replace_by_another_run, stale_index, other_class_names, another_length],
 )
 def test_files_that_do_not_belong_together_are_named(
     labels: Path, damage: Callable[[Path], list[str]]
 ) -> None:
     messages = damage(labels)
-    text = invoke("inspect-labels", labels, "--verify", "--workers", 0, code=1)
+    text = invoke("inspect-labels", labels, "--verify", "--workers", 1, code=1)
     for message in messages:
         assert message in text
 
@@ -355,7 +433,7 @@ def test_repair_asks_and_annotate_makes_the_same_bytes_again(
     annotate(config(sample, out))
     want = digests(out / "train")
     path, kept = out / "train" / FIRST, out / "train" / SECOND
-    command = ("inspect-labels", out, "--repair", "--workers", 0, "--images", sample)
+    command = ("inspect-labels", out, "--repair", "--workers", 1, "--images", sample)
     assert "all is well" in invoke(*command)
     flip(path, path.stat().st_size // 2)
     assert f"Delete {FIRST} of" in invoke(*command, code=1, answer="n\n")
@@ -376,33 +454,6 @@ def test_repair_keeps_away_from_a_running_job(labels: Path) -> None:
     with folder_lock(labels):
         text = invoke("inspect-labels", labels, "--repair", "--yes", code=1)
     assert "another job is writing" in text and (labels / FIRST).exists()
-
-
-def hostile_claim(found: dict[str, Any]) -> None:
-    found["columns"]["key"]["shape"] = [1 << 40]
-
-
-def hostile_attribute(found: dict[str, Any]) -> None:
-    found["attrs"]["first_row"] = "zero"
-
-
-def hostile_settings(found: dict[str, Any]) -> None:
-    found["attrs"]["settings"] = "[" * 1000
-
-
-def hostile_nesting(found: dict[str, Any]) -> None:
-    found["attrs"]["extent"] = [[[[]]]]
-
-
-@pytest.mark.parametrize(
-    "damage", [hostile_claim, hostile_attribute, hostile_settings, hostile_nesting]
-)
-def test_hostile_shards_end_in_a_message(
-    labels: Path, damage: Callable[[dict[str, Any]], None]
-) -> None:
-    edit_directory(labels / FIRST, damage)
-    text = invoke("inspect-labels", labels, "--verify", code=1)
-    assert FIRST in text
 
 
 @pytest.mark.parametrize(

@@ -1,43 +1,31 @@
 """The teacher actor as Ray sees it. Light to import: the driver needs neither torch nor timm."""
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 
+from ...dataset.sources.image_source import ImageSource
 from ..config import AnnotateConfig
 from ..plan import Identity, Plan
+from ..report import Progress
 
 #: Shards an actor works on: one runs through the teacher while the next is decoded.
 SHARDS_AT_ONCE = 2
 
 
-class Progress(NamedTuple):
-    """What an actor has done since it started: images, error rows, and seconds of its teacher.
-
-    `busy` is the time the teacher computed; `since` and `until` are when its first batch began and
-    its last one ended, and `now` is when it was asked, by the monotonic clock of its machine.
-    """
-
-    images: int
-    errors: int
-    busy: float
-    since: float
-    until: float
-    now: float = 0.0
-
-
 class TeacherActor:
     """Passes the driver's calls to a `Worker`."""
 
-    def __init__(self, config: AnnotateConfig, root: Path, threads: int) -> None:
-        from .worker import Worker
+    def __init__(self, config: AnnotateConfig, source: ImageSource, threads: int) -> None:
+        from .worker import Worker  # imports torch
 
-        self._worker = Worker(config, root, threads)
+        self._worker = Worker(config, source, threads)
 
+    # The teacher is built here and not in `__init__`: Ray wraps an error of `__init__` so that its
+    # type is lost.
     @ray.method(concurrency_group="control")
     def ready(self) -> Identity:
-        """Build the teacher. Not in `__init__`, whose errors Ray wraps beyond recognition."""
+        """Build the teacher and describe it."""
         return self._worker.ready()
 
     @ray.method(concurrency_group="control")
@@ -46,8 +34,8 @@ class TeacherActor:
         return self._worker.progress()
 
     @ray.method(concurrency_group="shards")
-    def annotate(self, plan: Plan, shard: int) -> int:
-        """Make one shard; returns its number of rows."""
+    def annotate(self, plan: Plan, shard: int) -> str:
+        """Write one shard; returns its sha256."""
         return self._worker.annotate(plan, shard)
 
 

@@ -1,4 +1,4 @@
-"""The driver's half of the job: hands shards to teacher actors and outlives their deaths."""
+"""The driver's half of the job: schedules shards on teacher actors and tolerates their failures."""
 
 import logging
 import time
@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray.exceptions as rx
@@ -14,46 +14,40 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...errors import JobError, StorageError, TokenLabelError, output_error
 from ..plan import Identity, Plan
+from ..report import Progress, Tally
 from .actor import SHARDS_AT_ONCE, remote_actor
-from .session import Resources, alive_nodes, places
+from .session import Resources, alive_nodes, teacher_slots
 
 _log = logging.getLogger(__name__)
-#: Times in a row that no actor gets ready before the job gives up.
+#: Failed starts in a row, of any actors, after which the job gives up.
 _STARTS = 3
 _POLL_SECONDS = 0.5
-#: How often the cluster's nodes are looked at.
-_LOOK_SECONDS = 1.0
-#: After this, other nodes know of one that has joined, and put there what belongs there.
+#: How often the cluster's nodes are listed.
+_LIST_SECONDS = 1.0
+#: After this, all other nodes know a node that has joined, and Ray can place actors on it.
 _SETTLE_SECONDS = 3.0
-_LAST_WORD_SECONDS = 5.0
-#: After this a job gives up on a cluster without nodes, and says that it waits for a teacher.
+_LAST_PROGRESS_SECONDS = 5.0
+#: After this, a job without any node gives up, and one without a teacher says what it waits for.
 _PATIENCE_SECONDS = 60
 
 
 @dataclass(eq=False)
 class _Actor:
     handle: Any
-    starting: Any  # the call of ready(), None once it has come back
-    node: str | None = None  # where it was put; None where Ray chose
-    shards: dict[Any, int] = field(default_factory=dict)
+    starting: Any  # the call of ready(), None once it has returned
+    node: str | None = None  # where it was placed; None if Ray chose
+    shards: dict[Any, int] = field(default_factory=dict)  # by call
     progress: Any = None  # a pending call
-    last: Any = None  # the Progress it returned last, by this process's clock
-    lag: float = float("inf")  # of the actor's monotonic clock behind this process's, at most
+    last: Progress | None = None  # its last answer, by this process's clock
+    lag: float = float("inf")  # upper bound of this process's clock minus the actor's
 
 
-@dataclass
-class Tally:
-    """What a run did: filled while it goes on."""
+class _Ended(NamedTuple):
+    """An attempt at a shard: the shard's sha256 or why it failed, and whether its actor died."""
 
-    images: int = 0
-    errors: int = 0
-    busy: float = 0.0  # seconds the teachers computed
-    span: float = 0.0  # seconds from each teacher's first batch to its last, added up
-    rate: float | None = None  # images a second, from the first batch to the last
-    teachers: int = 0
-    written: list[int] = field(default_factory=list)
-    failed: dict[int, str] = field(default_factory=dict)
-    lost_actors: int = 0
+    shard: int
+    outcome: str | Exception
+    died: bool = False
 
 
 class Pool:
@@ -62,7 +56,7 @@ class Pool:
     A context manager: leaving it kills the actors.
 
     Args:
-        arguments: of the actors: config, image folder, threads.
+        arguments: of the actors: config, image source, threads.
         resources: how many actors, with what.
     """
 
@@ -70,15 +64,15 @@ class Pool:
         self._class = remote_actor(resources.gpus)
         self._arguments, self._resources = arguments, resources
         self._actors: list[_Actor] = []
-        # How many actors to have, and how many places the cluster had when it was looked at last.
-        self._teachers = self._places = resources.teachers
-        # Of each living node, when it was first seen.
-        self._nodes = dict.fromkeys(map(_node_id, alive_nodes()), float("-inf"))
-        self._bad_starts = 0
+        # How many actors to run, and the cluster's slots when it was last listed.
+        self._teachers = self._slots = resources.teachers
+        # When each living node was first seen.
+        self._nodes = dict.fromkeys((node["NodeID"] for node in alive_nodes()), float("-inf"))
+        self._failed_starts = 0
         self._identity: Identity | None = None
-        self._gone: list[Any] = []  # last progress of actors that died
-        self._alive = time.monotonic()  # when a node was last seen
-        self._looked = self._counted = float("-inf")  # when nodes and actors were last asked
+        self._dead: list[Progress] = []  # last progress of actors that died
+        self._node_seen = time.monotonic()
+        self._listed = self._counted = float("-inf")
         self._lost = 0
 
     def __enter__(self) -> "Pool":
@@ -90,16 +84,15 @@ class Pool:
         self._actors.clear()
 
     def identify(self, wanted: int) -> Identity:
-        """Start up to `wanted` actors and wait for the first; what it says of its teacher.
+        """Start up to `wanted` actors, wait for the first, and return how it describes its teacher.
 
         Raises:
-            TokenLabelError: the teacher cannot be built; the real cause.
+            TokenLabelError: the teacher cannot be built; the actor's own error.
         """
-        self._start(wanted)
         patience = time.monotonic() + _PATIENCE_SECONDS
         while self._identity is None:
-            self._wait()
             self._start(wanted)
+            self._wait()
             if time.monotonic() > patience:
                 patience = float("inf")
                 _log.warning(
@@ -114,130 +107,130 @@ class Pool:
         plan: Plan,
         todo: Sequence[int],
         retries: int,
+        tally: Tally,
         report: Callable[[Tally], None] = lambda _: None,
-    ) -> Tally:
-        """Make the shards `todo`, in order; returns when each is written or has failed.
+    ) -> None:
+        """Make the shards `todo`, in order; returns when each is written or has failed for good.
 
-        A shard whose actor died is a suspect: it is tried again alone on an actor, when the
-        others are done, so that one that kills its actor does not fail its neighbours.
+        A shard whose actor died is a suspect: it is retried alone on an actor, after all others,
+        so that a shard that kills its actor does not fail its neighbours.
+
+        Args:
+            plan: of the run.
+            todo: numbers of shards.
+            retries: further attempts per shard.
+            tally: updated while the run goes on, and valid after an exception too.
+            report: called some times a second.
 
         Raises:
             OutputError: the folder cannot be written to any more.
-            JobError: no actor can be had.
+            JobError: no actor can be started.
         """
-        tally, attempts = Tally(), dict.fromkeys(todo, 0)
+        attempts = dict.fromkeys(todo, 0)
         queue, suspects = deque(todo), deque[int]()
-        while queue or suspects or any(actor.shards for actor in self._actors):
-            left = len(queue) + len(suspects) + sum(len(actor.shards) for actor in self._actors)
+        while left := len(queue) + len(suspects) + sum(len(actor.shards) for actor in self._actors):
             self._start(left)
-            self._feed(plan, queue, suspects)
+            for actor in self._actors:
+                if actor.starting is None:
+                    while queue and len(actor.shards) < SHARDS_AT_ONCE:
+                        self._submit(actor, plan, queue.popleft())
+                    if suspects and not queue and not actor.shards:
+                        self._submit(actor, plan, suspects.popleft())
             for shard, outcome, died in self._wait():
-                if outcome is None:
-                    tally.written.append(shard)
+                if isinstance(outcome, str):
+                    tally.written[shard] = outcome
                     continue
                 attempts[shard] += 1
                 if attempts[shard] > retries:
                     tally.failed[shard] = _text(outcome)
                     _log.error("shard %d failed for good: %s", shard, _text(outcome))
                 else:
-                    _log.warning("shard %d is tried again: %s", shard, _text(outcome))
+                    _log.warning("retrying shard %d: %s", shard, _text(outcome))
                     (suspects if died else queue).append(shard)
             if time.monotonic() - self._counted >= _POLL_SECONDS:
                 self._count(tally)
                 report(tally)
-        self._count(tally, wait=_LAST_WORD_SECONDS)
+        self._count(tally, wait=_LAST_PROGRESS_SECONDS)
         report(tally)
-        return tally
 
     def _start(self, wanted: int) -> None:
         while len(self._actors) < min(self._teachers, wanted):
-            node = self._emptiest_node()
+            # Actors with GPUs go where GPUs are free. Those without would all fit on one node, so
+            # each is sent to the node that has the fewest.
+            node: str | None = None
+            if self._nodes and not self._resources.gpus:
+                used = Counter(actor.node for actor in self._actors)
+                node = min(self._nodes, key=lambda node: used[node])
             where = NodeAffinitySchedulingStrategy(node, soft=True) if node else "SPREAD"
             handle = self._class.options(scheduling_strategy=where).remote(*self._arguments)
             self._actors.append(_Actor(handle, handle.ready.remote(), node))
 
-    def _emptiest_node(self) -> str | None:
-        """The node with the fewest actors; None with GPUs, whose number tells Ray enough."""
-        if self._resources.gpus or not self._nodes:
-            return None
-        used = Counter(actor.node for actor in self._actors)
-        return min(self._nodes, key=lambda node: used[node])
-
-    def _feed(self, plan: Plan, queue: deque[int], suspects: deque[int]) -> None:
-        for actor in self._actors:
-            if actor.starting is not None:
-                continue
-            while queue and len(actor.shards) < SHARDS_AT_ONCE:
-                self._give(actor, plan, queue.popleft())
-            if suspects and not queue and not actor.shards:
-                self._give(actor, plan, suspects.popleft())
-
-    def _give(self, actor: _Actor, plan: Plan, shard: int) -> None:
+    def _submit(self, actor: _Actor, plan: Plan, shard: int) -> None:
         actor.shards[actor.handle.annotate.remote(plan, shard)] = shard
 
-    def _wait(self) -> list[tuple[int, Exception | None, bool]]:
-        """Wait a moment; (shard, error or None, whether its actor died) of what has ended."""
+    def _wait(self) -> list[_Ended]:
+        """Wait a moment for a call to end; the attempts at shards that have ended."""
+        self._list_nodes()
         calls = {call: actor for actor in self._actors for call in actor.shards}
         calls |= {actor.starting: actor for actor in self._actors if actor.starting is not None}
-        self._watch()
         ready, _ = ray.wait(list(calls), num_returns=1, timeout=_POLL_SECONDS)
-        ended: list[tuple[int, Exception | None, bool]] = []
+        ended: list[_Ended] = []
         for call in ready:
             actor = calls[call]
             try:
                 result = ray.get(call)
-            except rx.RayTaskError as error:
+            except rx.RayTaskError as error:  # raised by our code in the actor, which lives on
                 cause = error.cause if isinstance(error.cause, Exception) else error
-                self._refuse_fatal(cause)
+                if isinstance(cause, TokenLabelError) and not isinstance(cause, StorageError):
+                    raise cause from None  # a retry would meet it again
+                if fatal := output_error(cause):
+                    raise fatal from cause
                 if call is actor.starting:
-                    self._lose(actor, cause, ended)
+                    ended += self._on_death(actor, cause)
                 else:
-                    ended.append((actor.shards.pop(call), cause, False))
+                    ended.append(_Ended(actor.shards.pop(call), cause))
             except rx.RayError as error:
-                self._lose(actor, error, ended)
+                ended += self._on_death(actor, error)
             else:
                 if call is actor.starting:
-                    self._welcome(actor, result)
+                    self._on_ready(actor, result)
                 else:
-                    ended.append((actor.shards.pop(call), None, False))
+                    ended.append(_Ended(actor.shards.pop(call), result))
         return ended
 
-    def _watch(self) -> None:
-        """Look at the nodes: follow their number, and give up when none is left.
-
-        Ray itself would wait for ever on a cluster without nodes.
-        """
+    def _list_nodes(self) -> None:
+        """Follow the number of nodes, and give up when none is left: Ray would wait for ever."""
         now = time.monotonic()
-        if now - self._looked < _LOOK_SECONDS:
+        if now - self._listed < _LIST_SECONDS:
             return
-        self._looked = now
+        self._listed = now
         if nodes := alive_nodes():
-            self._alive = now
-            self._nodes = {node: self._nodes.get(node, now) for node in map(_node_id, nodes)}
-            settled = [n for n in nodes if now - self._nodes[_node_id(n)] >= _SETTLE_SECONDS]
-            self._follow(places(settled, self._resources.gpus))
-        elif now - self._alive > _PATIENCE_SECONDS:
+            self._node_seen = now
+            self._nodes = {node["NodeID"]: self._nodes.get(node["NodeID"], now) for node in nodes}
+            settled = [n for n in nodes if now - self._nodes[n["NodeID"]] >= _SETTLE_SECONDS]
+            self._resize(teacher_slots(settled, self._resources.gpus))
+        elif now - self._node_seen > _PATIENCE_SECONDS:
             raise JobError(
                 "the cluster has no node left. Finished shards are kept. Remedy: bring it back and "
                 "run the same command again"
             )
 
-    def _follow(self, now: int) -> None:
-        """Have an actor more for each place that has been added, and none for places that went.
+    def _resize(self, slots: int) -> None:
+        """Run one more actor for each slot that was added, and none for slots that have gone.
 
-        Counted from the change, so that a place where no teacher would start is not tried for ever.
+        Counts the change, not the slots: where no teacher would start, none is tried for ever.
         """
         if self._resources.fixed:
             return
-        if now > self._places:
-            self._teachers = min(self._teachers + now - self._places, now)
+        if slots > self._slots:
+            self._teachers = min(self._teachers + slots - self._slots, slots)
             _log.info("the cluster has grown: %d teachers now", self._teachers)
         else:
-            self._teachers = min(self._teachers, max(now, 1))
-        self._places = now
+            self._teachers = min(self._teachers, max(slots, 1))
+        self._slots = slots
 
-    def _welcome(self, actor: _Actor, identity: Identity) -> None:
-        actor.starting, self._bad_starts = None, 0
+    def _on_ready(self, actor: _Actor, identity: Identity) -> None:
+        actor.starting, self._failed_starts = None, 0
         if self._identity is None:
             self._identity = identity
         elif identity.weights_digest != self._identity.weights_digest:
@@ -252,53 +245,42 @@ class Pool:
                 f"bits; one has {self._identity.device}, one {identity.device}. {notes}"
             )
 
-    def _lose(
-        self, actor: _Actor, error: Exception, ended: list[tuple[int, Exception | None, bool]]
-    ) -> None:
-        """Forget a dead actor; its shards are to be made by others."""
+    def _on_death(self, actor: _Actor, error: Exception) -> list[_Ended]:
+        """Forget an actor that died or did not start; its attempts, which have failed."""
         self._actors.remove(actor)
         ray.kill(actor.handle)
         if actor.last:
-            self._gone.append(actor.last)
-        ended += [(shard, error, True) for shard in actor.shards.values()]
+            self._dead.append(actor.last)
         if actor.starting is None:
             self._lost += 1
-            return
-        self._bad_starts += 1
-        if self._bad_starts >= _STARTS and any(other.starting is None for other in self._actors):
-            # A node without working GPUs, say: the others go on without it.
-            self._bad_starts = 0
+            return [_Ended(shard, error, died=True) for shard in actor.shards.values()]
+        self._failed_starts += 1
+        if self._failed_starts >= _STARTS:
+            if not any(other.starting is None for other in self._actors):
+                raise JobError(
+                    f"no teacher could be started in {_STARTS} attempts: {_text(error)}. Finished "
+                    "shards are kept. Remedy: fix the cause and run the same command again"
+                ) from error
+            # A node without working GPUs, say.
+            self._failed_starts = 0
             self._teachers = len(self._actors)
-            _log.warning("going on with %d teachers: %s", self._teachers, _text(error))
-        elif self._bad_starts >= _STARTS:
-            raise JobError(
-                f"no teacher could be started in {_STARTS} tries: {_text(error)}. Finished shards "
-                "are kept. Remedy: mend the cause and run the same command again"
-            ) from error
-
-    def _refuse_fatal(self, cause: Exception) -> None:
-        """Raise what no other try would mend."""
-        if isinstance(cause, TokenLabelError) and not isinstance(cause, StorageError):
-            raise cause
-        if fatal := output_error(cause):
-            raise fatal from cause
+            _log.warning("continuing with %d teachers: %s", self._teachers, _text(error))
+        return []
 
     def _count(self, tally: Tally, wait: float = 0) -> None:
-        """Bring the tally up to date; without `wait` (seconds), with what has arrived."""
+        """Update the tally with the progress that has arrived, or arrives within `wait` seconds."""
         self._counted = time.monotonic()
-        if wait:  # what is under way may have been asked before the last batch
-            for actor in self._actors:
-                actor.progress = None
         for actor in self._actors:
-            if actor.progress is None and actor.starting is None:
+            # A pending call may have been answered before the last batch: with `wait`, ask again.
+            if actor.starting is None and (wait or actor.progress is None):
                 actor.progress = actor.handle.progress.remote()
         pending = {actor.progress: actor for actor in self._actors if actor.progress is not None}
         if pending:
             for call in ray.wait(list(pending), num_returns=len(pending), timeout=wait)[0]:
-                with suppress(rx.RayError):  # its shards' calls tell of the death
-                    _note(pending[call], ray.get(call))
+                with suppress(rx.RayError):  # the calls for its shards report the death
+                    _record(pending[call], ray.get(call))
                 pending[call].progress = None
-        seen = [*self._gone, *(actor.last for actor in self._actors if actor.last)]
+        seen = [*self._dead, *(actor.last for actor in self._actors if actor.last)]
         seen = [last for last in seen if last.images]
         tally.images = sum(last.images for last in seen)
         tally.errors = sum(last.errors for last in seen)
@@ -310,18 +292,19 @@ class Pool:
         tally.lost_actors = self._lost
 
 
-def _note(actor: _Actor, progress: Any) -> None:
-    """Keep what an actor tells. Clocks of the wall differ and jump; monotonic ones only differ."""
+def _record(actor: _Actor, progress: Progress) -> None:
+    """Keep an actor's progress, in this process's time.
+
+    Wall clocks differ between machines and jump; monotonic clocks only differ, by a constant of
+    which each answer gives an upper bound: it was on its way for some time.
+    """
     actor.lag = min(actor.lag, time.monotonic() - progress.now)
-    since, until = (when + actor.lag for when in (progress.since, progress.until))
+    since, until = progress.since + actor.lag, progress.until + actor.lag
     actor.last = progress._replace(since=since, until=until)
 
 
-def _node_id(node: dict[str, Any]) -> str:
-    return str(node["NodeID"])
-
-
 def _text(error: Exception) -> str:
-    """The first line of an error, without Ray's traceback."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    """An error in one line, without Ray's traceback; why an actor died stands last there."""
+    lines = str(error).strip().splitlines() or [""]
+    line = lines[-1] if isinstance(error, rx.RayActorError) else lines[0]
+    return f"{type(error).__name__}: {line}".rstrip(": ")

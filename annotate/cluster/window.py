@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -18,62 +18,53 @@ class DecodeWindow:
     """Iterates over the decoded batches of a shard, in order, with `depth` of them under way.
 
     Args:
-        decode: the remote `decode_batch`.
-        root: image folder.
+        decode: keys to a Ray task whose result is their `DecodedBatch`.
         batches: the keys of each batch.
         sizes: (height, width) of the teacher's input in each pass.
-        interpolation: how to resize.
-        depth: batches under way or waiting; the object store holds at most these.
+        depth: batches being decoded or waiting; the object store holds no more of them.
     """
 
     def __init__(
         self,
-        decode: Any,
-        root: str,
+        decode: Callable[[list[str]], Any],
         batches: Sequence[list[str]],
         sizes: Sequence[tuple[int, int]],
-        interpolation: str,
         depth: int,
     ) -> None:
-        self._decode, self._root, self._sizes = decode, root, sizes
-        self._interpolation = interpolation
+        self._decode, self._sizes = decode, sizes
         self._waiting = deque(batches)
-        self._under_way: deque[tuple[list[str], Any]] = deque()
+        self._tasks: deque[tuple[list[str], Any]] = deque()
         for _ in range(depth):
             self._submit_next()
-
-    def _submit(self, keys: list[str]) -> Any:
-        return self._decode.remote(self._root, keys, self._sizes, self._interpolation)
 
     def _submit_next(self) -> None:
         if self._waiting:
             keys = self._waiting.popleft()
-            self._under_way.append((keys, self._submit(keys)))
+            self._tasks.append((keys, self._decode(keys)))
 
     def __iter__(self) -> Iterator[DecodedBatch]:
-        while self._under_way:
-            keys, task = self._under_way.popleft()
+        while self._tasks:
+            keys, task = self._tasks.popleft()
             batch = self._get(keys, task)
             del task  # frees the batch in the object store before the next one is decoded
             self._submit_next()
             yield batch
 
-    def _get(self, keys: list[str], task: Any) -> DecodedBatch:
+    def _get(self, keys: list[str], task: Any, retry: bool = True) -> DecodedBatch:
         try:
             batch: DecodedBatch = ray.get(task)
             return batch
-        except rx.RayTaskError as error:  # Python code raised: no other try would help
+        except rx.RayTaskError as error:  # Python code raised: a retry would meet it again
             own = isinstance(error.cause, OSError | StorageError)
             raise (error.cause if own else error) from None
         except rx.RayError as error:
-            _log.warning("decoding %d images again, one by one: %s", len(keys), type(error))
-        parts = [(key, self._submit([key])) for key in keys]
-        return join_batches([self._get_single(key, task) for key, task in parts])
-
-    def _get_single(self, key: str, task: Any) -> DecodedBatch:
-        try:
-            batch: DecodedBatch = ray.get(task)
-            return batch
-        except (rx.WorkerCrashedError, rx.OutOfMemoryError) as error:
-            _log.warning("%s: the decoder died on it: %s", key, error)
-            return failed_batch([key], self._sizes, "the decoder crashed or ran out of memory")
+            if retry:
+                # One image may have crashed the decoder of the whole batch: find out which.
+                _log.warning("decoding %d images again, one by one: %s", len(keys), type(error))
+            elif isinstance(error, rx.WorkerCrashedError | rx.OutOfMemoryError):
+                _log.warning("%s: the decoder crashed on it: %s", keys[0], error)
+                return failed_batch(keys, self._sizes, "the decoder crashed or ran out of memory")
+            else:
+                raise
+        single = [([key], self._decode([key])) for key in keys]
+        return join_batches([self._get(*one, retry=False) for one in single])

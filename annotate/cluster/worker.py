@@ -3,16 +3,12 @@
 import dataclasses
 import json
 import logging
-import platform
-import re
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib.metadata import version
-from itertools import islice
-from pathlib import Path
+from logging.handlers import BufferingHandler
 from typing import Any
 
 import numpy as np
@@ -24,105 +20,16 @@ from ...dataset.format.manifest import NAME as MANIFEST
 from ...dataset.format.manifest import open_manifest, shard_rows
 from ...dataset.format.score_map import MapLayout, decode, nats
 from ...dataset.format.shard import shard_name, write_shard
-from ...dataset.sources.folder import scan
-from ...errors import JobError, LockedError, StorageError, TeacherError
+from ...dataset.format.sums import file_sha256
+from ...dataset.sources.image_source import ImageSource
+from ...errors import JobError, LockedError
 from ..config import AnnotateConfig
-from ..images import DecodedBatch, decode_batch, join_batches
+from ..images import DecodedBatch, decode_batch
 from ..plan import Identity, Plan
-from ..teacher.timm_teacher import Teacher, TeacherOutput
-from .actor import Progress
+from ..report import Progress
+from ..teacher.annotator import Annotator, TeacherOutput
+from ..teacher.identity import build_teacher, identify
 from .window import DecodeWindow
-
-#: Images on which the dense logits are compared with the pooled ones at start-up.
-_CHECKED = 8
-_LIBRARIES = ("tokenlabel", "torch", "timm", "numpy", "pillow", "h5py")
-
-
-def build_teacher(config: AnnotateConfig) -> Teacher:
-    """The teacher that the options name."""
-    teacher = Teacher(
-        config.model,
-        weights=config.weights,
-        num_classes=config.num_classes,
-        input_size=config.input_size,
-        precision=config.precision,
-        channels_last=config.channels_last,
-        compile=config.compile,
-        device=config.device,
-        interpolation=config.interpolation,
-    )
-    if config.class_names:
-        teacher.class_names = read_class_names(config.class_names, teacher.num_classes)
-    return teacher
-
-
-def read_class_names(path: str, num_classes: int) -> list[str]:
-    """Lines of a text file; raises TeacherError unless there is one a class, all different."""
-    try:
-        names = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TeacherError(f"class_names: {path} cannot be read: {error}") from error
-    if len(names) != num_classes or len(set(names)) != num_classes or "" in names:
-        raise TeacherError(
-            f"class_names: {path} must hold a different name a line for each of the teacher's "
-            f"{num_classes} classes; it has {len(names)} lines, {len(set(names))} different"
-        )
-    return names
-
-
-def identify(teacher: Teacher, root: Path) -> Identity:
-    """Describe a teacher, after comparing its dense with its pooled logits on the first images.
-
-    Raises:
-        TeacherError: they differ although they must not.
-        StorageError: none of the first images can be read.
-    """
-    batch = _first_images(teacher, root)
-    return Identity(
-        model=teacher.name,
-        weights_digest=teacher.weights_digest,
-        preprocessing=teacher.preprocessing(),
-        grid=teacher.grid,
-        num_classes=teacher.num_classes,
-        class_names=teacher.class_names,
-        device=teacher.device.type,
-        dense_rule=teacher.rule,
-        dense_exact=teacher.exact,
-        dense_error=float(teacher.check(batch.images)),
-        libraries=libraries(teacher.device),
-    )
-
-
-def libraries(device: torch.device) -> dict[str, str]:
-    """Everything but the settings that decides the last bits of a score here: name to value."""
-    versions = {name: version(name) for name in _LIBRARIES}
-    return {**versions, "processor": _processor(device)}
-
-
-def _processor(device: torch.device) -> str:
-    """What computes: a GPU's name; a CPU's, its vector instructions and the threads in use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):  # only Linux has this file, and only x86 says more there
-        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M):
-            name = found[1]
-    vectors, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    return f"{name}, {vectors}, {threads} thread{'s' * (threads != 1)}"
-
-
-def _first_images(teacher: Teacher, root: Path) -> DecodedBatch:
-    parts: list[DecodedBatch] = []
-    failure: StorageError | None = None
-    for key in islice(scan(root), _CHECKED):
-        try:
-            sizes, interpolation = teacher.input_sizes, teacher.interpolation
-            parts.append(decode_batch(str(root), [key.decode()], sizes, interpolation))
-        except StorageError as error:  # fails its own shard alone
-            failure = error
-    if failure and not parts:
-        raise failure
-    return join_batches(parts)
 
 
 class Worker:
@@ -131,9 +38,9 @@ class Worker:
     Of two shards, one runs through the teacher while the first batches of the other are decoded.
     """
 
-    def __init__(self, config: AnnotateConfig, root: Path, threads: int) -> None:
+    def __init__(self, config: AnnotateConfig, source: ImageSource, threads: int) -> None:
         torch.set_num_threads(threads)  # a reused worker keeps the number it had
-        self._config, self._root = config, root
+        self._config, self._source = config, source
         self._device = threading.Lock()
         # Made here, so that each owner has a function of its own: a raylet leaks the leases of a
         # function whose owner was killed, and then runs that function's tasks one at a time.
@@ -142,8 +49,15 @@ class Worker:
 
     def ready(self) -> Identity:
         """Build the teacher and describe it."""
-        with _collected_warnings() as notes:
+        # An actor's log is far from the user: its warnings travel to the driver.
+        handler = BufferingHandler(capacity=1000)
+        handler.setLevel(logging.WARNING)
+        logging.getLogger("tokenlabel").addHandler(handler)
+        try:
             self._teacher = build_teacher(self._config)
+        finally:
+            logging.getLogger("tokenlabel").removeHandler(handler)
+        notes = [record.getMessage() for record in handler.buffer]
         # A job that reserves no GPU says `device: cpu`.
         if self._config.device == "auto" and self._teacher.device.type == "cpu":
             notes.append(
@@ -151,7 +65,7 @@ class Worker:
                 "there: it computes on the CPU, many times slower. Remedy: a driver and a torch "
                 "with CUDA on every node with GPUs, or `device: cpu`"
             )
-        identity = identify(self._teacher, self._root)
+        identity = identify(self._teacher, self._source)
         self._libraries = json.dumps(identity.libraries, sort_keys=True)
         return dataclasses.replace(identity, notes=tuple(notes))
 
@@ -159,8 +73,8 @@ class Worker:
         """What was done so far."""
         return self._done._replace(now=time.monotonic())
 
-    def annotate(self, plan: Plan, shard: int) -> int:
-        """Make one shard; returns its number of rows.
+    def annotate(self, plan: Plan, shard: int) -> str:
+        """Write one shard; returns its sha256.
 
         Raises:
             LockedError: the run has lost its lock on the folder to another one.
@@ -170,29 +84,27 @@ class Worker:
         manifest = open_manifest(plan.folder / MANIFEST)
         keys = manifest.keys[rows.start : rows.stop]
         labels = manifest.labels[rows.start : rows.stop]
-        size = plan.batch_size
+        sizes, interpolation = self._teacher.input_sizes, self._teacher.interpolation
+        size = self._config.batch_size
         window = DecodeWindow(
-            self._decode,
-            str(plan.root),
+            lambda keys: self._decode.remote(self._source, keys, sizes, interpolation),
             [keys[start : start + size] for start in range(0, len(keys), size)],
-            self._teacher.input_sizes,
-            self._teacher.interpolation,
-            plan.window,
+            sizes,
+            self._config.window,
         )
         # The plan has the libraries of the first teacher that was ready, perhaps on another node.
         own = {"libraries": self._libraries, "shard": shard, "first_row": rows.start}
-        attrs = {**plan.attrs, **own}
         path = plan.folder / shard_name(shard, plan.shards)
-        with write_shard(path, plan.layout, keys, labels, attrs) as writer:
+        with write_shard(path, plan.layout, keys, labels, {**plan.attrs, **own}) as writer:
             stats = ShardStats(
                 labels if plan.label_space == "teacher" else np.full_like(labels, -1), plan.layout
             )
             with self._device:
-                for batch, output in self._annotated(window, plan):
+                for batch, output in self._annotated(window, plan.layout):
                     planes = {name: plane.numpy() for name, plane in output.planes.items()}
                     writer.append(planes, batch.sizes, batch.digests, batch.errors)
                     stats.add(batch, output)
-            writer.attrs |= stats.attrs()
+            writer.attrs |= stats.attrs
             if (run := holder(plan.folder)) != plan.run:
                 what = "belongs to another job now" if run else "was deleted"
                 raise LockedError(
@@ -200,23 +112,20 @@ class Worker:
                     "Finished shards are kept. Remedy: see that no other job writes there, and run "
                     "the same command again"
                 )
-        return len(keys)
+        return file_sha256(path)  # just written, so still in the page cache
 
     def _annotated(
-        self, window: DecodeWindow, plan: Plan
+        self, window: DecodeWindow, layout: MapLayout
     ) -> Iterator[tuple[DecodedBatch, TeacherOutput]]:
-        """Batches with their results; on a GPU the next batch runs while one is written."""
-        pending: _Pending | None = None
+        """Batches with their results; a GPU computes the next batch while one is written."""
+        ahead = 1 if self._teacher.device.type == "cuda" else 0
+        pending: deque[_Pending] = deque()
         for batch in window:
-            started = _Pending(batch, self._teacher, plan)
-            if pending:
-                yield self._finish(pending)
-            pending = started
-            if self._teacher.device.type == "cpu":  # nothing runs behind our back
-                yield self._finish(pending)
-                pending = None
-        if pending:
-            yield self._finish(pending)
+            pending.append(_Pending(batch, self._teacher, layout, self._config))
+            if len(pending) > ahead:
+                yield self._finish(pending.popleft())
+        while pending:
+            yield self._finish(pending.popleft())
 
     def _finish(self, pending: "_Pending") -> tuple[DecodedBatch, TeacherOutput]:
         output = pending.result()
@@ -231,40 +140,20 @@ class Worker:
         return pending.batch, output
 
 
-class _Notes(logging.Handler):
-    """Collects the texts of warnings."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
-@contextmanager
-def _collected_warnings() -> Iterator[list[str]]:
-    """Texts of the warnings that are logged meanwhile: an actor's log is far from the user."""
-    handler, logger = _Notes(), logging.getLogger("tokenlabel")
-    logger.addHandler(handler)
-    try:
-        yield handler.texts
-    finally:
-        logger.removeHandler(handler)
-
-
 class _Pending:
     """A batch on its way through the device and back."""
 
-    def __init__(self, batch: DecodedBatch, teacher: Teacher, plan: Plan) -> None:
+    def __init__(
+        self, batch: DecodedBatch, teacher: Annotator, layout: MapLayout, config: AnnotateConfig
+    ) -> None:
         self.batch, self.since = batch, time.monotonic()
         images, count = batch.images, len(batch.errors)
-        if count < plan.batch_size:
-            # Always the same shape: another one splits the work among threads in other ways, which
-            # changes the last bits, and a compiled teacher would need another graph.
-            missing = ((0, plan.batch_size - count), (0, 0), (0, 0), (0, 0))
+        if count < config.batch_size:
+            # Always the same shape: threads would divide the work of another shape differently,
+            # which changes the last bits, and a compiled teacher would need another graph.
+            missing = ((0, config.batch_size - count), (0, 0), (0, 0), (0, 0))
             images = tuple(np.pad(part, missing) for part in images)
-        planes, top5 = teacher.annotate(images, plan.layout, plan.floor)
+        planes, top5 = teacher.annotate(images, layout, config.floor)
         # Copied in stream order, before the next batch is queued; non_blocking pins the memory.
         self._output = TeacherOutput(
             {name: plane[:count].to("cpu", non_blocking=True) for name, plane in planes.items()},
@@ -282,15 +171,18 @@ class _Pending:
 
 
 class ShardStats:
-    """Counts of a shard that its header keeps, so that a report need not read the maps."""
+    """Counts of a shard that its header keeps, so that a report need not read the maps.
+
+    Attributes:
+        attrs: root attributes of the shard, of the rows that were added.
+    """
 
     def __init__(self, labels: np.ndarray, layout: MapLayout) -> None:
         self._labels, self._layout, self._row = labels, layout, 0
-        self._labelled = self._top1 = self._top5 = 0
-        self._mass = 0.0
+        self.attrs: dict[str, Any] = {"labelled": 0, "top1": 0, "top5": 0, "mass": 0.0}
 
     def add(self, batch: DecodedBatch, output: TeacherOutput) -> None:
-        """Count the next rows, those with an error left out."""
+        """Count the next rows, but for those with an error."""
         good = np.array([not error for error in batch.errors])
         labels = self._labels[self._row : self._row + len(good)]
         self._row += len(good)
@@ -298,21 +190,12 @@ class ShardStats:
         codes = output.planes["codes"].numpy()[good]
         if not np.isfinite(nats(codes[:, :, 0], self._layout)).all():
             raise JobError(
-                "logits must be finite; the teacher gave others for an image of this shard. "
+                "logits must be finite; the teacher's are not for an image of this shard. "
                 "Remedy: precision bfloat16 or float32"
             )
         _, rest = decode(codes, self._layout)
         known = good & (labels >= 0)
-        self._labelled += int(known.sum())
-        self._top1 += int(hits[known, 0].sum())
-        self._top5 += int(hits[known].any(1).sum())
-        self._mass += float((1 - rest).mean((1, 2, 3)).sum(dtype=np.float64))
-
-    def attrs(self) -> dict[str, Any]:
-        """As root attributes of the shard."""
-        return {
-            "labelled": self._labelled,
-            "top1": self._top1,
-            "top5": self._top5,
-            "mass": self._mass,
-        }
+        self.attrs["labelled"] += int(known.sum())
+        self.attrs["top1"] += int(hits[known, 0].sum())
+        self.attrs["top5"] += int(hits[known].any(1).sum())
+        self.attrs["mass"] += float((1 - rest).mean((1, 2, 3)).sum(dtype=np.float64))

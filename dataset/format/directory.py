@@ -139,7 +139,11 @@ class StoredFile:
         self._inside(self._rest, 0)
         self._used = HEAD.size + size
         self.columns = {name: self._column(**entry) for name, entry in found["columns"].items()}
-        self.maps = self._maps(**found["maps"]) if "maps" in found else None
+        self.maps: Maps | None = None
+        if maps := found.get("maps"):
+            planes = {name: _array(dtype, shape) for name, dtype, shape in maps["planes"]}
+            self._inside(maps["offset"], maps["size"])
+            self.maps = Maps(maps["offset"], maps["size"], planes)
 
     def _identify(self, kind: str, version: int) -> None:
         name, number = self.attrs.get("format"), self.attrs.get("version")
@@ -166,10 +170,6 @@ class StoredFile:
         if nbytes > (size + SLACK) * MOST_TIMES if column.gzip else nbytes != size:
             raise ValueError(f"{size} bytes cannot be {dtype} {column.shape}")
         return column
-
-    def _maps(self, offset: int, size: int, planes: list[Any], **_: Any) -> Maps:
-        self._inside(offset, size)
-        return Maps(offset, size, {name: _array(dtype, shape) for name, dtype, shape in planes})
 
     def _inside(self, offset: int, size: int) -> None:
         if {type(offset), type(size)} != {int} or min(offset, size) < 0 or offset + size > self.end:
@@ -199,17 +199,19 @@ class StoredFile:
         start, stop, _ = slice(start, stop).indices(column.shape[0])
         count = max(stop - start, 0)
         row = math.prod(column.shape[1:]) * column.dtype.itemsize
+        data: bytes | bytearray
         if not column.gzip and count < column.shape[0]:
-            data = bytearray(self.pread(row * count, column.offset + row * start))
-            return np.frombuffer(data, column.dtype).reshape(count, *column.shape[1:])
-        plain: bytes | bytearray = b"".join(self.blocks(name))
-        if zlib.crc32(plain) != column.crc:
-            raise self.damaged(f"{name} has a wrong checksum")
-        try:
-            plain = inflate(plain, row * column.shape[0]) if column.gzip else plain
-        except ValueError as error:
-            raise self.damaged(f"{name}: {error}") from error
-        return np.frombuffer(bytearray(plain), column.dtype).reshape(column.shape)[start:stop]
+            data = self.pread(row * count, column.offset + row * start)
+        else:
+            data = self.pread(column.size, column.offset)
+            if zlib.crc32(data) != column.crc:
+                raise self.damaged(f"{name} has a wrong checksum")
+            try:
+                data = inflate(data, row * column.shape[0]) if column.gzip else data
+            except ValueError as error:
+                raise self.damaged(f"{name}: {error}") from error
+            data = data[row * start : row * stop]
+        return np.frombuffer(bytearray(data), column.dtype).reshape(count, *column.shape[1:])
 
     def texts(self, name: str) -> list[str]:
         """A column of texts."""
@@ -217,11 +219,6 @@ class StoredFile:
             return [text.decode() for text in self.read(name).tolist()]
         except (AttributeError, UnicodeDecodeError) as error:
             raise self.damaged(f"{name}: {error}") from error
-
-    def blocks(self, name: str) -> Iterator[bytes]:
-        """The bytes of a column as they lie in the file, not all of them in memory at once."""
-        column = self.columns[name]
-        yield from self._blocks(column.offset, column.offset + column.size)
 
     def _blocks(self, start: int, stop: int) -> Iterator[bytes]:
         for offset in range(start, stop, _BLOCK):
@@ -260,23 +257,24 @@ class StoredFile:
 
     def _some(self, size: int, offset: int) -> bytes:
         """Bytes of the file, fewer where it ends."""
+        if not self._close.alive:
+            raise ValueError(f"{self.path} is closed")
         data = b""
         try:
-            # Systems may give fewer than there are.
-            while len(data) < size and (more := self._once(size - len(data), offset + len(data))):
+            while len(data) < size:  # systems may give fewer bytes than there are
+                left, at = size - len(data), offset + len(data)
+                if hasattr(os, "pread"):
+                    more = os.pread(self._handle, left, at)
+                else:  # Windows: one thread at a time moves the position and reads
+                    with self._lock:
+                        os.lseek(self._handle, at, os.SEEK_SET)
+                        more = os.read(self._handle, left)
+                if not more:
+                    break
                 data = data + more if data else more
         except OSError as error:
             raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from error
         return data
-
-    def _once(self, size: int, offset: int) -> bytes:
-        if not self._close.alive:
-            raise ValueError(f"{self.path} is closed")
-        if hasattr(os, "pread"):
-            return os.pread(self._handle, size, offset)
-        with self._lock:  # Windows
-            os.lseek(self._handle, offset, os.SEEK_SET)
-            return os.read(self._handle, size)
 
     def damaged(self, reason: object) -> FormatError:
         """The error for a file that does not hold what it must."""

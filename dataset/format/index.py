@@ -188,7 +188,7 @@ def _load(path: Path, shards: list[Path]) -> Index:
         raise FormatError(f"{error.filename} has been deleted meanwhile") from error
     if file.read("shard_size").tolist() != sizes:
         raise FormatError(f"{path} is older than the shards")
-    keys, count = KeyTable.stored(file), len(shards)
+    keys, count = KeyTable(file), len(shards)
     columns = {
         name: file.mapped(name, dtype, (len(keys),) if width == 1 else (len(keys), width))
         for name, (dtype, width) in COLUMNS.items()

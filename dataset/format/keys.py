@@ -8,7 +8,7 @@ system's cache, and a look-up is a binary search. Keys are sorted by their UTF-8
 import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, overload
@@ -27,20 +27,39 @@ _FENCES = 8192  # keys kept as objects, at most
 class KeyTable(Sequence[str]):
     """Sorted keys as a sequence of str, with `find`; 8 bytes and the key's own length an image.
 
+    Read, not mapped: searches would in time make all of it memory of the process.
+
     Args:
-        rows: number of keys.
-        ends: (first, last) -> numbers first to last - 1 of where keys begin, and the last one ends.
-        text: (first, last) -> bytes first to last - 1 of the keys, end to end.
+        file: where `KeyWriter` stored them; it stays open while the table is used.
+
+    Raises:
+        FormatError: the file has no key table, or a damaged one.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        ends: Callable[[int, int], Sequence[int]],
-        text: Callable[[int, int], bytes],
-    ) -> None:
-        self._rows, self._ends, self._text = rows, ends, text
-        self._fence = lru_cache(2 * _FENCES)(self._raw)  # where every search begins
+    def __init__(self, file: StoredFile) -> None:
+        for name in ("key_offsets", "key_bytes"):
+            if name not in file.columns or file.columns[name].gzip:
+                raise file.damaged(f"the dataset {name!r} is missing or compressed")
+        rows, size = file.columns["key_offsets"].shape[0] - 1, file.columns["key_bytes"].shape[0]
+        self._ends_at = file.column("key_offsets", "<u8", (rows + 1,)).offset
+        self._text_at = file.column("key_bytes", "|u1", (size,)).offset
+        self._file, self._rows, self._size = file, rows, size
+        if rows < 1 or (self._ends(0, 1)[0], self._ends(rows, rows + 1)[0]) != (0, size):
+            raise file.damaged("the key offsets do not span the key bytes")
+        # Every search begins with the same few rows.
+        self._fence = lru_cache(2 * _FENCES)(self._raw)
+
+    def _ends(self, first: int, last: int) -> Sequence[int]:
+        """Where keys `first` to `last` - 2 begin, and the last of them ends."""
+        numbers = array("Q", self._file.pread(8 * (last - first), self._ends_at + 8 * first))
+        if sys.byteorder == "big":
+            numbers.byteswap()
+        return numbers
+
+    def _text(self, first: int, last: int) -> bytes:
+        """Bytes of the keys, end to end; damaged offsets must not ask for all memory."""
+        size = max(min(last, self._size) - first, 0)
+        return self._file.pread(size, self._text_at + min(first, self._size))
 
     def __len__(self) -> int:
         return self._rows
@@ -99,32 +118,6 @@ class KeyTable(Sequence[str]):
         if row < start or (stop is not None and row >= stop):
             raise ValueError(f"{value!r} is not among the keys")
         return row
-
-    @classmethod
-    def stored(cls, file: StoredFile) -> "KeyTable":
-        """The table that `KeyWriter` stored.
-
-        Read, not mapped: searches would in time make all of it memory of the process.
-        """
-        for name in ("key_offsets", "key_bytes"):
-            if name not in file.columns or file.columns[name].gzip:
-                raise file.damaged(f"the dataset {name!r} is missing or compressed")
-        rows, size = file.columns["key_offsets"].shape[0] - 1, file.columns["key_bytes"].shape[0]
-        first = file.column("key_offsets", "<u8", (rows + 1,)).offset
-        start = file.column("key_bytes", "|u1", (size,)).offset
-
-        def ends(a: int, b: int) -> Sequence[int]:
-            numbers = array("Q", file.pread(8 * (b - a), first + 8 * a))
-            if sys.byteorder == "big":
-                numbers.byteswap()
-            return numbers
-
-        def text(a: int, b: int) -> bytes:  # damaged offsets must not ask for all memory
-            return file.pread(max(min(b, size) - a, 0), start + min(a, size))
-
-        if rows < 1 or (ends(0, 1)[0], ends(rows, rows + 1)[0]) != (0, size):
-            raise file.damaged("the key offsets do not span the key bytes")
-        return cls(rows, ends, text)
 
 
 def _decoded(key: bytes) -> str:

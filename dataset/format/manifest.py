@@ -84,7 +84,7 @@ def open_manifest(path: Path, verify: bool = False) -> Manifest:
     """
     # Not closed: keys and labels are read from it, and it closes with the last of them.
     file = StoredFile(path, FORMAT, VERSION, "delete it; `annotate` rebuilds it")
-    keys = KeyTable.stored(file)
+    keys = KeyTable(file)
     labels = file.mapped("label", "<i4", (len(keys),))
     sha256, space = file.attrs.get("sha256"), file.attrs.get("label_space")
     if not isinstance(sha256, str) or not isinstance(space, str):

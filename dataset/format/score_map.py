@@ -4,6 +4,7 @@ This module is the definition, in NumPy, of how stored codes become probabilitie
 docs/format.md finds the same in words, and `windows` the same in torch for whole batches.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +63,11 @@ class MapLayout(NamedTuple):
         if self.level:
             planes["level"] = (np.dtype("<f2"), (views, *self.grid))
         return planes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a map."""
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.planes().values())
 
 
 class ScoreMap(NamedTuple):

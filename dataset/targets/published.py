@@ -1,39 +1,34 @@
 """The published token-labeling target, with its crop boxes the right way round."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torchvision.ops import roi_align
 
 from ..format.score_map import DROPPED
-from .token_labels import MIRRORED
-from .windows import TokenTargets, plane
-
-if TYPE_CHECKING:
-    from .token_labels import Grid, TokenLabels
+from .record import HAS_MAP, MIRRORED, Grid, Records
+from .windows import TokenTargets
 
 #: How far rounding may put a crop's box outside the map, as a fraction of the image.
 _ROUNDING = 1e-5
 
 
-def published_targets(labels: "TokenLabels", grid: "Grid", k: int) -> TokenTargets:
+def published_targets(records: Records, grid: Grid, k: int) -> TokenTargets:
     """Targets by the rule of TokenLabeling and LV-ViT; `TokenLabels.sparse` describes it.
 
     Raises:
         ValueError: a path of other geometry than crops, flips and resizes, or maps without `level`.
     """
-    layout = labels.record_layout.maps
+    layout = records.layout.maps
     if not layout.level:
         raise ValueError(
             'rule "published" averages raw logits, and these maps were stored without `level`. '
             'Remedy: annotate with level: true, or use rule "exact"'
         )
-    boxes, flip_y, flip_x = _crop_boxes(labels)
-    codes, classes = plane(labels, "codes"), plane(labels, "classes")
+    boxes, flip_y, flip_x = _crop_boxes(records)
+    codes, classes = records.plane("codes"), records.plane("classes")
     nats = codes * layout.step if layout.step else codes
     stored = codes != DROPPED if layout.step else codes.isfinite()
     # A class that is not stored is absent like all others: logit 0.
-    logits = torch.where(stored, plane(labels, "level")[:, None] - nats, 0.0)
+    logits = torch.where(stored, records.plane("level")[:, None] - nats, 0.0)
     batch = len(logits)
     maps = logits.new_zeros(batch, layout.num_classes, *layout.grid)
     maps.scatter_add_(1, classes.long(), logits)
@@ -45,34 +40,34 @@ def published_targets(labels: "TokenLabels", grid: "Grid", k: int) -> TokenTarge
     patches = torch.where(flip_x.view(-1, 1, 1, 1), patches.flip(3), patches)
     crop = roi_align(maps, regions, (1, 1)).flatten(1).softmax(-1)
     dense = patches.flatten(2).mT.softmax(-1)
-    weight = labels.has_map[:, None].expand(-1, dense.shape[1]).float()
+    weight = records.has(HAS_MAP)[:, None].expand(-1, dense.shape[1]).float()
     dense = dense * weight[..., None]
-    return TokenTargets.of(labels.label, weight, dense, crop * weight[:, :1], k)
+    return TokenTargets.of(records.word("label").long(), weight, dense, crop * weight[:, :1], k)
 
 
-def _crop_boxes(labels: "TokenLabels") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _crop_boxes(records: Records) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The crops [B, 4], normalised to the view's extent, and which are flipped in y and x."""
     error = ValueError(
         'rule "published" takes the average over an upright box inside the map: it knows '
         "crops, flips and resizes, but an image of this batch went through something else. "
         'Remedy: use rule "exact", or leave rotation, shear, padding and the like out'
     )
-    if labels.record_layout.tilted:
+    if records.layout.tilted:
         raise error
-    path = labels.paths()[:, 0]
+    path = records.paths()[:, 0]
     a, c, e, f = path[:, 0], path[:, 2], path[:, 4], path[:, 5]
-    height, width = labels.word("canvas_h"), labels.word("canvas_w")
+    height, width = records.word("canvas_h"), records.word("canvas_w")
     ends = [torch.stack([c, c + a * width]), torch.stack([f, f + e * height])]
     (x0, x1), (y0, y1) = (end.sort(0).values for end in ends)
-    extent = [labels.word(name) for name in ("x0", "y0", "x1", "y1")]
+    extent = [records.word(name) for name in ("x0", "y0", "x1", "y1")]
     low_x, low_y = torch.maximum(path[:, 9], extent[0]), torch.maximum(path[:, 10], extent[1])
     high_x, high_y = torch.minimum(path[:, 11], extent[2]), torch.minimum(path[:, 12], extent[3])
     room = _ROUNDING
     outside = (x0 < low_x - room) | (y0 < low_y - room) | (x1 > high_x + room)
-    outside = (outside | (y1 > high_y + room) | (a == 0)) & labels.has_map
+    outside = (outside | (y1 > high_y + room) | (a == 0)) & records.has(HAS_MAP)
     if bool(outside.any()):
         raise error
-    mirrored = labels.has(MIRRORED)
+    mirrored = records.has(MIRRORED)
     wide, high = extent[2] - extent[0], extent[3] - extent[1]
     x0, x1 = (x0 - extent[0]) / wide, (x1 - extent[0]) / wide
     x0, x1 = torch.where(mirrored, 1 - x1, x0), torch.where(mirrored, 1 - x0, x1)

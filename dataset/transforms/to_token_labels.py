@@ -9,7 +9,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ..label_map.label_map import TokenLabelMap
-from ..targets.token_labels import Grid, TokenLabels, student_grid
+from ..targets.record import Grid
+from ..targets.token_labels import TokenLabels, student_grid
 
 
 class ToTokenLabels(v2.Transform):

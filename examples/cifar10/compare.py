@@ -27,9 +27,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
-from tokenlabel.dataset import LabelStore, TokenLabels
-from tokenlabel.errors import TokenLabelError
-from tokenlabel.supervise import TokenLabelLoss, TokenStudent
+import tokenlabel as tl
 
 SIZE, PATCH = 32, 4
 NORMALISE = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)])
@@ -43,17 +41,17 @@ ARMS = {
 SETTINGS = ("epochs", "batch_size", "lr", "width", "depth", "min_scale", "dense_weight", "held_out")
 
 
-def loss_of(arm: str, dense_weight: float) -> TokenLabelLoss:
+def loss_of(arm: str, dense_weight: float) -> tl.TokenLabelLoss:
     """The loss of an arm. With a dense weight of 1, any soft target weighs as much as the label."""
     if arm in "cd":
-        return TokenLabelLoss(dense_weight=dense_weight)
-    return TokenLabelLoss(dense_weight=0, cls_target="both" if arm == "b" else "label")
+        return tl.TokenLabelLoss(dense_weight=dense_weight)
+    return tl.TokenLabelLoss(dense_weight=0, cls_target="both" if arm == "b" else "label")
 
 
 class InMemory(Dataset[tuple[Tensor, int]]):
     """An ImageFolder decoded once, and the row of each file's map in a label set, if given."""
 
-    def __init__(self, folder: Path, store: LabelStore | None = None) -> None:
+    def __init__(self, folder: Path, store: tl.LabelStore | None = None) -> None:
         files = ImageFolder(str(folder))
         self.images = [F.pil_to_tensor(image) for image, _ in files]
         self.classes = files.targets
@@ -91,7 +89,7 @@ class Crops(Dataset[tuple[Tensor, int, Tensor, bool]]):
         return crop.flip(-1) if mirrored else crop, self.source.rows[number], box, mirrored
 
 
-def new_student(args: argparse.Namespace, num_classes: int) -> TokenStudent:
+def new_student(args: argparse.Namespace, num_classes: int) -> tl.TokenStudent:
     """A small ViT of 8 x 8 patches, its stem convolutional as LV-ViT's, and shorter."""
     vit = timm.create_model(
         "vit_tiny_patch16_224",
@@ -108,7 +106,7 @@ def new_student(args: argparse.Namespace, num_classes: int) -> TokenStudent:
         *(nn.Conv2d(half, half, 3, 1, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU()),
         nn.Conv2d(half, args.width, 2, 2),
     )
-    return TokenStudent(vit, image_size=SIZE)
+    return tl.TokenStudent(vit, image_size=SIZE)
 
 
 class Arm:
@@ -128,7 +126,7 @@ class Arm:
             step_on_epochs=False,
         )
 
-    def train(self, images: Tensor, labels: TokenLabels, step: int) -> float:
+    def train(self, images: Tensor, labels: tl.TokenLabels, step: int) -> float:
         """Take one step and return the loss."""
         loss = self.loss(*self.student(images), labels)
         self.optimizer.zero_grad()
@@ -140,7 +138,12 @@ class Arm:
 
 
 def run(
-    names: Sequence[str], seed: int, train: Crops, test: Dataset[Any], store: LabelStore, args: Any
+    names: Sequence[str],
+    seed: int,
+    train: Crops,
+    test: Dataset[Any],
+    store: tl.LabelStore,
+    args: Any,
 ) -> dict[str, float]:
     """Train a student for each arm, side by side, and return their top-1 on `test`."""
     order = torch.Generator()
@@ -271,7 +274,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     settings = settings_of(args)
     path = args.work / "results.jsonl"
-    store = LabelStore(args.work / "labels" / "train")
+    store = tl.LabelStore(args.work / "labels" / "train")
     source = InMemory(args.data / "train", store)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(1)).tolist()
     count = round(args.held_out * len(order))
@@ -291,5 +294,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError, TokenLabelError) as error:
+    except (OSError, ValueError, tl.TokenLabelError) as error:
         sys.exit(f"compare.py: error: {error}")

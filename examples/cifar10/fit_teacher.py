@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from tokenlabel.annotate.teacher.model import build_model
+from tokenlabel.annotate.teacher.timm_teacher import build_model
 
 MODEL = "tf_efficientnet_lite0"
 MEAN = STD = [0.5, 0.5, 0.5]  # the model's own, which the annotation will use

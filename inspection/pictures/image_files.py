@@ -1,21 +1,21 @@
 """The image files that a label set was made of, each checked against the shards."""
 
-import io
-import tempfile
-import warnings
-from functools import cache, cached_property
-from pathlib import Path
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
-from ...annotate.images import FORMATS, MAX_FILE_BYTES, file_digest
-from ...annotate.sample import sample_folder
+from ...annotate.images import decode_image, file_digest
+from ...annotate.sample import sample_images
 from ...dataset.format.shard import Shard
+from ...dataset.sources.folder import FolderSource
+from ...dataset.sources.image_source import ImageSource
 from ...dataset.store import LabelStore
-from ...errors import ConfigError, ImageError
+from ...errors import ConfigError, ImageError, StorageError
 
-_SAMPLE_NAME = "imagenet_[0-9][0-9]_*.jpg"
+_REMEDY = "Remedy: name the folder that was annotated, DATA/SPLIT or DATA, with --images"
 
 
 class PictureFiles:
@@ -31,31 +31,33 @@ class PictureFiles:
     """
 
     def __init__(self, store: LabelStore, images: Path | None = None) -> None:
-        self._store = store
+        self._store, self._flat = store, images is None
         annotated = np.flatnonzero(~store.failed)
-        self._example = store.keys[int(annotated[0])] if len(annotated) else store.keys[0]
-        self._embedded = self._sample() if images is None else None
-        self._root = Path() if images is None else self._given(images)
+        example = store.keys[int(annotated[0])] if len(annotated) else store.keys[0]
+        if images is not None:
+            self._source = self._find(example, [images, images / store.root.name])
+        elif PurePosixPath(example).match("imagenet_[0-9][0-9]_*.jpg"):
+            # Its files are installed in one folder, under the names that end their keys.
+            self._source = self._find(example, [sample_images()[0].parent])
+        else:
+            raise ConfigError(
+                f"the images must be found to be shown, and {store.root} does not record where its "
+                f"images are. {_REMEDY}"
+            )
 
-    def _given(self, images: Path) -> Path:
-        places = [images, images / self._store.root.name]
-        for place in places:
-            if _below(place, self._example).is_file():
-                return place
-        tried = " and no ".join(repr(str(place / self._example)) for place in places)
+    def _find(self, example: str, folders: list[Path]) -> ImageSource:
+        for source in map(FolderSource, folders):
+            with suppress(StorageError):
+                next(source.read([self._name(example)]))
+                return source
+        tried = " and no ".join(repr(str(folder / self._name(example))) for folder in folders)
         raise ConfigError(
-            f"the images of {self._store.root} must lie in {images} under the keys of the labels, "
-            f"but there is no {tried}. "
-            "Remedy: name the folder that was annotated, DATA/SPLIT or DATA, with --images"
+            f"the images of {self._store.root} must lie in {folders[0]} under the keys of the "
+            f"labels, but there is no {tried}. {_REMEDY}"
         )
 
-    def _sample(self) -> dict[str, bytes]:
-        if Path(self._example).match(_SAMPLE_NAME) and self._example in _sample_pictures():
-            return _sample_pictures()
-        raise ConfigError(
-            f"the images must be found to be shown, and {self._store.root} does not record where "
-            "its images are. Remedy: name their folder with --images"
-        )
+    def _name(self, key: str) -> str:
+        return PurePosixPath(key).name if self._flat else key
 
     def read(self, key: str) -> Image.Image:
         """The image in RGB, as the student sees it (EXIF orientation not applied).
@@ -65,49 +67,28 @@ class PictureFiles:
             ImageError: the file is not there, is not the annotated one, or cannot be decoded.
         """
         row = self._store.row(key)
-        data, name = self._bytes(key)
+        try:
+            data = next(self._source.read([self._name(key)]))
+        except StorageError as error:
+            data = ImageError(str(error).partition(". ")[0])
+        if isinstance(data, ImageError):
+            raise ImageError(f"cannot read the image {key!r} in {self._source}: {data}. {_REMEDY}")
         digest, annotated = file_digest(data), int(self._digests[row])
         if annotated not in (0, digest):  # 0: of a label set that does not record digests
             raise ImageError(
-                f"{name!r} must be the image that was annotated, with digest "
-                f"{annotated:016x}; its digest is {digest:016x}. Remedy: name the folder that was "
-                "annotated with --images, or annotate these images"
+                f"{key!r} in {self._source} must be the image that was annotated, with digest "
+                f"{annotated:016x}; its digest is {digest:016x}. {_REMEDY}, or annotate these"
             )
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # odd EXIF and large images are no news here
-                with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-                    picture = file.convert("RGB")
-        except Exception as error:  # decoders raise nearly anything
-            raise ImageError(f"cannot decode the image {name!r}: {error}") from error
-        if picture.size != (size := tuple(self._store.sizes[row].tolist())):
+            image = decode_image(data)
+        except ImageError as error:
+            raise ImageError(f"the image {key!r} in {self._source}: {error}") from error
+        if image.size != (size := tuple(self._store.sizes[row].tolist())):
             raise ImageError(
-                f"{name!r} must be the image that was annotated, of {size} pixels; it has "
-                f"{picture.size}. Remedy: name the folder that was annotated with --images"
+                f"{key!r} in {self._source} must be the image that was annotated, of {size} "
+                f"pixels; it has {image.size}. {_REMEDY}"
             )
-        return picture
-
-    def _bytes(self, key: str) -> tuple[bytes, str]:
-        """Of an image's file, and the file's name."""
-        if self._embedded is not None:
-            if key not in self._embedded:
-                raise ImageError(
-                    f"{key!r} is none of the embedded sample's images. Remedy: name the folder "
-                    "that was annotated with --images"
-                )
-            return self._embedded[key], key
-        path = _below(self._root, key)
-        try:
-            if not path.is_file():  # a named pipe would hang
-                raise FileNotFoundError("no such file")
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise OSError(f"larger than {MAX_FILE_BYTES} bytes")
-            return path.read_bytes(), str(path)
-        except OSError as error:
-            raise ImageError(
-                f"cannot read the image {str(path)!r}: {error}. Remedy: name the folder that was "
-                "annotated with --images"
-            ) from error
+        return image
 
     @cached_property
     def _digests(self) -> np.ndarray:
@@ -117,21 +98,3 @@ class PictureFiles:
             with Shard(path) as shard:
                 parts.append(shard.read("digest"))
         return np.concatenate(parts)
-
-
-@cache
-def _sample_pictures() -> dict[str, bytes]:
-    """The files of the embedded sample by key, of both splits."""
-    with tempfile.TemporaryDirectory() as folder:
-        return {
-            path.relative_to(split).as_posix(): path.read_bytes()
-            for split in sample_folder(Path(folder)).iterdir()
-            for path in split.glob("*/*")
-        }
-
-
-def _below(root: Path, key: str) -> Path:
-    path = root / key
-    if Path(key).is_absolute() or ".." in Path(key).parts:
-        raise ImageError(f"a key is a path below the split's folder; got {key!r}")
-    return path

@@ -1,27 +1,33 @@
-"""`--verify`: is a split complete, undamaged, of one run and in order?"""
+"""`--verify` and `--repair`: is a split complete, undamaged, of one run and in order?"""
 
 import hashlib
 import json
+import logging
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from ...dataset.format.directory import StoredFile
+from ...dataset.format.files import sync_folder
+from ...dataset.format.index import FORMAT, VERSION, write_index
 from ...dataset.format.index import NAME as INDEX
 from ...dataset.format.manifest import NAME as MANIFEST
 from ...dataset.format.manifest import Manifest, open_manifest
-from ...dataset.format.shard import parse_shard_name, shard_name
-from ...errors import FormatError, NewerVersionError
-from .header_check import settings_of
-from .index_check import index_difference
-from .shard_check import Fault, ShardCheck, check_shard, crashed
+from ...dataset.format.shard import Shard, parse_shard_name, shard_name
+from ...dataset.format.sums import NAME as SUMS
+from ...dataset.format.sums import read_sums
+from ...errors import FormatError, NewerVersionError, OutputError
+from .shard_check import Fault, check_alone, reason, settings_of, sum_faults
 
 Watch = Callable[[int, int], None]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -31,8 +37,8 @@ class SplitCheck:
     Attributes:
         folder: of the split.
         shards: files that were checked, and `rows` and `nbytes` in them.
-        missing: names of shards that are not there.
-        faults: everything wrong; `more` were left out, all of shards with other faults.
+        missing: names of files that are not there.
+        faults: everything wrong.
         notes: what could not be checked, and why that is no fault.
     """
 
@@ -42,7 +48,6 @@ class SplitCheck:
     nbytes: int = 0
     missing: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
-    more: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -52,192 +57,204 @@ class SplitCheck:
 
     @property
     def bad_files(self) -> list[str]:
-        """Names of the files that `annotate` can make again."""
+        """Names of the files that `annotate` can redo."""
         return sorted({fault.file for fault in self.faults if fault.redone_by_annotate})
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
-        return {
-            "folder": self.folder,
-            "ok": self.ok,
-            "shards": self.shards,
-            "rows": self.rows,
-            "bytes": self.nbytes,
-            "missing": self.missing,
-            "bad_files": self.bad_files,
-            "faults": [fault._asdict() for fault in self.faults],
-            "more_faults": self.more,
-            "notes": self.notes,
-        }
+        facts = vars(self) | {"ok": self.ok, "bad_files": self.bad_files}
+        facts["faults"] = [fault._asdict() for fault in self.faults]
+        return facts | {"bytes": facts.pop("nbytes")}
 
 
 def verify(
-    root: Path, images: Path | None = None, workers: int = 0, watch: Watch = lambda *_: None
+    root: Path, images: Path | None = None, workers: int = 1, watch: Watch = lambda *_: None
 ) -> SplitCheck:
     """Check every byte of a split's shards, and that shards, manifest and index belong together.
 
     Args:
         root: folder of the split.
         images: folder of its images, whose digests are then compared.
-        workers: processes; 0 checks in this one.
+        workers: how many shards to check at a time, each in a process of its own.
         watch: called with (shards checked, shards).
     """
     paths = sorted(path for path in root.iterdir() if parse_shard_name(path.name))
     result = SplitCheck(str(root), shards=len(paths))
-    manifest = _manifest(root, result)
-    manifest_path = root / MANIFEST if manifest else None
-    checks = list(_checked(paths, manifest_path, images, workers, watch))
-    checks.sort(key=lambda check: check.name)
-    for check in checks:
-        result.faults += check.faults
-        result.more += check.more
-        result.rows += check.rows
-        result.nbytes += check.nbytes
-    opened = [check for check in checks if check.header]
-    run = _run(opened)
-    result.faults += _strangers(opened, run)
-    own = [check for check in opened if check.header["fingerprint"] == run]
-    _find_missing(result, checks, own)
-    result.faults += _order_faults(own)
-    if manifest and own:
-        _compare_manifest(result, manifest, own)
-    _check_index(root, paths, result)
+    sums = _read_sums(root, paths, result)
+    manifest = _read_manifest(root / MANIFEST, sums.get(MANIFEST, ""), result)
+    others = root / MANIFEST if manifest else None, images
+    # Threads: each waits for the process that checks its shard.
+    with ThreadPoolExecutor(workers) as pool:
+        tasks = [pool.submit(check_alone, path, sums.get(path.name), *others) for path in paths]
+        try:
+            for done, task in enumerate(as_completed(tasks), 1):
+                task.result()
+                watch(done, len(paths))
+        except BaseException:  # also Ctrl-C: what has not begun is not begun
+            pool.shutdown(cancel_futures=True)
+            raise
+    result.faults += [fault for task in tasks for fault in task.result()]
+    good = _compare_shards(paths, result)
+    lost = {name for name in sums if name != INDEX and not (root / name).exists()}
+    result.missing = sorted(lost.union(result.missing))
+    if manifest and good:
+        _compare_manifest(manifest, settings_of(good[0]), result)
+    _compare_index(root / INDEX, paths, sums.get(INDEX, ""), result)
     return result
 
 
-def _manifest(root: Path, result: SplitCheck) -> Manifest | None:
+def repair(root: Path, check: SplitCheck) -> list[Path]:
+    """Delete the files that `check` found bad, and the index, which is of the shards as they were.
+
+    To be called while a `folder_lock` keeps jobs off the split, from its check on. The shards that
+    stay are not touched; `annotate` with the options that made them redoes the others, byte for
+    byte, and the index.
+
+    Raises:
+        OutputError: a file cannot be deleted.
+    """
+    removed = []
+    for name in (*check.bad_files, INDEX) if check.bad_files else ():
+        path = root / name
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            what = "remove it by hand" if path.is_dir() else "fix the folder's permissions"
+            raise OutputError(f"cannot delete {path}: {error.strerror}. Remedy: {what}") from error
+        _log.info("deleted %s", path)
+        removed.append(path)
+    sync_folder(root)
+    return removed
+
+
+def _read_sums(root: Path, paths: Sequence[Path], result: SplitCheck) -> dict[str, str]:
+    """What SHA256SUMS lists; the digests are compared where the files are read."""
     try:
-        return open_manifest(root / MANIFEST, verify=True)
+        sums = read_sums(root)
+    except FormatError as error:
+        result.faults.append(Fault(SUMS, reason(error, root / SUMS)))
+        return {}
+    if not sums:
+        result.notes.append(f"there is no {SUMS}: the checksums inside the files were compared")
+        return {}
+    files = [path for path in (*paths, root / MANIFEST, root / INDEX) if path.exists()]
+    if unlisted := [path.name for path in files if path.name not in sums]:
+        text = f"it lacks {len(unlisted)} files, {unlisted[0]} the first of them"
+        result.faults.append(Fault(SUMS, text))
+    for name in sums:
+        if name not in (MANIFEST, INDEX) and not parse_shard_name(name):
+            result.faults.append(Fault(SUMS, f"it lists {name!r}, which is no file of a split"))
+    return sums
+
+
+def _read_manifest(path: Path, sha256: str, result: SplitCheck) -> Manifest | None:
+    try:
+        manifest = open_manifest(path, verify=True)
     except FileNotFoundError:
         result.notes.append(f"there is no {MANIFEST}: the order of the images was not compared")
+        return None
     except FormatError as error:
-        result.faults.append(Fault(MANIFEST, None, None, _short(root / MANIFEST, error)))
-    return None
+        result.faults.append(Fault(MANIFEST, reason(error, path)))
+        return None
+    result.faults += sum_faults(path, sha256)
+    return manifest
 
 
-def _checked(
-    paths: Sequence[Path], manifest: Path | None, images: Path | None, workers: int, watch: Watch
-) -> Iterator[ShardCheck]:
-    if workers == 0:
-        for done, path in enumerate(paths, 1):
-            yield check_shard(path, manifest, images)
-            watch(done, len(paths))
-        return
-    left, done, alone = set(paths), 0, False
-    while left:
-        # Spawned: the progress bar's thread does not survive a fork.
-        count = 1 if alone else min(workers, len(left))
-        with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-            tasks: dict[Future[ShardCheck], Path] = {
-                pool.submit(check_shard, path, manifest, images): path
-                for path in (sorted(left)[:1] if alone else sorted(left))
-            }
-            try:
-                for task in as_completed(tasks):
-                    try:
-                        check = task.result()
-                    except BrokenProcessPool:
-                        if not alone:
-                            raise
-                        check = crashed(tasks[task])
-                    yield check
-                    left.discard(tasks[task])
-                    done += 1
-                    watch(done, len(paths))
-            except BrokenProcessPool:
-                # Nobody knows which file did it: the rest one by one, each in its own process.
-                alone = True
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
-def _run(checks: list[ShardCheck]) -> str:
-    """The fingerprint that most shards have; of equally many, that of the first shard."""
-    counts = Counter(check.header["fingerprint"] for check in checks)
-    return counts.most_common(1)[0][0] if counts else ""
-
-
-def _strangers(checks: list[ShardCheck], run: str) -> Iterator[Fault]:
-    for check in checks:
-        if (found := check.header["fingerprint"]) != run:
+def _compare_shards(paths: Sequence[Path], result: SplitCheck) -> list[Shard]:
+    """Find what is missing, of another run or out of order; return the shards without faults."""
+    bad, opened, good = {fault.file for fault in result.faults}, [], []
+    for path in paths:
+        with suppress(FormatError, OSError), Shard(path) as shard:  # else among the faults already
+            opened.append(shard)
+            result.rows += shard.rows
+            result.nbytes += shard.end
+            if path.name not in bad:
+                keys = shard.texts("key")
+                good.append((shard, keys[0], keys[-1]))
+    run = _most(shard.attrs["fingerprint"] for shard in opened)
+    for shard in opened:
+        if (found := shard.attrs["fingerprint"]) != run:
             text = f"it is of another run: its fingerprint is {found}, most shards have {run}"
-            yield Fault(check.name, None, None, text)
-
-
-def _find_missing(result: SplitCheck, checks: list[ShardCheck], own: list[ShardCheck]) -> None:
-    """Name the shards that are not there, and those that belong to a split of another length."""
-    totals = [parse_shard_name(check.name) for check in (own or checks)]
-    counts = Counter(parsed[1] for parsed in totals if parsed)
-    if not counts:
-        return
-    total = counts.most_common(1)[0][0]
-    there = {check.name for check in checks}
-    names = (shard_name(number, total) for number in range(total))
-    result.missing = [name for name in names if name not in there]
-    for check in checks:
-        parsed = parse_shard_name(check.name)
-        if parsed and parsed[1] != total:
-            text = f"it is of a split of {parsed[1]} shards, most here are of one of {total}"
-            result.faults.append(Fault(check.name, None, None, text))
-
-
-def _order_faults(own: list[ShardCheck]) -> Iterator[Fault]:
-    """Shards that do not begin where the one before them ends."""
-    ordered = [(parse_shard_name(check.name), check) for check in own if not check.faults]
-    for (before, first), (number, second) in pairwise(ordered):
-        if not before or not number or number[0] != before[0] + 1:
+            result.faults.append(Fault(shard.path.name, text))
+    places = {path.name: parse_shard_name(path.name) or (0, 0) for path in paths}
+    total = _most(shards for _, shards in places.values())
+    for name, (_, found) in places.items():
+        if found != total:
+            text = f"it is of a split of {found} shards, most here are of one of {total}"
+            result.faults.append(Fault(name, text))
+    result.missing = sorted({shard_name(number, total) for number in range(total)} - places.keys())
+    good = [entry for entry in good if entry[0].attrs["fingerprint"] == run]
+    for (one, _, last), (two, key, _) in pairwise(good):
+        if two.attrs["shard"] != one.attrs["shard"] + 1:
             continue
-        end = first.header["first_row"] + first.rows
-        if second.header["first_row"] != end:
-            text = (
-                f"it must begin at row {end}, where {first.name} ends; it begins at "
-                f"{second.header['first_row']}"
-            )
-            yield Fault(second.name, None, None, text)
-        if second.first_key.encode() <= first.last_key.encode():
-            text = f"keys must ascend; {first.name} ends with {first.last_key!r}"
-            yield Fault(second.name, 0, second.first_key, text)
+        end, start = one.attrs["first_row"] + one.rows, two.attrs["first_row"]
+        if start != end:
+            text = f"it must begin at row {end}, where {one.path.name} ends; it begins at {start}"
+            result.faults.append(Fault(two.path.name, text))
+        if key.encode() <= last.encode():
+            text = f"keys must ascend; {one.path.name} ends with {last!r}"
+            result.faults.append(Fault(two.path.name, text, 0, key))
+    return [shard for shard, *_ in good]
 
 
-def _compare_manifest(result: SplitCheck, manifest: Manifest, own: list[ShardCheck]) -> None:
-    for check in own:
-        settings = settings_of(check.header)
-        if "manifest" not in settings:
-            continue
-        text = ""
-        if (wanted := settings["manifest"]) != manifest.digest:
-            text = f"it is not the shards' manifest: its digest is {manifest.digest}, not {wanted}"
-        elif (wanted := settings.get("class_names")) not in (None, _sha256(manifest.class_names)):
-            text = f"its class_names must have the sha256 {wanted} that the shards' settings say"
-        if text:
-            result.faults.append(Fault(MANIFEST, None, None, text))
-        return
+def _most(values: Iterable[Any]) -> Any:
+    """The most frequent value, of equally frequent ones the first; 0 without any."""
+    counts = Counter(values).most_common(1)
+    return counts[0][0] if counts else 0
 
 
-def _sha256(names: list[str] | None) -> str:
-    return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
+def _compare_manifest(manifest: Manifest, settings: dict[str, Any], result: SplitCheck) -> None:
+    names = json.dumps(manifest.class_names, sort_keys=True).encode()
+    digest, named, text = manifest.digest, hashlib.sha256(names).hexdigest(), ""
+    if (want := settings.get("manifest", digest)) != digest:
+        text = f"it is not the shards' manifest: its digest is {digest}, not {want}"
+    elif (want := settings.get("class_names") or named) != named:
+        text = f"its class_names must have the sha256 {want}, as the shards' settings say"
+    elif result.ok and len(manifest.keys) != result.rows:
+        text = f"it has {len(manifest.keys)} images, the shards have {result.rows}"
+    if text:
+        result.faults.append(Fault(MANIFEST, text))
 
 
-def _check_index(root: Path, paths: Sequence[Path], result: SplitCheck) -> None:
-    path = root / INDEX
+def _compare_index(path: Path, shards: Sequence[Path], sha256: str, result: SplitCheck) -> None:
     if not path.exists():
         result.notes.append(f"there is no {INDEX}: it is built when it is needed")
-        return
-    if not result.ok and (result.missing or any(map(parse_shard_name, result.bad_files))):
+    elif result.missing or any(map(parse_shard_name, result.bad_files)):
         result.notes.append(f"{INDEX} was not compared with the shards, as these have faults")
-        return
+    else:
+        try:
+            result.faults += [*index_faults(path, shards)] or sum_faults(path, sha256)
+        except NewerVersionError as error:
+            result.notes.append(f"{INDEX} was not compared with the shards: {error}")
+
+
+def index_faults(path: Path, shards: Sequence[Path]) -> Iterator[Fault]:
+    """How an index differs, by content, from one that is built from the shards now.
+
+    Raises:
+        NewerVersionError: a later release wrote it.
+        OSError: the new index cannot be written to the temporary folder.
+    """
     try:
-        difference = index_difference(path, paths)
-    except NewerVersionError as error:
-        result.notes.append(f"{INDEX} was not compared with the shards: {error}")
-        return
+        with (
+            tempfile.TemporaryDirectory(prefix="tokenlabel-") as folder,
+            StoredFile(path, FORMAT, VERSION, "") as old,
+        ):
+            old.check_bytes()
+            fresh = Path(folder) / INDEX
+            write_index(fresh, list(shards))
+            with StoredFile(fresh, FORMAT, VERSION, "") as new:
+                parts = ["attributes"] if old.attrs != new.attrs else []
+                # CRCs stand for the values: all bytes were just compared with theirs.
+                for name, column in new.columns.items():
+                    found = old.columns.get(name)
+                    if found is None or found._replace(offset=column.offset) != column:
+                        parts.append(name)
+        if parts:
+            yield Fault(path.name, f"stale: other {', '.join(parts)} than in the shards")
+    except NewerVersionError:
+        raise
     except FormatError as error:
-        difference = _short(path, error)
-    if difference:
-        result.faults.append(Fault(INDEX, None, None, f"stale or damaged: {difference}"))
-
-
-def _short(path: Path, error: Exception) -> str:
-    """An error's text without the file's name, which stands before it, and the advice."""
-    return str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ").partition(". Remedy")[0]
+        yield Fault(path.name, reason(error, path))

@@ -30,8 +30,6 @@ def print_check(check: SplitCheck, console: Console, repairs: bool = False) -> N
             f"  [red]{escape(fault.file)}[/red]{escape(where)}: {escape(fault.text)}",
             soft_wrap=True,
         )
-    if check.more:
-        console.print(f"  … and {check.more:,} more faults in rows of these shards")
     for note in check.notes:
         console.print(f"  note: {escape(note)}", soft_wrap=True)
     if check.bad_files and not repairs:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,22 +34,30 @@ class Job:
         data: the data set.
         out: the job's `out`.
         variables: set in its environment.
-        options: of the command line.
+        options: of the command line, beside those of tests/jobs.py.
     """
 
     def __init__(
         self, data: Path, out: Path, variables: dict[str, str] | None = None, **options: Any
     ) -> None:
         self.folder = out / "train"
-        self._log = out.with_name(f"{out.name}.log")
+        self._log = out.with_name(f"{out.name}-{time.monotonic_ns()}.log")
         with open(self._log, "w") as log:
             self.process = subprocess.Popen(
-                arguments(data, out, **OPTIONS, **options),
+                arguments(data, out, **options),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment() | (variables or {}),
                 start_new_session=True,
             )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Kill it, unless it has ended."""
+        self.process.kill()
+        self.process.wait()
 
     @property
     def output(self) -> str:
@@ -69,7 +78,7 @@ class Job:
         return self.process.wait(PATIENCE)
 
     def wait_for_shard(self) -> None:
-        """Until a shard more is there than now, or the job has ended."""
+        """Until one shard more is there than now, or the job has ended."""
         before, deadline = len(self.shards()), time.monotonic() + PATIENCE
         while self.running and len(self.shards()) == before:
             assert time.monotonic() < deadline, self.output
@@ -93,18 +102,28 @@ class Job:
 
 
 class Cluster:
-    """A head node and one more, in processes of their own: see tests/faults/cluster.py."""
+    """Nodes of one Ray cluster, in processes of their own: see tests/faults/cluster.py.
+
+    Attributes:
+        address: of the head node.
+        nodes: the raylets of the other nodes; a raylet stands for its node.
+    """
+
+    def __init__(self, nodes: int = 1, gpus: int = 0) -> None:
+        self._count, self._gpus = nodes, gpus
 
     def __enter__(self) -> Self:
         self._host = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.cluster"],
+            [sys.executable, "-m", "tests.faults.cluster", str(self._gpus)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment() | PRIVATE,
         )
         self.address: str = self._answer()
-        self.add()
+        self.nodes: list[psutil.Process] = []
+        for _ in range(self._count):
+            self.add()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,12 +135,21 @@ class Cluster:
         for process in psutil.wait_procs(left, timeout=10)[1]:
             process.kill()
 
-    def add(self) -> None:
-        """Start a second node, in place of one whose raylet was killed."""
+    def add(self, dead: psutil.Process | None = None) -> psutil.Process:
+        """Start a node more, or in place of one whose raylet was killed."""
         assert self._host.stdin
-        self._host.stdin.write("add\n")
+        self._host.stdin.write(f"{dead.pid if dead else 0}\n")
         self._host.stdin.flush()
-        self.raylet = psutil.Process(self._answer())
+        self.nodes.append(psutil.Process(self._answer()))
+        if dead:
+            self.nodes.remove(dead)
+        return self.nodes[-1]
+
+    def lose(self, node: psutil.Process) -> None:
+        """Kill everything on a node at once, as a power failure does."""
+        for process in [node, *node.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def workers(self, below: psutil.Process | None = None) -> list[psutil.Process]:
         """Processes that run code of jobs, of all nodes or of one.
@@ -144,6 +172,11 @@ class Cluster:
         return json.loads(self._host.stdout.readline())
 
 
+def leftovers(folder: Path) -> list[str]:
+    """Hidden files, which a job must not leave behind; the lock's own file is none of them."""
+    return [path.name for path in folder.glob(".*") if path.name != ".lock"]
+
+
 def title(process: psutil.Process) -> str:
     """Its command line, which Ray sets to what a worker does; empty when it has ended."""
     try:
@@ -157,7 +190,7 @@ def named(processes: Iterable[psutil.Process], name: str) -> list[psutil.Process
     return [process for process in processes if name in title(process)]
 
 
-def assert_gone(processes: Sequence[psutil.Process], seconds: float = 60) -> float:
+def assert_gone(processes: Sequence[psutil.Process], seconds: float = PATIENCE) -> float:
     """Wait until all have ended; after how many seconds they had."""
     begin = time.monotonic()
     _, alive = psutil.wait_procs(processes, timeout=seconds)

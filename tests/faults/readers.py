@@ -1,6 +1,7 @@
 """Processes that read a split all the while, or all at once, and say what they saw.
 
-`python -m tests.faults.readers watch ROOT IMAGES COUNT PAUSE`: until its standard input ends.
+`python -m tests.faults.readers watch ROOT IMAGES COUNT PAUSE`: until its standard input ends; for
+each line of it, answers when a reader has been refused as incomplete.
 `python -m tests.faults.readers rebuild ROOT COUNT ROUNDS`: open it at once, without an index.
 """
 
@@ -17,7 +18,7 @@ from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 from typing import Any
 
-from tests.jobs import environment
+from tests.jobs import environment, run
 from tests.shards import digest
 from tokenlabel.dataset import LabelStore, TokenLabelDataset
 from tokenlabel.dataset.format.index import build_index
@@ -31,6 +32,7 @@ CLEAR = {
     "deleted": "has been deleted meanwhile",
     "disagreeing": "and the index do not agree",
 }
+COMMAND = [sys.executable, "-m", "tests.faults.readers"]
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -95,11 +97,19 @@ class Seen:
 
 
 def _watch(
-    root: Path, images: Path | None, pause: float, stop: Event, results: "SimpleQueue[Any]"
+    root: Path,
+    images: Path | None,
+    pause: float,
+    stop: Event,
+    refused: Event,
+    results: "SimpleQueue[Any]",
 ) -> None:
     seen = Seen()
     while not stop.is_set():
+        before = seen.refusals["incomplete"]
         seen.read(root, images)
+        if seen.refusals["incomplete"] > before:
+            refused.set()
         time.sleep(pause)
     seen.read(root, images)
     results.put(seen.as_dict())
@@ -107,15 +117,18 @@ def _watch(
 
 def watch(root: Path, images: Path | None, count: int, pause: float) -> list[dict[str, Any]]:
     """Read with `count` processes until the standard input ends."""
-    stop, results = _FORK.Event(), _FORK.SimpleQueue()
+    stop, refused, results = _FORK.Event(), _FORK.Event(), _FORK.SimpleQueue()
     readers = [
-        _FORK.Process(target=_watch, args=(root, images, pause, stop, results))
+        _FORK.Process(target=_watch, args=(root, images, pause, stop, refused, results))
         for _ in range(count)
     ]
     for reader in readers:
         reader.start()
     print("ready", flush=True)
-    sys.stdin.read()
+    for _ in sys.stdin:
+        refused.clear()
+        refused.wait()
+        print("refused", flush=True)
     stop.set()
     found = [results.get() for _ in readers]
     for reader in readers:
@@ -172,35 +185,34 @@ class Readers:
     """`watch` in a process of its own, which shares nothing with this one."""
 
     def __init__(self, root: Path, images: Path | None, count: int, pause: float) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            __name__,
-            "watch",
-            str(root),
-            str(images or ""),
-            str(count),
-            str(pause),
-        ]
+        command = [*COMMAND, "watch", root, images or "", count, pause]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+            [*map(str, command)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
         )
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == "ready\n"
+        assert self._process.stdin and self._process.stdout
+        self._ask, self._answers = self._process.stdin, self._process.stdout
+        assert self._answers.readline() == "ready\n"
+
+    def wait_for_refusal(self) -> None:
+        """Until one of them has found the split incomplete."""
+        self._ask.write("\n")
+        self._ask.flush()
+        assert self._answers.readline() == "refused\n"
 
     def stop(self) -> list[dict[str, Any]]:
         """End the readers after one more look; what each of them saw."""
-        output, _ = self._process.communicate(timeout=300)
+        output, _ = self._process.communicate()
         assert self._process.returncode == 0
         return list(json.loads(output))
 
 
 def rebuilt(root: Path, count: int, rounds: int) -> dict[str, Any]:
     """`rebuild` in a process of its own."""
-    command = [sys.executable, "-m", __name__, "rebuild", str(root), str(count), str(rounds)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=900, env=environment(), check=False
-    )
+    done = run(*map(str, (*COMMAND, "rebuild", root, count, rounds)))
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 

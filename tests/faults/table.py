@@ -1,12 +1,18 @@
 """The table of docs/reliability.md: what each fault test saw, written as it ran."""
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 HEAD = "| fault | rounds | expected | observed | command |\n|---|---|---|---|---|\n"
+
+
+#: The fixtures `observed` and `rounds` of conftest.py.
+Observed = Callable[[str, int, str, str], None]
+Rounds = Callable[[int, int], int]
 
 
 class Row(NamedTuple):

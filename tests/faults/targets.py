@@ -15,6 +15,7 @@ from tokenlabel.dataset.format.index import NAME, _load, build_index, find_shard
 from tokenlabel.dataset.format.manifest import open_manifest
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import COLUMNS, Shard, shard_name, write_shard
+from tokenlabel.dataset.sources.folder import FolderSource
 from tokenlabel.dataset.store import LabelStore
 from tokenlabel.errors import FormatError, MissingMapError
 
@@ -22,7 +23,7 @@ KINDS = ("shard", "index", "split", "manifest")
 #: What may come of reading: all as it was written, other content, an error that says so.
 VERDICTS = ("equal", "changed", "refused")
 #: Changes that checksums must notice wherever they carry content.
-NOTICED = ("bits", "bytes", "run", "splice", "number", "cut")
+NOTICED = ("bytes", "run", "splice", "number", "cut")
 _ROWS_READ = 6
 
 
@@ -97,7 +98,7 @@ def make_seeds(folder: Path) -> list[Seed]:
         (images / f"{number}.jpg").write_bytes(b"")
     (folder / "manifest").mkdir()
     names = [f"n{number:08d}" for number in range(60)]
-    build_manifest(folder / "images", folder / "manifest" / "manifest", names, None)
+    build_manifest(FolderSource(folder / "images"), folder / "manifest" / "manifest", names, None)
     add("manifest", "manifest", "manifest", 2)
     return seeds
 

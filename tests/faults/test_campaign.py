@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -13,11 +12,14 @@ from tests.faults.processes import (
     ACTOR,
     DECODER,
     IMAGES,
+    OPTIONS,
     PRIVATE,
     Cluster,
     Job,
     assert_gone,
+    leftovers,
 )
+from tests.faults.table import Observed, Rounds
 from tests.jobs import digests
 from tokenlabel.dataset.format.manifest import open_manifest
 from tokenlabel.dataset.format.shard import Shard
@@ -65,7 +67,7 @@ class Campaign:
         folder = self._job.folder
         assert self._job.wait() == 0, self._job.output
         assert digests(folder) == self._undisturbed
-        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+        assert not leftovers(folder)
         keys: list[str] = []
         for path in self._job.shards():
             with Shard(path) as shard:
@@ -76,9 +78,8 @@ class Campaign:
         self.complete += 1
 
     def stop(self) -> None:
-        """End the last job, which has ended unless a test failed."""
-        self._job.process.kill()
-        self._job.wait()
+        """Kill the last job, which has ended unless a test failed."""
+        self._job.__exit__()
 
     def _start(self) -> None:
         self.jobs += 1
@@ -86,6 +87,7 @@ class Campaign:
             self._data,
             self._root / f"labels-{self.complete}",
             PRIVATE,
+            **OPTIONS,
             ray_address=self._cluster.address,
             retries=RETRIES,
         )
@@ -97,10 +99,11 @@ class Campaign:
             self._job.wait_for_shard()
             time.sleep(self._chance.uniform(0, 1.5))
         victim = self._find(kind)
-        if victim is None or not self._job.running:
+        if victim is None:
             return False
-        below = self._cluster.raylet if kind == "raylet" else None
-        workers, agents = self._cluster.workers(below), self._cluster.raylet.children()
+        (raylet,) = self._cluster.nodes
+        workers = self._cluster.workers(raylet if kind == "raylet" else None)
+        agents = raylet.children()
         try:
             victim.kill()
         except psutil.NoSuchProcess:
@@ -114,7 +117,7 @@ class Campaign:
             self._start()
         elif kind == "raylet":
             self.agents += agents
-            self._cluster.add()
+            self._cluster.add(victim)
             self.gone = max(self.gone, assert_gone(workers))
         else:
             assert_gone([victim])
@@ -122,10 +125,12 @@ class Campaign:
 
     def _find(self, kind: str) -> psutil.Process | None:
         """One of its kind; None when the job has ended."""
+        if not self._job.running:
+            return None
         if kind == "driver":
             return psutil.Process(self._job.process.pid)
         if kind == "raylet":
-            return self._cluster.raylet
+            return self._cluster.nodes[0]
         name = ACTOR if kind == "teacher actor" else DECODER
         found = self._job.find(name, self._cluster.workers)
         return self._chance.choice(found) if found else None
@@ -136,8 +141,8 @@ def test_a_killer_at_work(
     undisturbed: dict[str, str],
     tmp_path: Path,
     soak: bool,
-    rounds: Callable[[int, int], int],
-    observed: Callable[[str, int, str, str], None],
+    rounds: Rounds,
+    observed: Observed,
 ) -> None:
     seed = int(os.environ.get("FAULT_SEED", time.time_ns() % 2**32))
     print(f"FAULT_SEED={seed}")
@@ -153,7 +158,7 @@ def test_a_killer_at_work(
         finally:
             campaign.stop()
         if soak:
-            assert_gone(campaign.agents, 90)
+            assert_gone(campaign.agents)
     observed(
         f"SIGKILL of the {', '.join(KINDS[:-1])} or second node's raylet, at random",
         len(kinds),

@@ -6,15 +6,16 @@ import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from tests.faults.processes import Job
 from tests.faults.readers import Readers, content, rebuilt
-from tests.jobs import arguments, digests, environment, repeat_images, run
+from tests.faults.table import Observed, Rounds
+from tests.jobs import arguments, digests, repeat_images, run
 from tests.maps import Rows, attrs, write_split
 from tokenlabel.cli import main
 from tokenlabel.dataset.format.score_map import MapLayout
@@ -27,34 +28,19 @@ OPTIONS = {"shard_size": 4, "batch_size": 4}
 LAYOUT = MapLayout(("identity", "hflip"), (3, 5), 4, 1000, residual=6)
 KEYS = [f"class/{number:03d}.jpg" for number in range(24)]
 
-Observed = Callable[[str, int, str, str], None]
-Rounds = Callable[[int, int], int]
-
 
 @pytest.fixture(scope="module")
 def data(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return repeat_images(sample, tmp_path_factory.mktemp("many"), IMAGES)
 
 
-def start(data: Path, out: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        arguments(data, out, **OPTIONS),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-
-
 def race(data: Path, out: Path) -> dict[str, str]:
     """Start two jobs on one folder in the same instant; digests of what the winner wrote."""
-    jobs = [start(data, out) for _ in range(2)]
-    outputs = [job.communicate(timeout=500) for job in jobs]
-    loser, winner = sorted(range(2), key=lambda number: jobs[number].returncode == 0)
-    assert (jobs[winner].returncode, jobs[loser].returncode) == (0, 1), outputs
-    message = " ".join(outputs[loser][1].split())
+    winner, loser = sorted((Job(data, out, **OPTIONS) for _ in range(2)), key=lambda j: j.wait())
+    assert (winner.wait(), loser.wait()) == (0, 1), (winner.output, loser.output)
+    message = " ".join(loser.output.split())
     assert f"another job is writing to {out / 'train'}: host {os.uname().nodename}, pid " in message
-    assert f"pid {jobs[winner].pid}. Remedy: wait for it" in message
+    assert f"pid {winner.process.pid}. Remedy: wait for it" in message
     assert verify(out / "train").ok
     return digests(out / "train")
 
@@ -107,18 +93,18 @@ def test_readers_while_a_job_extends_the_split(
     for number in range(count):
         folder = tmp_path / str(number) / "train"
         readers = Readers(folder, data / "train", READERS, pause=0.5)
-        time.sleep(0.6)  # there is no folder yet
         folder.mkdir(parents=True)
         for name in ("manifest", *(shard_name(n, SHARDS) for n in range(0, SHARDS, 2))):
             shutil.copy(finished / name, folder / name)
-        job = start(data, folder.parent)
-        while not (folder / ".lock").exists():
-            assert job.poll() is None, job.communicate()
+        readers.wait_for_refusal()
+        job = Job(data, folder.parent, **OPTIONS)
+        while not (folder / ".lock.json").exists():
+            assert job.running, job.output
             time.sleep(0.02)
         late = run(*arguments(data, folder.parent, **OPTIONS))
-        assert late.returncode == 1 and f"pid {job.pid}. Remedy" in " ".join(late.stderr.split())
-        output = job.communicate(timeout=500)
-        assert job.returncode == 0, output
+        words = " ".join(late.stderr.split())
+        assert late.returncode == 1 and f"pid {job.process.pid}. Remedy" in words
+        assert job.wait() == 0, job.output
         again = run(*arguments(data, folder.parent, **OPTIONS))
         assert again.returncode == 0, again.stderr
         seen = readers.stop()
@@ -170,7 +156,7 @@ def restore(root: Path, number: int, rows: Rows) -> None:
         shard.append(*rows)
 
 
-def test_readers_while_a_split_is_damaged_repaired_and_mended(
+def test_readers_while_a_split_is_damaged_repaired_and_completed(
     tmp_path: Path, rounds: Rounds, observed: Observed
 ) -> None:
     count, rng = rounds(4, 20), random.Random(5)
@@ -184,11 +170,11 @@ def test_readers_while_a_split_is_damaged_repaired_and_mended(
         damaged = bytearray(path.read_bytes())
         damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
-        command = ["inspect-labels", str(tmp_path), "--repair", "--yes", "--workers", "0"]
+        command = ["inspect-labels", str(tmp_path), "--repair", "--yes", "--workers", "1"]
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 1 and path.name in result.output, result.output
         assert not path.exists()
-        time.sleep(0.1 + rng.random() * 0.2)  # so that readers come by
+        readers.wait_for_refusal()
         restore(tmp_path, number, written[number])
     seen = readers.stop()
     refusals = total(seen)
@@ -213,9 +199,7 @@ def test_a_read_only_file_system(tmp_path: Path, observed: Observed) -> None:
     try:
         write_split(root, KEYS, LAYOUT)
         subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)
-        readers = Readers(root, None, READERS, pause=0.1)
-        time.sleep(1)
-        seen = readers.stop()
+        seen = Readers(root, None, READERS, pause=0.1).stop()
         assert total(seen) == {}
         assert {text for reader in seen for text in reader["contents"]} == {
             content(LabelStore(root))

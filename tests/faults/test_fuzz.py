@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.faults.fuzz import MEMORY
+from tests.faults.table import Observed, Rounds
 
 _QUICK, _LONG = 100_000, 10_000_000
 #: Seconds of the long form, which reads as many files as it can.
@@ -37,8 +38,8 @@ def test_mutated_files_end_in_an_error_or_in_what_was_written(
     in_memory: Path,
     tmp_path: Path,
     soak: bool,
-    rounds: Callable[[int, int], int],
-    observed: Callable[[str, int, str, str], None],
+    rounds: Rounds,
+    observed: Observed,
 ) -> None:
     # The same files in every quick run, others in the long one.
     options = ["--cases", str(rounds(_QUICK, _LONG)), "--start", str(int(soak))]

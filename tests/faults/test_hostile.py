@@ -1,4 +1,4 @@
-"""Files that somebody made to do harm: label sets, images, keys, configurations."""
+"""Files that somebody made to do harm: label sets, images, keys."""
 
 import ast
 import io
@@ -24,13 +24,14 @@ from click.testing import CliRunner
 from PIL import Image, PngImagePlugin
 
 from tests.faults.attacks import ATTACKS, attack, parsed, with_directory
+from tests.faults.table import Observed
 from tests.maps import attrs, random_rows, write_split
 from tokenlabel.annotate.classes import build_manifest
-from tokenlabel.annotate.config import load_config
 from tokenlabel.annotate.images import decode_batch
 from tokenlabel.cli import main
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import Shard, shard_name, write_shard
+from tokenlabel.dataset.sources.folder import FolderSource
 from tokenlabel.dataset.store import LabelStore
 from tokenlabel.errors import ConfigError, FormatError, visible
 from tokenlabel.inspection.verify.verify import verify
@@ -38,7 +39,6 @@ from tokenlabel.inspection.verify.verify import verify
 LAYOUT = MapLayout(("identity",), (2, 3), 2, 10, residual=3)
 KEYS = ["a/b.jpg", "b/c.jpg", "c/d.jpg"]
 FIRST = shard_name(0, 1)
-Observed = Callable[[str, int, str, str], None]
 #: What a process may take beyond what it has, for a hostile file of some kilobytes.
 MEMORY = 128 << 20
 
@@ -135,7 +135,7 @@ def test_streams_of_another_size_fill_no_memory(split: Path) -> None:
         assert grown_by(look) < 16 << 20
 
 
-@pytest.mark.parametrize("name", [FIRST, "index", "manifest"])
+@pytest.mark.parametrize("name", [FIRST, "index", "manifest", "SHA256SUMS"])
 def test_what_is_no_file_does_not_hang_its_reader(split: Path, name: str) -> None:
     LabelStore(split)
     (split / name).unlink(missing_ok=True)
@@ -251,7 +251,9 @@ def test_hostile_images_become_rows(tmp_path: Path, observed: Observed) -> None:
         batches: list[Any] = []
         with within(30):
             grown = grown_by(
-                lambda: batches.append(decode_batch(str(tmp_path), names, ((8, 8),), "bilinear"))
+                lambda: batches.append(
+                    decode_batch(FolderSource(tmp_path), names, ((8, 8),), "bilinear")
+                )
             )
     (batch,) = batches
     for name, error in zip(names, batch.errors, strict=True):
@@ -273,7 +275,7 @@ def test_only_the_first_frame_is_decoded(tmp_path: Path) -> None:
 
     def seconds(name: str) -> float:
         start = time.thread_time()
-        assert decode_batch(str(tmp_path), [name], ((8, 8),), "bilinear").errors == [""]
+        assert decode_batch(FolderSource(tmp_path), [name], ((8, 8),), "bilinear").errors == [""]
         return time.thread_time() - start
 
     few, many = (min(seconds(f"{n}.gif") for _ in range(9)) for n in (2, 1000))
@@ -292,7 +294,7 @@ def test_folders_that_lead_in_circles_or_away(tmp_path: Path) -> None:
     (data / "away").symlink_to(away)
     (away / "back").symlink_to(data / "a")
     with within(20):
-        keys = list(build_manifest(data, tmp_path / "manifest", None, None).keys)
+        keys = list(build_manifest(FolderSource(data), tmp_path / "manifest", None, None).keys)
     assert keys == ["a/x.jpg", "away/back/x.jpg", "away/x.jpg"]
 
 
@@ -314,7 +316,7 @@ def test_odd_names_are_keys_like_others(tmp_path: Path) -> None:
     short = [name for key, name in ODD_NAMES.items() if key != "long"]
     for name in short:
         (data / name).write_bytes(b"")
-    manifest = build_manifest(data, tmp_path / "manifest", None, None)
+    manifest = build_manifest(FolderSource(data), tmp_path / "manifest", None, None)
     assert list(manifest.keys) == sorted(short, key=str.encode)
     keys = sorted(ODD_NAMES.values(), key=str.encode)
     assert max(map(len, keys)) > 4000
@@ -324,7 +326,7 @@ def test_odd_names_are_keys_like_others(tmp_path: Path) -> None:
     assert "\ud800.jpg" not in store and "a\0" not in store
     (data / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
     with pytest.raises(ConfigError, match=r"keys are UTF-8.*caf\\xe9.*Remedy: rename it"):
-        build_manifest(data, tmp_path / "manifest", None, None)
+        build_manifest(FolderSource(data), tmp_path / "manifest", None, None)
 
 
 def hostile_split(folder: Path, keys: list[str], text: str) -> None:
@@ -355,7 +357,7 @@ def commands(labels: Path, key: str, images: Path) -> list[list[str]]:
         [*inspect, "--json"],
         [*inspect, "--key", key],
         [*inspect, "--key", "missing" + key],
-        [*inspect, "--verify", "--workers", "0", "--images", str(images)],
+        [*inspect, "--verify", "--workers", "1", "--images", str(images)],
         [*inspect, "--key", key, "--png", str(images / "x.png"), "--images", str(images)],
         ["compare-labels", str(labels), str(labels)],
     ]
@@ -401,113 +403,49 @@ def test_keys_never_lead_out_of_the_folder(tmp_path: Path, key: str) -> None:
     finally:
         audited[0] = False
     real = {os.path.realpath(path) for path in opened if "\0" not in path}
-    assert not real & {str(tmp_path / "secret.jpg"), "/etc/passwd", str(images / "x" / "pipe.jpg")}
+    assert not real & {str(tmp_path / "secret.jpg"), "/etc/passwd"}
     assert not verify(tmp_path / "train", images).ok
 
 
-YAML = {
-    "laughs": "a: &a [x, x]\nb: &b [*a, *a]\nk: *b\n",
-    "merge": "a: &a {k: 1}\nb:\n  <<: *a\n",
-    "brackets": "k: " + "[" * 8000,
-    "dashes": "k:\n " + "- " * 8000 + "1",
-    "maps": "".join(" " * n + "a:\n" for n in range(170)),
-    "questions": "? " * 8000,
-    "large": "model: " + "x" * (100 << 20),
-    "object": "model: !!python/object/apply:os.system ['touch owned']",
-    "name": "model: !!python/name:os.system",
-    "tag": "model: !owned x",
-    "binary": "model: !!binary AAAA",
-    "number": "k: " + "9" * 15_000,
-    "base60": "k: " + "1:" * 5000 + "1",
-    "twice": "k: 1\n--- \nk: 2\n",
-    "nul": "model: \0",
-    "bytes": "model: \udcff",
-    "date": "k: 9999-99-99",
-    "key": "? [a, b]\n: 1\n",
-    "infinite": "max_errors: .inf\nk: .nan\n",
-}
-
-
-@pytest.mark.parametrize("name", YAML)
-def test_hostile_configurations_are_refused_at_once(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "job.yaml"
-    path.write_bytes(YAML[name].encode(errors="surrogateescape"))
-    with within(5), pytest.raises(ConfigError) as caught:
-        load_config(str(path))
-    assert len(str(caught.value)) < 40_000
-    assert not (tmp_path / "owned").exists() and not Path("owned").exists()
-
-
 ROOT = Path(__file__).parents[2]
-_LOADERS = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal", "jsonpickle"}
-_CALLS = {"eval", "exec", "compile", "__import__"}
-_ATTRIBUTES = {
-    *("os.system", "os.popen", "yaml.load", "yaml.full_load", "yaml.unsafe_load"),
-    *("yaml.load_all", "yaml.full_load_all", "yaml.unsafe_load_all", "torch.jit.load"),
-    *("numpy.fromfile", "np.fromfile", "pd.read_pickle", "torch.hub.load"),
-}
+#: Where HDF5 itself opens a file to read or change it, and how often: the writer opens its own file
+#: again, and what HDF5 sees is read in a process of its own.
+HDF5 = {"new_file.py": 1, "shard_check.py": 1}
 
 
-def dangers(source: str) -> list[str]:
-    """What code does that could run what a file holds; by syntax: texts do not count."""
+def unsafe(source: str) -> list[str]:
+    """Calls that would run what a file holds, or let HDF5 parse it."""
     found = []
-    for node in ast.walk(ast.parse(source)):
-        line = getattr(node, "lineno", 0)
-        if isinstance(node, ast.Import):
-            found += [f"{line}: {n.name}" for n in node.names if n.name.split(".")[0] in _LOADERS]
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in _LOADERS:
-            found.append(f"{line}: {node.module}")
-        if not isinstance(node, ast.Call):
-            continue
-        name = ast.unparse(node.func)
-        given = {keyword.arg: keyword.value for keyword in node.keywords}
-
-        def said(option: str, given: dict[str | None, ast.expr] = given) -> Any:
-            value = given.get(option)
-            return value.value if isinstance(value, ast.Constant) else value
-
-        if name in _CALLS or name in _ATTRIBUTES:
-            found.append(f"{line}: {name}")
-        if name in ("torch.load", "load_state_dict_from_url") and said("weights_only") is not True:
-            found.append(f"{line}: {name} without weights_only=True")
-        if said("shell") not in (None, False) or said("allow_pickle") not in (None, False):
-            found.append(f"{line}: {name} with shell or allow_pickle")
-        if name in ("np.load", "numpy.load") and said("allow_pickle") is not False:
-            found.append(f"{line}: {name} without allow_pickle=False")
-        if name.endswith("h5py.File"):
-            mode = node.args[1] if len(node.args) > 1 else given.get("mode")
-            if not isinstance(mode, ast.Constant) or mode.value not in ("w", "x"):
-                found.append(f"{line}: HDF5 itself reads a file")
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        given = {option.arg: ast.unparse(option.value) for option in call.keywords}
+        mode = ast.unparse(call.args[1]) if len(call.args) > 1 else given.get("mode")
+        if (
+            (
+                name in ("torch.load", "load_state_dict_from_url")
+                and given.get("weights_only") != "True"
+            )
+            or (name in ("np.load", "numpy.load") and given.get("allow_pickle") != "False")
+            or (name.endswith("h5py.File") and mode not in ("'w'", "'x'"))
+        ):
+            found.append(ast.unparse(call))
     return found
 
 
-#: Where HDF5 itself opens a file to read or change it, and how often.
-HDF5 = {"new_file.py": 1, "hdf5_view.py": 1}
-
-
 def test_nothing_that_is_read_can_be_run() -> None:
-    """No pickles, no eval, no shell, in all that is installed; and this test can see them."""
+    """`make check` refuses pickle, eval, shells and the like; this test what ruff does not know."""
     folders = ("annotate", "dataset", "inspection", "supervise", "configs", "examples")
     files = [ROOT / "cli.py", *(path for name in folders for path in (ROOT / name).rglob("*.py"))]
-    assert len(files) > 60
-    found = {path.name: dangers(path.read_text(encoding="utf-8")) for path in files}
-    found = {name: lines for name, lines in found.items() if lines}
-    # The writer opens its own file again; what HDF5 sees is read in a process of its own.
-    assert {name: len(lines) for name, lines in found.items()} == HDF5
+    found = {path.name: unsafe(path.read_text(encoding="utf-8")) for path in files}
+    assert {name: len(calls) for name, calls in found.items() if calls} == HDF5
     for bad in (
-        "import pickle",
-        "from joblib import load",
-        "import torch\ntorch.load(f)",
+        "torch.load(f)",
         "torch.load(f, weights_only=False)",
         "np.load(f)",
         "np.load(f, allow_pickle=True)",
-        "yaml.load(f, Loader=yaml.Loader)",
-        "eval(x)",
-        "os.system(x)",
-        "subprocess.run(x, shell=True)",
         "h5py.File(p, 'r')",
         "h5py.File(p)",
         "h5py.File(p, mode='r+')",
     ):
-        assert dangers(bad), bad
-    assert not dangers("torch.load(f, weights_only=True); yaml.safe_load(f); 'import pickle'")
+        assert unsafe(bad), bad
+    assert not unsafe("torch.load(f, weights_only=True); h5py.File(p, 'w')")

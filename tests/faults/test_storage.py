@@ -5,33 +5,29 @@ on the data set and the labels only.
 """
 
 import errno
-import fcntl
 import json
 import os
 import shutil
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import pytest
 
+from tests.faults.processes import Job, leftovers
 from tests.faults.readers import content
-from tests.jobs import arguments, digests, environment, repeat_images, run
-from tokenlabel.dataset.format.lock import folder_lock
+from tests.faults.table import Observed, Rounds
+from tests.jobs import arguments, digests, repeat_images, run
 from tokenlabel.dataset.store import LabelStore
-from tokenlabel.errors import LockedError
 
 IMAGES = 80  # ten shards of eight
 #: Counts of calls: for ever; and beyond those that look at the first images before the job.
 EVER, LATER = 1 << 40, 40
 SLOW = f"read *.jpg sleep:30 0 {EVER}"
-Observed = Callable[[str, int, str, str], None]
 
 
 class Shim:
@@ -42,13 +38,15 @@ class Shim:
         self.state = library.with_name("state")
         self._rules: Sequence[str] = ()
 
-    def environment(self, rules: Sequence[str], clock: float | None = None) -> dict[str, str]:
+    def variables(self, rules: Sequence[str], clock: float = 0) -> dict[str, str]:
         self._rules = rules
         self.state.write_bytes(bytes(4096))
-        faults = {"FAULTS": "\n".join(rules), "FAULTS_STATE": str(self.state)}
-        if clock:
-            faults["FAULTS_CLOCK"] = str(clock)
-        return environment() | {"LD_PRELOAD": str(self._library)} | faults
+        return {
+            "LD_PRELOAD": str(self._library),
+            "FAULTS": "\n".join(rules),
+            "FAULTS_STATE": str(self.state),
+            "FAULTS_CLOCK": str(clock),
+        }
 
     def hits(self) -> list[int]:
         """Calls that met the fault, a rule."""
@@ -108,32 +106,22 @@ def suffer(fault: Fault, shim: Shim, data: Path, out: Path, labels: Path) -> str
     folder = out / "train"
     before = set(shards(folder))
     rules = (*fault.rules, SLOW) if fault.act else fault.rules
-    with subprocess.Popen(
-        arguments(data, out),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=shim.environment(rules),
-    ) as job:
-        deadline = time.monotonic() + 240
-        while fault.act and job.poll() is None and set(shards(folder)) <= before:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+    with Job(data, out, shim.variables(rules)) as job:
+        if fault.act:
+            job.wait_for_shard()
         with fault.act(data / "train", folder) if fault.act else nullcontext():
-            said, _ = job.communicate(timeout=240)
-            words = " ".join(said.split())  # the terminal's width breaks lines
-            assert job.returncode == 1, (fault.name, said)
+            status, words = job.wait(), " ".join(job.output.split())
+            assert status == 1, (fault.name, words)
             assert all(shim.hits()), (fault.name, "did not strike", shim.hits())
             for text in fault.says:
-                assert text in words, (fault.name, text, said)
-            assert "Traceback" not in words, (fault.name, said)
+                assert text in words, (fault.name, text, words)
+            assert "Traceback" not in words, (fault.name, words)
     whole = digests(labels)
     found = shards(folder)
     for name in found:
         assert digests(folder)[name] == whole[name], (fault.name, name)
     if fault.tidy and folder.exists():
-        hidden = [path.name for path in folder.iterdir() if path.name.startswith(".")]
-        assert not hidden, (fault.name, hidden)
+        assert not leftovers(folder), fault.name
     return f"{fault.name}: {len(found) - len(before)} shards more"
 
 
@@ -161,10 +149,10 @@ def images_gone(data: Path, _: Path) -> Iterator[None]:
         away.rename(data)
 
 
-FULL = ("cannot write: the disk is full", "Remedy: make room", "Finished shards are kept")
-LOST = ("That is the storage's fault", "Remedy: mend the disk", "Some shards failed")
+FULL = ("cannot write: the disk is full", "Remedy: free space", "Finished shards are kept")
+LOST = ("That is the storage's fault", "Remedy: fix the disk", "Some shards failed")
 FAILED = ("Some shards failed. Run the same command again",)
-BROKEN = ("storage failed: ", "Remedy: mend the disk or the mount")
+BROKEN = ("storage failed: ", "Remedy: fix the disk or the mount")
 #: Each list goes through one folder, which is then finished; `make test` tries the first.
 STAYING = [
     [
@@ -175,7 +163,7 @@ STAYING = [
         Fault(
             "ENOSPC at lock",
             ("cannot write to the output folder", "Remedy: choose another"),
-            (f"fsync */.lock {errno.ENOSPC} 0 {EVER}",),
+            (f"fsync */..lock.json.* {errno.ENOSPC} 0 {EVER}",),
         ),
         Fault("EIO at manifest's fsync", BROKEN, (f"fsync *manifest* {errno.EIO} 0 {EVER}",)),
         Fault("ENOSPC at fsync", FULL, (f"fsync */.shard-* {errno.ENOSPC} 2 {EVER}",)),
@@ -193,7 +181,7 @@ STAYING = [
     [
         Fault(
             "EIO at first images",
-            ("no teacher could be started", "Remedy: mend the disk"),
+            ("no teacher could be started", "Remedy: fix the disk"),
             (f"read *.jpg {errno.EIO} 0 {EVER}",),
         ),
         Fault("ESTALE at rename", FAILED, (f"rename */shard-00002* {errno.ESTALE} 0 {EVER}",)),
@@ -206,7 +194,7 @@ STAYING = [
 ]
 
 
-def test_faults_that_stay_are_told_and_mended_by_a_run_without(
+def test_faults_that_stay_are_reported_and_a_run_without_completes_the_split(
     data: Path, labels: Path, shim: Shim, tmp_path: Path, soak: bool, observed: Observed
 ) -> None:
     for number, faults in enumerate(STAYING if soak else STAYING[:1]):
@@ -249,14 +237,7 @@ def test_faults_that_pass_change_nothing(
     tries = {"all of these at once": together} | (PASSING if soak else {})
     for number, (name, rules) in enumerate(tries.items()):
         out = tmp_path / str(number)
-        done = subprocess.run(
-            arguments(data, out),
-            capture_output=True,
-            text=True,
-            env=shim.environment(rules),
-            timeout=300,
-            check=False,
-        )
+        done = run(*arguments(data, out), variables=shim.variables(rules))
         assert done.returncode == 0, (name, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr
         assert all(shim.hits()), (name, shim.hits())
@@ -309,16 +290,6 @@ def immutable(_: Path, folder: Path) -> Iterator[None]:
         subprocess.run(["chattr", "-i", folder], check=True)
 
 
-@contextmanager
-def forbidden(_: Path, folder: Path) -> Iterator[None]:
-    """The same for those who are not root."""
-    folder.chmod(0o500)
-    try:
-        yield
-    finally:
-        folder.chmod(0o700)
-
-
 def mount_image(mount: Path, *options: str) -> None:
     image = mount.with_name("disk.img")
     flags = ",".join(("loop", "errors=remount-ro", *options))
@@ -335,12 +306,10 @@ REAL = [
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path | None]:
-    """An ext4 of its own; None where this user may not mount one."""
-    tools = all(map(shutil.which, ("mkfs.ext4", "mount", "chattr")))
-    if os.geteuid() or not tools:
-        yield None
-        return
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """An ext4 of its own."""
+    if os.geteuid() or not all(map(shutil.which, ("mkfs.ext4", "mount", "chattr"))):
+        pytest.skip("needs root, mkfs.ext4 and chattr")
     mount, image = tmp_path / "disk", tmp_path / "disk.img"
     mount.mkdir()
     with image.open("wb") as file:
@@ -350,8 +319,7 @@ def disk(tmp_path: Path) -> Iterator[Path | None]:
     try:
         mount_image(mount)
     except subprocess.CalledProcessError:
-        yield None
-        return
+        pytest.skip("needs a loop device")
     try:
         yield mount
     finally:
@@ -362,36 +330,26 @@ def test_a_disk_that_turns_bad_during_a_job(
     data: Path,
     labels: Path,
     shim: Shim,
-    disk: Path | None,
-    tmp_path: Path,
+    disk: Path,
     soak: bool,
-    rounds: Callable[[int, int], int],
+    rounds: Rounds,
     observed: Observed,
 ) -> None:
-    if disk is None and os.geteuid() == 0:
-        pytest.skip("needs mkfs.ext4, chattr and a loop device, or a user who is not root")
-    faults = (
-        (REAL if soak else REAL[:1])
-        if disk
-        else [Fault("permission lost", DENIED, act=forbidden, tidy=False)]
-    )
-    out = disk or tmp_path / "labels"
+    faults = REAL if soak else REAL[:1]
     tries, seen = rounds(1, 2), ""
     for _ in range(tries):
-        shutil.rmtree(out / "train", ignore_errors=True)
+        shutil.rmtree(disk / "train", ignore_errors=True)
         seen = ""
         for fault in faults:
-            seen += suffer(fault, shim, data, out, labels) + "; "
-        finish(data, out, labels, seen)
-    if disk:
-        (disk / "train" / "index").unlink()
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        store, same = LabelStore(disk / "train"), LabelStore(labels)
-        assert content(store) == content(same)
-        refused = run(*arguments(data, disk))
-        assert refused.returncode == 1
-        assert "cannot write to the output folder" in refused.stderr
-        assert "Traceback" not in refused.stderr
+            seen += suffer(fault, shim, data, disk, labels) + "; "
+        finish(data, disk, labels, seen)
+    (disk / "train" / "index").unlink()
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    assert content(LabelStore(disk / "train")) == content(LabelStore(labels))
+    refused = run(*arguments(data, disk))
+    assert refused.returncode == 1
+    assert "cannot write to the output folder" in refused.stderr
+    assert "Traceback" not in refused.stderr
     observed(
         "real disk (ext4): " + "; ".join(fault.name for fault in faults),
         tries * len(faults),
@@ -405,7 +363,7 @@ def test_clocks_that_jump_a_day(
     labels: Path,
     shim: Shim,
     tmp_path: Path,
-    rounds: Callable[[int, int], int],
+    rounds: Rounds,
     observed: Observed,
 ) -> None:
     """Every second by a day, forwards and backwards, for all processes of the job.
@@ -418,14 +376,8 @@ def test_clocks_that_jump_a_day(
         rules, jumping = [f"read *.jpg sleep:20 0 {EVER}"], 1.0
         for clock in (jumping, 0.0):
             try:
-                done = subprocess.run(
-                    arguments(data, out),
-                    capture_output=True,
-                    text=True,
-                    env=shim.environment(rules, clock=clock),
-                    timeout=200,
-                    check=False,
-                )
+                variables = shim.variables(rules, clock)
+                done = run(*arguments(data, out), variables=variables, timeout=400)
                 break
             except subprocess.TimeoutExpired:
                 assert clock, "it hangs without jumps, too"
@@ -434,7 +386,7 @@ def test_clocks_that_jump_a_day(
         assert "Traceback" not in done.stderr
         assert digests(out / "train") == digests(labels)
         reports.append(json.loads((out / "train" / "report.json").read_text()))
-        assert 0 < reports[-1]["seconds"] < 400
+        assert 0 < reports[-1]["seconds"] < 1000
         assert 0 < reports[-1]["images_per_second"] < 10_000
         assert 0 < reports[-1]["busy"] <= 1
     observed(
@@ -457,15 +409,9 @@ def test_readers_of_failing_storage_get_the_right_map_or_the_file_s_name(
         f"read */shard-00001-* {errno.EIO} 0 1",
         f"read */train/* short 0 {EVER}",
     ]
-    command = [sys.executable, "-m", "tests.faults.failing_reader"]
-    done = subprocess.run(
-        [*command, str(folder), str(labels), str(shim.state), "1" if soak else "7"],
-        capture_output=True,
-        text=True,
-        env=shim.environment(rules),
-        timeout=600,
-        check=False,
-    )
+    command = [sys.executable, "-m", "tests.faults.failing_reader", folder, labels, shim.state]
+    step = "1" if soak else "7"
+    done = run(*map(str, command), step, variables=shim.variables(rules))
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["index"] and seen["shard"] and seen["named"] and seen["short"]
@@ -477,29 +423,3 @@ def test_readers_of_failing_storage_get_the_right_map_or_the_file_s_name(
         f"{seen['maps']:,} maps right, none wrong, {seen['named']} errors that name the file; "
         f"{seen['short']:,} short reads completed",
     )
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the system's start is told by /proc/stat")
-def test_setting_the_clock_does_not_free_a_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the file system has no locks and the holder's pid and start must tell who it is."""
-
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOTSUP, "not supported")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    proc = tmp_path / "proc"
-    proc.mkdir()
-    boot = int(psutil.boot_time())
-    stat = Path("/proc/stat").read_text().replace(f"btime {boot}\n", f"btime {boot + 86400}\n")
-    (proc / "stat").write_text(stat)
-    (proc / str(os.getpid())).symlink_to(f"/proc/{os.getpid()}")
-    with folder_lock(tmp_path / "labels"):
-        monkeypatch.setattr(psutil, "PROCFS_PATH", str(proc))
-        assert psutil.boot_time() == boot + 86400
-        with (
-            pytest.raises(LockedError, match=f"pid {os.getpid()}"),
-            folder_lock(tmp_path / "labels"),
-        ):
-            pass

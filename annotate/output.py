@@ -1,0 +1,100 @@
+"""A job's output folder: errors of its storage, unfinished files, and the list of checksums."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..dataset.format.files import TEMPORARY
+from ..dataset.format.index import NAME as INDEX
+from ..dataset.format.manifest import NAME as MANIFEST
+from ..dataset.format.shard import shard_name
+from ..dataset.format.sums import file_sha256, read_sums, write_sums
+from ..errors import FormatError, JobError, output_error
+from .plan import Plan
+from .report import Tally
+
+#: Files hashed at a time: storage across a network answers several at once.
+_HASHED_AT_ONCE = 4
+
+
+@contextmanager
+def explained_errors() -> Iterator[None]:
+    """Say what to do about storage that is full, read-only or failing."""
+    try:
+        yield
+    except OSError as error:
+        if explained := output_error(error):
+            raise explained from error
+        if error.errno is None or isinstance(error, ConnectionError):  # ours, or of the network
+            raise
+        if isinstance(error, IsADirectoryError):
+            raise JobError(
+                f"{error.filename2 or error.filename} is a folder where a file must be. Finished "
+                "shards are kept. Remedy: remove it and run the same command again"
+            ) from error
+        raise JobError(
+            f"storage failed: {error}. Finished shards are kept. Remedy: fix the disk or the "
+            "mount, and run the same command again"
+        ) from error
+
+
+@contextmanager
+def no_temporary_files(folder: Path) -> Iterator[None]:
+    """Delete what killed runs and actors left unfinished. Only under the folder's lock."""
+
+    def clean() -> None:
+        for path in folder.iterdir():
+            if path.name.startswith(".") and path.name.endswith(TEMPORARY):
+                with suppress(FileNotFoundError):
+                    path.unlink()
+
+    clean()
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the next run cleans up; must not hide why this one failed
+            clean()
+
+
+@contextmanager
+def sums_of_written(plan: Plan, todo: list[int], tally: Tally) -> Iterator[None]:
+    """Keep SHA256SUMS true during a run: no line of a shard that is remade, all of its own after.
+
+    The digests of the actors are saved however the run ends, so that a stopped job has only those
+    shards to hash later that no actor reported.
+    """
+    listed = _listed_sums(plan.folder)
+    made = {shard_name(number, plan.shards) for number in todo}
+    sums = {name: listed[name] for name in listed.keys() - made - {MANIFEST, INDEX}}
+    if sums != listed:
+        write_sums(plan.folder, sums)
+    try:
+        yield
+    finally:
+        sums |= {shard_name(number, plan.shards): sha for number, sha in tally.written.items()}
+        with suppress(OSError):  # must not hide why the run failed; `_finish` would meet it again
+            write_sums(plan.folder, sums)
+
+
+def _listed_sums(folder: Path) -> dict[str, str]:
+    with suppress(FormatError):  # damaged: rewritten
+        return read_sums(folder)
+    return {}
+
+
+def complete_sums(plan: Plan) -> None:
+    """Write SHA256SUMS with a line for each shard that is there, the manifest and the index."""
+    listed = _listed_sums(plan.folder)
+    names = [shard_name(number, plan.shards) for number in range(plan.shards)]
+    sums = {name: listed[name] for name in names if name in listed}
+    missing = [
+        name
+        for name in (*names, MANIFEST, INDEX)
+        if name not in sums and (plan.folder / name).is_file()
+    ]
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as threads:
+        digests = threads.map(file_sha256, (plan.folder / name for name in missing))
+        sums |= dict(zip(missing, digests, strict=True))
+    if sums != listed:
+        write_sums(plan.folder, sums)

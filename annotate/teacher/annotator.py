@@ -1,0 +1,243 @@
+"""The annotator: images in, what is stored of every patch out, by a teacher of any family."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...dataset.format.score_map import MapLayout
+from ...errors import TeacherError
+from .encode import encode
+from .passes import Pass
+from .preprocess import Images, Preprocessing
+from .teacher import TOLERANCE, PatchHead, Teacher
+from .weights import weights_digest
+
+_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_log = logging.getLogger(__name__)
+
+
+class TeacherOutput(NamedTuple):
+    """What is stored of a batch of B images, and what a report counts.
+
+    Attributes:
+        planes: by name, as `MapLayout.planes` describes them, [B, *shape].
+        top5: int64 [B, min(5, C)], best classes of the image as a whole, by the first pass.
+    """
+
+    planes: dict[str, Tensor]
+    top5: Tensor
+
+
+class Annotator:
+    """Runs a teacher of any family: device and precision, passes and views, what is stored.
+
+    >>> from tokenlabel.annotate.teacher.timm_teacher import TimmTeacher, build_model
+    >>> annotator = Annotator(TimmTeacher(build_model("tf_efficientnet_lite0", weights="sample")))
+    >>> annotator.logits([np.zeros((1, 224, 224, 3), np.uint8)]).shape  # B, H, W, C
+    torch.Size([1, 7, 7, 1000])
+
+    Args:
+        teacher: Its network then belongs to the annotator: it is put into eval mode, in float32 and
+            on the device.
+        code: Bytes of the file that the teacher was loaded from: part of its digest.
+        input_sizes: (h, w) of the images in pixels, one for each pass; default: one pass at the
+            teacher's own. The logits of later passes are read onto the grid of the first and
+            averaged. A teacher that takes one size only looks at overlapping tiles of that size in
+            them.
+        precision: "float32", or "bfloat16" or "float16" for autocast of the features; the rest is
+            float32 always.
+        channels_last: Whether images and weights are laid out channels last.
+        compile: Whether what gives the features is compiled.
+        device: A torch device, or "auto": CUDA where there is one.
+        interpolation: How images are resized (Pillow's name); default: the teacher's own.
+        mean, std: Of the colour channels, as a fraction of white; default: the teacher's own.
+
+    Attributes:
+        name, num_classes, class_names: As in `Teacher`.
+        input_sizes: (h, w) of the images of each pass.
+        grid: (H, W) of the map.
+        head: The classifier of the first pass.
+        weights_digest: Hex SHA-256 of the weights and of `code`.
+
+    Raises:
+        TeacherError: The teacher cannot be run as asked, or has no faithful per-patch form.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        code: bytes = b"",
+        input_sizes: Sequence[tuple[int, int]] | None = None,
+        precision: str = "float32",
+        channels_last: bool = False,
+        compile: bool = False,
+        device: str = "auto",
+        interpolation: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        if precision not in _PRECISIONS:
+            raise _wrong("precision", f"one of {', '.join(_PRECISIONS)}", precision, "float32")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self.device = torch.device(device)
+            torch.empty(0, device=self.device)
+        except Exception as error:  # torch asserts for a missing CUDA, raises for a bad name
+            rule = f"one that is there ({error})"
+            raise _wrong("device", rule, device, "device: auto") from error
+        self.teacher, self.precision = teacher, precision
+        self.name, self.num_classes = teacher.name, teacher.num_classes
+        self.class_names = teacher.class_names
+        self.weights_digest = weights_digest(teacher.network, code)
+        self._preprocessing = Preprocessing(
+            input_sizes or [teacher.input_size],
+            interpolation or teacher.interpolation,
+            teacher.mean if mean is None else mean,
+            teacher.std if std is None else std,
+            self.device,
+        )
+        self.input_sizes = self._preprocessing.input_sizes
+        self.interpolation = self._preprocessing.interpolation
+
+        self._memory = torch.channels_last if channels_last else torch.contiguous_format
+        network: Any = teacher.network.eval().requires_grad_(False)
+        network.to(self.device, torch.float32, memory_format=self._memory)
+        self.head = self._patch_head(self.input_sizes[0])
+        self.grid = self.head.grid
+        self._later = [self._later_pass(size) for size in self.input_sizes[1:]]
+        self._extract = teacher.features
+        if compile:
+            # A graph for each batch size. With dynamic shapes, the batches before would decide
+            # which graph a batch meets, and with it the last bits.
+            self._extract = torch.compile(teacher.features, dynamic=False)
+        _log.info("%s: %dx%d patches, %s", self.name, *self.grid, self.head.mode)
+
+    @torch.inference_mode()
+    def logits(self, images: Sequence[Images]) -> Tensor:
+        """Logits of all classes of every patch, mean of the passes; does not wait for a GPU.
+
+        Args:
+            images: uint8 [B, h, w, 3] RGB for each of `input_sizes`, whole images squashed to it;
+                read-only arrays are fine.
+
+        Returns:
+            float32 [B, H, W, C], on the device.
+
+        Raises:
+            ValueError: `images` are not one for each pass, or have another dtype or shape.
+        """
+        return self._look(self._preprocessing.normalise(images))[0]
+
+    @torch.inference_mode()
+    def annotate(
+        self, images: Sequence[Images], layout: MapLayout, floor: float = 0.0
+    ) -> TeacherOutput:
+        """Label every patch of a batch of whole images; does not wait for a GPU to finish.
+
+        Args:
+            images: as for `logits`.
+            layout: what to store, of which views; its grid must be the annotator's.
+            floor: classes less probable than this in a patch are dropped there.
+
+        Raises:
+            ValueError: `images` are not one for each pass, or have another dtype or shape.
+        """
+        pixels = self._preprocessing.normalise(images)
+        logits, pooled = self._look(pixels)
+        views = [encode(logits, layout, floor)]
+        if "hflip" in layout.views:
+            mirrored, _ = self._look([batch.flip(-1) for batch in pixels])
+            views.append(encode(mirrored, layout, floor))
+        planes = {name: torch.stack([view[name] for view in views], 1) for name in views[0]}
+        return TeacherOutput(planes, pooled.topk(min(5, self.num_classes)).indices)
+
+    @torch.inference_mode()
+    def check(self, images: Sequence[Images]) -> float:
+        """Return how far the mean of the first pass's map is from its pooled logits, at most.
+
+        Args:
+            images: as for `logits`.
+
+        Raises:
+            TeacherError: Logits are not finite, or the two differ although the head is exact.
+        """
+        features = self._features(self._preprocessing.normalise(images)[0])
+        pooled = self.head.pooled_logits(features)
+        error = float((self.head.patch_logits(features).mean((1, 2)) - pooled).abs().max())
+        scale = float(pooled.abs().max())
+        if not math.isfinite(error):
+            raise TeacherError(
+                f"Logits must be finite; those of {self.name} in {self.precision} are not. "
+                "Remedy: precision: bfloat16 or float32, and weights that are not damaged."
+            )
+        if self.head.exact and error > TOLERANCE * scale:
+            raise TeacherError(
+                f"The mean of the patch logits must equal the pooled logits within {TOLERANCE:g} "
+                f"of the largest; for {self.name} they differ by {error:g} of {scale:g}. "
+                "Remedy: another teacher; please report this one."
+            )
+        return error
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Return how images are prepared, as JSON-able values; `tiles` of each pass."""
+        tiles = [[1, 1], *(list(later.tiles) for later, _ in self._later)]
+        return {**self._preprocessing.as_dict(), "tiles": tiles}
+
+    def _patch_head(self, size: tuple[int, int]) -> PatchHead:
+        """The teacher's classifier for one size; runs it once on an empty image of that size."""
+        try:
+            with torch.inference_mode():
+                features = self.teacher.features(torch.zeros(1, 3, *size, device=self.device))
+        except Exception as error:  # networks raise anything from AssertionError to RuntimeError
+            raise TeacherError(
+                f"A teacher must accept its input size; {self.name} does not take RGB images of "
+                f"{size[0]}x{size[1]} pixels ({type(error).__name__}: {error}). "
+                "Remedy: set input_size to one it takes, or leave it out; or correct the network."
+            ) from error
+        return self.teacher.patch_head(features, size)
+
+    def _later_pass(self, size: tuple[int, int]) -> tuple[Pass, Callable[[Tensor], Tensor]]:
+        """A pass at another size, and the look at a tile that it needs.
+
+        A teacher that does not take the size looks at tiles of the first one's. Whether it does is
+        found by asking it: there is no list of models.
+        """
+        tile, head = self.input_sizes[0], self.head
+        try:
+            head = self._patch_head(size)
+            tile = size
+        except TeacherError as error:
+            if any(side < least for side, least in zip(size, tile, strict=True)):
+                rule = f"at least {tile[0]}x{tile[1]} in later passes"
+                raise _wrong("input_size", rule, size, "larger") from error
+
+        def look(part: Tensor) -> Tensor:
+            return head.patch_logits(self._features(part))
+
+        return Pass(size, tile, head.grid, self.grid, self.device), look
+
+    def _look(self, pixels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits of the patches [B, H, W, C], and pooled logits of the first pass [B, C]."""
+        features = self._features(pixels[0])
+        logits, pooled = self.head.patch_logits(features), self.head.pooled_logits(features)
+        for batch, (later, look) in zip(pixels[1:], self._later, strict=True):
+            logits = logits + later(batch, look)
+        return logits / len(pixels), pooled
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.contiguous(memory_format=self._memory)
+        dtype = _PRECISIONS[self.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            features = self._extract(pixels)
+        return features.float()
+
+
+def _wrong(option: str, rule: str, value: object, remedy: str) -> TeacherError:
+    return TeacherError(f"{option} must be {rule}; got {value!r}. Remedy: {remedy}.")

@@ -1,0 +1,151 @@
+"""Build the teacher that a job's options name, and describe it to the driver."""
+
+import platform
+import re
+from contextlib import suppress
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from ...dataset.sources.image_source import ImageSource
+from ...errors import StorageError, TeacherError
+from ..config import AnnotateConfig
+from ..images import DecodedBatch, decode_batch, join_batches
+from ..plan import Identity
+from .annotator import Annotator
+from .module_teacher import load_file, split_file
+from .teacher import Teacher
+from .timm_teacher import TimmTeacher, build_model
+from .weights import PRETRAINED
+
+#: Images on which the patch logits are compared with the pooled ones at start-up.
+_CHECKED = 8
+_LIBRARIES = ("tokenlabel", "torch", "timm", "numpy", "pillow", "h5py")
+
+
+def build_teacher(config: AnnotateConfig) -> Annotator:
+    """The teacher that the options name, ready to annotate.
+
+    Raises:
+        TeacherError: it cannot be built or run as asked.
+    """
+    given = config.input_size
+    sides = [given] if isinstance(given, int) else given or []
+    sizes = [(side, side) if isinstance(side, int) else (side[0], side[1]) for side in sides]
+    size = sizes[0] if sizes else None
+    teacher, code = load_teacher(config.model, config.weights, config.num_classes, size)
+    annotator = Annotator(
+        teacher,
+        code=code,
+        input_sizes=sizes,
+        precision=config.precision,
+        channels_last=config.channels_last,
+        compile=config.compile,
+        device=config.device,
+        interpolation=config.interpolation,
+    )
+    names = annotator.class_names
+    source = f"those of {annotator.name} are"
+    if config.class_names:
+        source = f"{config.class_names} has"
+        try:
+            names = Path(config.class_names).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise TeacherError(
+                f"class_names: {config.class_names} cannot be read: {error}"
+            ) from error
+    count = annotator.num_classes
+    if names is not None and (len(names) != count or len({*names, ""}) != count + 1):
+        raise TeacherError(
+            f"class_names must be a different name for each of the teacher's {count} classes; "
+            f"{source} {len(names)}, {len(set(names))} different. Remedy: one name a line, in "
+            "order of the class ids"
+        )
+    annotator.class_names = names
+    return annotator
+
+
+def load_teacher(
+    model: str,
+    weights: str = PRETRAINED,
+    num_classes: int | None = None,
+    input_size: tuple[int, int] | None = None,
+) -> tuple[Teacher, bytes]:
+    """A teacher of any family, by its name.
+
+    Args:
+        model: timm's name of a model, or `FILE.py:FUNCTION` of somebody's own.
+        weights: as `build_model` takes it; for timm only, like what follows.
+        num_classes: likewise.
+        input_size: likewise.
+
+    Returns:
+        The teacher, and the bytes of its file, which belong to its digest; none of timm's.
+
+    Raises:
+        TeacherError: it cannot be built.
+    """
+    file = split_file(model)
+    if file is None:
+        return TimmTeacher(build_model(model, weights, num_classes, input_size), model), b""
+    if weights != PRETRAINED or num_classes is not None:
+        raise TeacherError(
+            f"weights and num_classes are those that a network of your own has; got weights "
+            f"{weights!r} and num_classes {num_classes} beside {model}. Remedy: leave them out, "
+            f"and load weights in {file[1] or 'the function'}"
+        )
+    return load_file(*file)
+
+
+def identify(annotator: Annotator, source: ImageSource) -> Identity:
+    """Describe a teacher, after comparing its patch with its pooled logits on the first images.
+
+    Raises:
+        TeacherError: they differ although they must not.
+        StorageError: none of the first images can be read.
+    """
+    parts: list[DecodedBatch] = []
+    failure: StorageError | None = None
+    for entry in islice(source.scan(), _CHECKED):
+        try:
+            sizes, interpolation = annotator.input_sizes, annotator.interpolation
+            parts.append(decode_batch(source, [entry.key.decode()], sizes, interpolation))
+        except StorageError as error:  # fails its own shard alone
+            failure = error
+    if failure and not parts:
+        raise failure
+    return Identity(
+        model=annotator.name,
+        weights_digest=annotator.weights_digest,
+        preprocessing=annotator.preprocessing(),
+        grid=annotator.grid,
+        num_classes=annotator.num_classes,
+        class_names=list(annotator.class_names) if annotator.class_names else None,
+        device=annotator.device.type,
+        head_mode=annotator.head.mode,
+        exact=annotator.head.exact,
+        pooled_error=annotator.check(join_batches(parts).images),
+        libraries=libraries(annotator.device),
+    )
+
+
+def libraries(device: torch.device) -> dict[str, str]:
+    """Everything but the settings that decides the last bits of a score here: name to value.
+
+    `processor` is what computes: a GPU's name; a CPU's, its vector instructions and the threads in
+    use.
+    """
+    versions = {name: version(name) for name in _LIBRARIES}
+    if device.type == "cuda":
+        return {**versions, "processor": torch.cuda.get_device_name(device)}
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):  # only Linux has this file, and only x86 says more there
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M):
+            name = found[1]
+    vectors, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return {
+        **versions,
+        "processor": f"{name}, {vectors}, {threads} thread{'s' * (threads != 1)}",
+    }

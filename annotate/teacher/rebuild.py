@@ -1,0 +1,95 @@
+"""The teacher of a label set, rebuilt from what the shards say of it."""
+
+import json
+from typing import Any, NamedTuple
+
+import torch
+
+from ...errors import ConfigError, FormatError, TeacherError
+from .annotator import Annotator
+from .identity import load_teacher
+from .module_teacher import split_file
+from .weights import PRETRAINED, SAMPLE, SAMPLE_MODEL
+
+
+class Teachers(NamedTuple):
+    """The teacher of a label set, with one network in all its forms.
+
+    Attributes:
+        annotator: as it annotated, in one pass or several.
+        judge: in one pass, at the first input size.
+        other: in one pass at another size; None where the network takes no other.
+    """
+
+    annotator: Annotator
+    judge: Annotator
+    other: Annotator | None
+
+
+def rebuild_teachers(attrs: dict[str, Any], weights: str | None = None) -> Teachers:
+    """The teacher that made some labels, keeping all its classes and giving one view.
+
+    Args:
+        attrs: root attributes of a shard.
+        weights: as `annotate` takes them, or `FILE.py:FUNCTION` of somebody's own network, which is
+            never run because a shard names it; None tries the sample's, then timm's.
+
+    Raises:
+        FormatError: the shard does not say how it was made.
+        ConfigError: the teacher is not found, or has other weights.
+    """
+    try:
+        settings, made = json.loads(attrs["settings"]), json.loads(attrs["preprocessing"])
+        name, digest = str(attrs["teacher"]), str(attrs["weights_digest"])
+        sizes = [(int(height), int(width)) for height, width in made["input_size"]]
+        precision = settings.get("precision", "float32")
+        if precision == "float16" and not torch.cuda.is_available():
+            precision = "float32"
+        options: dict[str, Any] = {
+            "interpolation": str(made["interpolation"]),
+            "mean": made["mean"],
+            "std": made["std"],
+            "precision": precision,
+        }
+        num_classes, size = int(attrs["num_classes"]), sizes[0]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"the shards must say how the teacher was run (`settings`, `preprocessing`); {error}. "
+            "Remedy: only labels of `annotate` can be compared with their teacher"
+        ) from error
+    candidates: list[tuple[str, str, int | None]]
+    if weights and split_file(weights):
+        candidates = [(weights, PRETRAINED, None)]
+    elif split_file(name):
+        raise ConfigError(
+            f"the labels were made by a network of somebody's own, {name}, and no label set may "
+            f"say what code to run; weights: {weights}. Remedy: --weights /path/to/{name}"
+        )
+    else:
+        sample = [SAMPLE] if name.partition(".")[0] == SAMPLE_MODEL else []
+        found = [weights] if weights else [*sample, PRETRAINED]
+        candidates = [(name, source, num_classes) for source in found]
+    tried = []
+    for model, source, classes in candidates:
+        what = source if model == name else model
+        try:
+            teacher, code = load_teacher(model, source, classes, size)
+            annotator = Annotator(teacher, code=code, input_sizes=sizes, **options)
+        except TeacherError as error:
+            tried.append(f"{what}: {error}")
+            continue
+        if annotator.weights_digest == digest:
+            break
+        tried.append(f"{what}: these weights have the digest {annotator.weights_digest[:12]}")
+    else:
+        raise ConfigError(
+            f"the labels were made by {name} with weights of digest {digest[:12]}, which were not "
+            "found. Remedy: name them with --weights\n  " + "\n  ".join(tried)
+        )
+    judge = Annotator(teacher, input_sizes=[size], **options)
+    height, width = (round(side * 1.4 / 32) * 32 for side in size)
+    other = sizes[1] if len(sizes) > 1 else (height, width)
+    try:
+        return Teachers(annotator, judge, Annotator(teacher, input_sizes=[other], **options))
+    except TeacherError:  # built for one size
+        return Teachers(annotator, judge, None)

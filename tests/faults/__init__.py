@@ -1,1 +1,0 @@
-"""Real faults against real processes and files; `make soak` runs them for an hour."""
