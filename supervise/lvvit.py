@@ -11,22 +11,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .lvvit_layers import Block, initialise, stem
+from .layers import Block, initialise, stem
 from .mix_token import TokenBox
-
-__all__ = ["LVViT", "lvvit_l", "lvvit_m", "lvvit_s", "lvvit_t"]
 
 Grid = tuple[int, int]
 
 
 class LVViT(nn.Module):
-    """A vision transformer with class and patch heads. A student as `TokenStudent` is one.
+    """A vision transformer with class and patch heads: a student, as a `TokenStudent` is.
+
+        student = LVViT(width=240, depth=12, heads=4)  # or lvvit_t(), lvvit_s(), …
+        class_logits, patch_logits = student(images)  # [B, 1000] and [B, 196, 1000]
+        loss = criterion(class_logits, patch_logits, labels)
 
     In training, `model(images)` gives class logits [B, C] and patch logits [B, N, C]; in evaluation
     it gives class logits, to which the largest logit over the patches is added, for each class,
     `patch_vote` times. (The published weights are evaluated so, with 0.5.)
 
-    Any image of at least one patch each way will do: position embeddings are interpolated from
+    It takes any image of at least one patch each way: position embeddings are interpolated from
     `image_size`'s grid to the image's. For images of 32 px: `patch_size=4, image_size=32`.
 
     Args:
@@ -106,7 +108,7 @@ class LVViT(nn.Module):
         Args:
             images: [B, in_channels, H, W].
             box: from `MixToken.sample`, in training only: these patches are exchanged after the
-                stem and brought back at the end. Labels: `box.mix_labels(labels)`.
+                stem and returned at the end. Labels: `box.mix_labels(labels)`.
         """
         if box is not None and not self.training:
             raise ValueError("MixToken is for training. Remedy: model.train(), or box=None")
@@ -165,7 +167,7 @@ class LVViT(nn.Module):
         return (height + 1) // 2 // half, (width + 1) // 2 // half
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep no activations inside the layers, and compute them again in the backward pass."""
+        """Keep no activations inside the layers; recompute them in the backward pass."""
         self._checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:

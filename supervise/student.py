@@ -10,17 +10,22 @@ from .backbones.transformers import transformers_backbone
 from .lvvit import LVViT
 from .mix_token import TokenBox, TokenExchange
 
-__all__ = ["TokenStudent"]
-
 
 class TokenStudent(nn.Module):
-    """A backbone that answers for the image and, in training, for each of its patches.
+    """A backbone that classifies the image and, in training, each of its patches.
+
+        import timm
+
+        student = TokenStudent(timm.create_model("vit_tiny_patch16_224"))
+        class_logits, patch_logits = student(images)  # [B, 1000] and [B, 196, 1000]
+        loss = criterion(class_logits, patch_logits, labels)
+        class_logits = student.eval()(images)
 
     Takes models of timm (ViT, DeiT with or without its distillation token, EVA, VOLO, Swin,
     ConvNeXt, ResNet, …), torchvision (ViT, Swin, ConvNeXt, ResNet) and Hugging Face
     (`ViTModel`, `ViTForImageClassification`, `Dinov2Model`, …). The class logits are the model's
-    own; the patch head is one linear layer on the patches' last features. Class, distillation and
-    register tokens are no patches.
+    own; the patch head is one linear layer on the patches' last features, without class,
+    distillation and register tokens.
 
     The backbone is `student.model`, with its own parameter names:
     `torch.save(student.model.state_dict(), …)` writes a checkpoint that loads strictly into the
@@ -37,7 +42,7 @@ class TokenStudent(nn.Module):
                 return self.model.head(tokens[:, 0]), tokens[:, 1:].unflatten(1, (14, 14))
 
     Args:
-        model: the backbone. It is used as it is, not copied.
+        model: the backbone. It is used itself, not copied.
         num_classes: number of classes C. None: that of the model's classifier. If it differs, the
             classifier is replaced by a new one.
         image_size: default input (H, W) in pixels, or one number for a square. None: the model's.
@@ -65,7 +70,7 @@ class TokenStudent(nn.Module):
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if isinstance(model, TokenStudent | LVViT):
             raise ValueError(
-                f"{type(model).__name__} is a student already. Remedy: use it as it is"
+                f"{type(model).__name__} is a student already. Remedy: use it directly"
             )
         self._backbone = backbone = (
             timm_backbone(model) or torchvision_backbone(model) or transformers_backbone(model)
@@ -140,7 +145,7 @@ class TokenStudent(nn.Module):
         Args:
             images: [B, channels, H, W].
             box: from `MixToken.sample`, in training only: these patches are exchanged after the
-                patch embedding and brought back at the end, so that patch logits are those of
+                patch embedding and returned at the end, so that patch logits are those of
                 `images`' own patches. The class logits are of the mixed images:
                 `box.mix_labels(labels)`.
         """
@@ -151,11 +156,7 @@ class TokenStudent(nn.Module):
             return logits
         if box is None:
             cls, patches = self.features(images)
-        else:
-            cls, patches = self._mixed_features(images, box)
-        return self.cls_head(cls), self.patch_head(patches).flatten(1, 2)
-
-    def _mixed_features(self, images: Tensor, box: TokenBox) -> tuple[Tensor, Tensor]:
+            return self.cls_head(cls), self.patch_head(patches).flatten(1, 2)
         if self._exchange is None:
             raise ValueError(
                 f"MixToken needs a patch embedding; {type(self.model).__name__} has none. Remedy: "
@@ -164,14 +165,14 @@ class TokenStudent(nn.Module):
         self._exchange.box = box
         try:
             cls, patches = self.features(images)
-            if self._exchange.pending:
+            if self._exchange.box is not None:
                 raise ValueError(
                     "the patch embedding did not run, so that MixToken could not mix its tokens. "
                     "Remedy: make a new TokenStudent after replacing parts of the model"
                 )
         finally:
             self._exchange.box = None
-        return cls, box.restore(patches)
+        return self.cls_head(cls), self.patch_head(box.restore(patches)).flatten(1, 2)
 
     @property
     def grid(self) -> Grid:

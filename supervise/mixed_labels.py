@@ -18,6 +18,9 @@ _LEAST = 1e-12
 class MixedLabels:
     """Labels of B images, each mixed with a partner from the batch: the records, and how they mix.
 
+        images, mixed = MixUpOrCutMix()(images, labels)
+        classes, fractions = mixed.label, mixed.label_probs  # [B, 2] each: own, partner
+
     A patch's target is the mixture of both images' targets there, each counted by its fraction of
     the patch's area times its `weight` (the part of the patch inside image and extent, taken as
     spread evenly over the patch). Padding, and an image without a map, contribute nothing.
@@ -77,7 +80,7 @@ class MixedLabels:
         return self.blend.unsqueeze(1) * (1 - pasted.flatten(1))
 
     def parts(self, grid: int | Grid | None = None) -> list[tuple[TokenWindows, Tensor]]:
-        """The patches' targets, each with its coefficient [B, N]: what `cross_entropy` takes.
+        """The patches' targets, each with its coefficient [B, N], as `cross_entropy` takes them.
 
         Args:
             grid: as for `TokenLabels.targets`.
@@ -106,7 +109,7 @@ class MixedLabels:
         return torch.where(self.label_probs[:, 0] >= 0.5, label, label[self.partner])
 
     def sparse(self, grid: int | Grid | None = None, k: int = 10) -> TokenTargets:
-        """The k most probable classes of each mixed patch and crop. Makes a tensor [B, N, C].
+        """The k most probable classes of each mixed patch and crop. Allocates [B, N, C].
 
         Args:
             grid: as for `TokenLabels.targets`.
