@@ -93,7 +93,7 @@ def _loss_and_gradient(
         images = slice(start, start + step)
         some = (part[images] for part in target)
         loss[images], slopes = _of_some_images(logits[images], wanted, *some)
-        if gradient is not None:
+        if gradient is not None and slopes is not None:
             gradient[images] = slopes
     return loss, gradient
 
