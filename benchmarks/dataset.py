@@ -50,6 +50,7 @@ from tokenlabel.dataset.transforms.recipe import IMAGENET_MEAN, IMAGENET_STD
 
 BATCH = 48
 PUBLISHED_K = 5
+WORKERS = 2
 
 
 # --- a training loader --------------------------------------------------------------------------
@@ -97,12 +98,8 @@ def measure_load(options: argparse.Namespace, store: LabelStore, split: Path) ->
     torch.set_num_threads(1)  # as in a worker
     print(f"{len(store)} images of {split}; maps: {store.layout}")
     for pipeline in PIPELINES:
-        for workers in (0, 2):
-            plain, mine = (
-                take_pairs(data_sets(pipeline, store, split), options, workers)
-                if workers == 0
-                else take_epochs(data_sets(pipeline, store, split), options, workers)
-            )
+        for workers, take in ((0, take_pairs), (WORKERS, take_epochs)):
+            plain, mine = take(data_sets(pipeline, store, split), options)
             extra = statistics.median(a - b for a, b in zip(mine, plain, strict=True)) * 1e6
             print(
                 f"{pipeline}, {workers} workers: CPU time with / without {ratio(mine, plain)}; "
@@ -112,7 +109,7 @@ def measure_load(options: argparse.Namespace, store: LabelStore, split: Path) ->
 
 
 def take_pairs(
-    data: tuple[Any, Any], options: argparse.Namespace, workers: int
+    data: tuple[Any, Any], options: argparse.Namespace
 ) -> tuple[list[float], list[float]]:
     """CPU seconds a sample, batches taking turns: what else the machine does counts least."""
     spent: tuple[list[float], list[float]] = ([], [])
@@ -120,7 +117,9 @@ def take_pairs(
         totals = [0.0, 0.0]
         for number in range(options.batches):
             for way in ((0, 1), (1, 0))[number % 2]:
-                loader = iter(DataLoader(data[way], BATCH, sampler=_part(data[way], number)))
+                first, rows = number * BATCH, len(data[way])
+                sampler = [index % rows for index in range(first, first + BATCH)]
+                loader = iter(DataLoader(data[way], BATCH, sampler=sampler))
                 torch.default_generator.manual_seed(number)
                 start = time.process_time()
                 next(loader)
@@ -131,12 +130,8 @@ def take_pairs(
     return spent
 
 
-def _part(data: Any, number: int) -> list[int]:
-    return [index % len(data) for index in range(number * BATCH, (number + 1) * BATCH)]
-
-
 def take_epochs(
-    data: tuple[Any, Any], options: argparse.Namespace, workers: int
+    data: tuple[Any, Any], options: argparse.Namespace
 ) -> tuple[list[float], list[float]]:
     """The same with workers: epochs taking turns, the start of the workers included."""
     spent: tuple[list[float], list[float]] = ([], [])
@@ -145,7 +140,7 @@ def take_epochs(
         for way in ((0, 1), (1, 0))[turn % 2]:
             gc.collect()
             start = cpu_seconds()
-            for _ in batches(data[way], count, workers):
+            for _ in batches(data[way], count, WORKERS):
                 pass
             if turn:
                 spent[way].append((cpu_seconds() - start) / count / BATCH)

@@ -76,8 +76,8 @@ class Clock:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
 
     def show(self, name: str, run: Callable[[], object]) -> None:
-        took = self.ms(run)
-        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
+        took, activity = self.ms(run), ProfilerActivity.CUDA if self.cuda else ProfilerActivity.CPU
+        with profile(activities=[activity], acc_events=True) as recorded:
             run()
             self.wait()
         kernels = [e for e in recorded.events() or () if e.device_type == DeviceType.CUDA]

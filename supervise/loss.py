@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from ..dataset.targets.token_labels import TokenLabels
 from ..dataset.targets.windows import TokenTargets
+from .backbones.backbone import Grid
 from .cross_entropy import cross_entropy
 from .mixed_labels import MixedLabels
 
 ClassTarget = Literal["label", "crop", "both"]
-Grid = tuple[int, int]
 Labels = TokenLabels | MixedLabels | TokenTargets
 
 

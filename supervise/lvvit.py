@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from .backbones.backbone import Grid, pair
 from .layers import Block, initialise, stem
 from .mix_token import TokenBox
-
-Grid = tuple[int, int]
 
 
 class LVViT(nn.Module):
@@ -77,9 +76,7 @@ class LVViT(nn.Module):
             raise ValueError(f"heads must divide width, got {heads} heads and width {width}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        self.image_size: Grid = (
-            (image_size, image_size) if isinstance(image_size, int) else image_size
-        )
+        self.image_size = pair(image_size)
         self.patch_size = patch_size
         self.num_classes = num_classes
         self.patch_vote = patch_vote
@@ -162,7 +159,7 @@ class LVViT(nn.Module):
 
     def grid_for(self, image_size: int | Grid) -> Grid:
         """(h, w) of the patches of images of (H, W) pixels: `grid_for(images.shape[-2:])`."""
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = pair(image_size)
         half = self.patch_size // 2
         return (height + 1) // 2 // half, (width + 1) // 2 // half
 

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..dataset.targets.token_labels import TokenLabels
+from .backbones.backbone import Grid, pair
 from .mixed_labels import MixedLabels, check_records
-
-Grid = tuple[int, int]
 
 
 class TokenBox(NamedTuple):
@@ -138,13 +137,12 @@ class MixToken:
         Returns:
             The box; None to leave the batch unmixed, or where the box rounds to nothing.
         """
-        size = (grid, grid) if isinstance(grid, int) else grid
         if torch.rand(()).item() >= self.prob:
             return None
         stays = torch.distributions.Beta(self.alpha, self.alpha).sample().item()
         half = 0.5 * math.sqrt(1 - stays)
         inside = []
-        for patches in size:
+        for patches in pair(grid):
             centre = torch.rand(()).item()
             first = round(max(centre - half, 0.0) * patches)
             end = round(min(centre + half, 1.0) * patches)

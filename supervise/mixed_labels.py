@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..dataset.targets.token_labels import TokenLabels
 from ..dataset.targets.windows import TokenTargets, TokenWindows
+from .backbones.backbone import Grid, pair
 
-Grid = tuple[int, int]
 _LEAST = 1e-12
 
 
@@ -74,7 +74,7 @@ class MixedLabels:
 
         Exact, also where the edges of patches or box cut one another, or pixels.
         """
-        rows, columns = (grid, grid) if isinstance(grid, int) else grid
+        rows, columns = pair(grid)
         x0, y0, x1, y1 = self.box.unsqueeze(-1).unbind(1)
         pasted = _covered(y0, y1, rows).unsqueeze(2) * _covered(x0, x1, columns).unsqueeze(1)
         return self.blend.unsqueeze(1) * (1 - pasted.flatten(1))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .backbones.backbone import OVERRIDE, Grid, new_linear
+from .backbones.backbone import OVERRIDE, Grid, new_linear, pair
 from .backbones.timm import timm_backbone
 from .backbones.torchvision import torchvision_backbone
 from .backbones.transformers import transformers_backbone
@@ -75,11 +75,8 @@ class TokenStudent(nn.Module):
         self._backbone = backbone = (
             timm_backbone(model) or torchvision_backbone(model) or transformers_backbone(model)
         )
-        if image_size is None:
-            image_size = 224 if backbone is None else backbone.image_size
-        self.image_size: Grid = (
-            (image_size, image_size) if isinstance(image_size, int) else image_size
-        )
+        own_size = 224 if backbone is None else backbone.image_size
+        self.image_size = pair(own_size if image_size is None else image_size)
         self._grids: dict[Grid, Grid] = {}
         self.model = model
         self.cls_head: nn.Module = nn.Identity()
@@ -181,8 +178,7 @@ class TokenStudent(nn.Module):
 
     def grid_for(self, image_size: int | Grid) -> Grid:
         """(h, w) of the patches of images of (H, W) pixels: `grid_for(images.shape[-2:])`."""
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        size = (int(height), int(width))
+        size = pair(image_size)
         if size not in self._grids:
             self._probe(size)
         return self._grids[size]
