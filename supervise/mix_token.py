@@ -155,12 +155,16 @@ class MixToken:
 class TokenExchange:
     """Forward hook of a patch embedding: mixes its output while `box` is set.
 
-    It stays in place, because a hook that comes and goes breaks the graph of `torch.compile`. A box
-    that is still set after the forward pass was not used.
+    It stays in place, because a hook that comes and goes breaks the graph of `torch.compile`.
     """
 
     def __init__(self) -> None:
         self.box: TokenBox | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether a box is set that no forward pass has used."""
+        return self.box is not None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Mix tokens, or the first of a tuple, and note that it was done."""

@@ -162,7 +162,7 @@ class TokenStudent(nn.Module):
         self._exchange.box = box
         try:
             cls, patches = self.features(images)
-            if self._exchange.box is not None:
+            if self._exchange.pending:
                 raise ValueError(
                     "the patch embedding did not run, so that MixToken could not mix its tokens. "
                     "Remedy: make a new TokenStudent after replacing parts of the model"
