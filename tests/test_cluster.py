@@ -51,8 +51,8 @@ def head_node(tmp_path: Path) -> Iterator[str]:
     yield f"127.0.0.1:{port}"
     family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
     head.terminate()
-    head.wait(60)
-    _, alive = psutil.wait_procs(family, timeout=60)
+    head.wait(300)
+    _, alive = psutil.wait_procs(family, timeout=300)
     for process in alive:
         process.kill()
 

@@ -17,7 +17,7 @@ from tokenlabel.errors import LockedError, OutputError
 HOLD = """
 import sys, time; from pathlib import Path
 from tokenlabel.dataset.format.lock import folder_lock
-with folder_lock(Path(sys.argv[1])): print("held", flush=True); time.sleep(60)
+with folder_lock(Path(sys.argv[1])): print("held", flush=True); time.sleep(900)
 """
 #: A file system without locks, as Lustre mounted without `flock`: the kernel's call is replaced.
 NO_FLOCK = """

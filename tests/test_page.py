@@ -97,7 +97,7 @@ class Watched:
         )
         self.context.set_offline(True)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(300_000)  # also on a busy machine
         self.faults: list[str] = []
         self.url = report.path.as_uri()
         self.page.on("console", lambda message: self.faults.append(message.text))

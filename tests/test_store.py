@@ -222,8 +222,8 @@ def test_other_processes_read_the_same(split: tuple[Path, list[Rows]], method: s
     queue: multiprocessing.Queue[bytes] = context.Queue()
     child = context.Process(target=_read, args=(store, queue))
     child.start()
-    assert queue.get(timeout=60) == want
-    child.join(60)
+    assert queue.get(timeout=900) == want
+    child.join(900)
     assert child.exitcode == 0
     assert store[7].label == 1
 

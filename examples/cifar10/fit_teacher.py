@@ -165,7 +165,7 @@ def main() -> None:
         )
     teacher = args.out / "teacher.pth"
     if teacher.exists() and not args.held_out:
-        print(f"{teacher} is there already; to fit it anew, delete it")
+        print(f"{teacher} is there already; to refit it, delete it")
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args.out.mkdir(parents=True, exist_ok=True)

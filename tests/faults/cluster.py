@@ -5,7 +5,7 @@
 Ray reads how to bind and whom to trust from the environment as it is imported, so neither can be
 set in the test's process. Prints the address; then, for each line that it reads, the process id of
 the raylet of one more node. The line is the process id of a killed raylet, whose node is removed
-before, or 0. Nodes have GPUS GPUs each: Ray believes what it is told. Stops the cluster at the end
+before, or 0. Nodes have GPUS GPUs each: Ray believes that number. Stops the cluster at the end
 of its input.
 """
 

@@ -25,7 +25,7 @@ def soak(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def rounds(soak: bool) -> Callable[[int, int], int]:
-    """`rounds(quick, long)`: how often to try, in `make test` and in `make soak`."""
+    """`rounds(quick, long)`: how often to try, in `make test-faults` and in `make soak`."""
     return lambda quick, long: long if soak else quick
 
 

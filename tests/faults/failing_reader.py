@@ -19,7 +19,7 @@ INDEX, SHARD, SHORT = range(3)
 
 
 class Rules:
-    """The shim's counters: from here a rule is told which of its next calls is to fail."""
+    """The shim's counters: says which of the next calls of a rule is to fail."""
 
     def __init__(self, state: Path) -> None:
         with state.open("r+b") as file:
