@@ -95,6 +95,7 @@ def _loss_and_gradient(
         loss[images], slopes = _of_some_images(logits[images], wanted, *some)
         if gradient is not None and slopes is not None:
             gradient[images] = slopes
+        del slopes  # or they would stay in memory beside the next ones
     return loss, gradient
 
 
