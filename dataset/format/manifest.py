@@ -47,7 +47,8 @@ def write_manifest(
     Args:
         path: file to write.
         blocks: keys, sorted by UTF-8 bytes, and their int32 labels; one row or more in all.
-        label_space, class_names: as in `Manifest`.
+        label_space: as in `Manifest`.
+        class_names: as in `Manifest`.
     """
     from .new_file import create, encode_texts
 
