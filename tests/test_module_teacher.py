@@ -72,7 +72,7 @@ def test_another_file_is_another_teacher(file: Path, sample: Path, labels: Path)
     other.parent.mkdir()
     other.with_suffix(".pth").symlink_to(file.with_suffix(".pth"))
     other.write_text(CODE)
-    assert annotate(own(sample, labels, other)).ok  # only its place differs
+    assert annotate(own(sample, labels, other)).ok  # only its folder differs
     other.write_text(CODE + "# changed\n")
     with pytest.raises(FingerprintError, match="weights: '"):
         annotate(own(sample, labels, other))
@@ -114,6 +114,10 @@ BAD: dict[str, tuple[str, str]] = {
     "mean of one channel": (HEAD.replace("(0.5, 0.5, 0.5)", "[0.5]"), "three non-negative numbers"),
     "unknown interpolation": (HEAD.replace("mean =", "interpolation = mean ="), "must be one of"),
     "too few names": (HEAD.replace("mean =", "class_names = mean ="), "each of the teacher's 4"),
+    "numbers as names": (
+        HEAD.replace("mean =", "class_names = range(4); mean ="),
+        "4, 0 different",
+    ),
     "pooled logits": (
         HEAD.replace("def", "    forward = lambda self, x: x.mean((2, 3))\ndef"),
         r"gives \(1, 3\) for B = 1",

@@ -452,7 +452,7 @@ def test_a_batch_for_each_pass_is_needed() -> None:
     [
         ({"precision": "int8"}, "precision must be one of float32"),
         ({"device": "nonsense"}, "device must be"),
-        ({"interpolation": "area"}, "interpolation must be one of bicubic"),
+        ({"interpolation": "area"}, "interpolation must be one of nearest"),
         ({"mean": [0.5]}, "mean must be three non-negative numbers"),
         ({"std": [0.5, 0.5, 0]}, "std must be three positive numbers"),
     ],

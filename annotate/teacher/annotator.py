@@ -187,8 +187,14 @@ class Annotator:
 
     def preprocessing(self) -> dict[str, Any]:
         """Return how images are prepared, as JSON-able values; `tiles` of each pass."""
-        tiles = [[1, 1], *(list(later.tiles) for later, _ in self._later)]
-        return {**self._preprocessing.as_dict(), "tiles": tiles}
+        return {
+            "resize": "squash",
+            "input_size": [list(size) for size in self.input_sizes],
+            "interpolation": self.interpolation,
+            "mean": list(self._preprocessing.mean),
+            "std": list(self._preprocessing.std),
+            "tiles": [[1, 1], *(list(later.tiles) for later, _ in self._later)],
+        }
 
     def _patch_head(self, size: tuple[int, int]) -> PatchHead:
         """The teacher's classifier for one size; runs it once on an empty image of that size."""

@@ -57,10 +57,11 @@ def build_teacher(config: AnnotateConfig) -> Annotator:
                 f"class_names: {config.class_names} cannot be read: {error}"
             ) from error
     count = annotator.num_classes
-    if names is not None and (len(names) != count or len({*names, ""}) != count + 1):
+    different = {name for name in names or () if isinstance(name, str) and name}
+    if names is not None and not len(names) == len(different) == count:
         raise TeacherError(
             f"class_names must be a different name for each of the teacher's {count} classes; "
-            f"{source} {len(names)}, {len(set(names))} different. Remedy: one name a line, in "
+            f"{source} {len(names)}, {len(different)} different. Remedy: one name a line, in "
             "order of the class ids"
         )
     annotator.class_names = names

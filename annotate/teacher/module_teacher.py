@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import TeacherError
 from .teacher import PatchHead, Teacher
 
-MODULE_MODE = "patch logits of the network itself; the pooled logits are their mean"
+MODULE_MODE = "output of the network itself; the pooled logits are its mean"
 _NEEDED = ("num_classes", "input_size", "mean", "std")
 
 
@@ -115,11 +115,8 @@ def load_file(path: Path, function: str) -> tuple[Teacher, bytes]:
     if not callable(build):
         got, remedy = f"names none in {path}", "name it in `model`: FILE.py:FUNCTION"
         raise _refusal("be returned by a function of the file", name, got, remedy)
-    rule, got = (
-        "be an nn.Module, or a Teacher",
-        f"returns an object of type {type(network).__name__}",
-    )
-    raise _refusal(rule, name, got, f"return the network from {function}")
+    got = f"returns an object of type {type(network).__name__}"
+    raise _refusal("be an nn.Module, or a Teacher", name, got, f"return one from {function}")
 
 
 def _refusal(rule: str, name: str, got: str, remedy: str) -> TeacherError:

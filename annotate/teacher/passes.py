@@ -25,22 +25,20 @@ class Pass:
         device: of the logits.
 
     Attributes:
-        size: as given.
-        tiles: rows and columns of tiles.
+        tiles: rows and columns of tiles, which cover the image and overlap alike.
     """
 
     def __init__(
         self, size: Size, tile: Size, cells: Size, grid: Size, device: torch.device
     ) -> None:
-        self.size, self._tile = size, tile
-        starts = [_starts(*sides) for sides in zip(size, tile, strict=True)]
+        self._tile, starts, matrices = tile, [], []
+        for side, part, count, wanted in zip(size, tile, cells, grid, strict=True):
+            last = -(-side // part) - 1
+            starts.append([round(at * (side - part) / max(last, 1)) for at in range(last + 1)])
+            parts = [(start / side, (start + part) / side) for start in starts[-1]]
+            matrices.append(_reading(wanted, count, parts, device))
         self.tiles = (len(starts[0]), len(starts[1]))
-        self._starts = list(product(*starts))
-        axes = []
-        for axis in (0, 1):
-            parts = [(at / size[axis], (at + tile[axis]) / size[axis]) for at in starts[axis]]
-            axes.append(_reading(grid[axis], cells[axis], parts, device))
-        self._weights = list(product(*axes))
+        self._parts = list(zip(product(*starts), product(*matrices), strict=True))
 
     def __call__(self, pixels: Tensor, look: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits on the grid.
@@ -54,8 +52,8 @@ class Pass:
         """
         total: Tensor | None = None
         height, width = self._tile
-        for (y, x), weights in zip(self._starts, self._weights, strict=True):
-            part = _read(look(pixels[..., y : y + height, x : x + width]), *weights)
+        for (y, x), (down, across) in self._parts:
+            part = _read(look(pixels[..., y : y + height, x : x + width]), down, across)
             total = part if total is None else total.add_(part)
         assert total is not None
         return total
@@ -70,12 +68,6 @@ def onto(logits: Tensor, grid: Size) -> Tensor:
 
 def _read(logits: Tensor, down: Tensor, across: Tensor) -> Tensor:
     return torch.einsum("rh,cw,bhwk->brck", down, across, logits)
-
-
-def _starts(side: int, tile: int) -> list[int]:
-    """Where tiles begin that cover a side of the image and overlap alike, in pixels."""
-    last = -(-side // tile) - 1
-    return [round(number * (side - tile) / last) for number in range(last + 1)] if last else [0]
 
 
 def _reading(
@@ -103,20 +95,14 @@ def _reading(
             1e-3, 0.5
         )
         weights.append(np.diff(at) * near)
-        area = np.diff(_hats(at * cells, cells), axis=0)
+        # Integrals up to each edge of hats around the cells' centres: the weights of a bilinear
+        # map. Beyond the outermost centres, the outermost cells go on.
+        distance = (at[:, None] * cells - np.arange(-0.5, cells + 1)).clip(-1, 1)
+        hats = distance - distance * np.abs(distance) / 2
+        hats[:, 1] += hats[:, 0]
+        hats[:, -2] += hats[:, -1]
+        area = np.diff(hats[:, 1:-1], axis=0)
         found.append(area / np.maximum(area.sum(1, keepdims=True), 1e-12))
     total = np.sum(weights, 0)
-    shares = (area * (w / total)[:, None] for area, w in zip(found, weights, strict=True))
-    return [torch.tensor(share, dtype=torch.float32, device=device) for share in shares]
-
-
-def _hats(x: np.ndarray, cells: int) -> np.ndarray:
-    """Integrals up to x of the weights of a bilinear map's cells, [..., cells].
-
-    They are hats around the cells' centres; outside these, the outermost cells go on.
-    """
-    distance = (x[..., None] - np.arange(-0.5, cells + 1)).clip(-1, 1)
-    area: np.ndarray = distance - distance * np.abs(distance) / 2
-    area[..., 1] += area[..., 0]
-    area[..., -2] += area[..., -1]
-    return area[..., 1:-1]
+    parts_of_all = (area * (w / total)[:, None] for area, w in zip(found, weights, strict=True))
+    return [torch.tensor(part, dtype=torch.float32, device=device) for part in parts_of_all]

