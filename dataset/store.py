@@ -50,7 +50,7 @@ class LabelStore:
         attrs: attributes of the first shard: teacher, fingerprint, preprocessing and so on, and
             `class_names` where the manifest holds them.
         layout: shapes and dtypes of the maps.
-        classes: names of the teacher's classes; None where they are not known.
+        classes: names of the teacher's classes; None where they are unknown.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -66,34 +66,34 @@ class LabelStore:
         self.classes = _class_names(self.root / manifest.NAME)
         if self.classes is not None:
             self.attrs["class_names"] = self.classes
-        self._files: tuple[Index, Callable[[int], Shard]] | None = None
-        self._open()
+        self._index  # noqa: B018  # missing or damaged files raise here, not in the first read
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": None}
+    _index: Index
+    _shards: Callable[[int], Shard]
 
-    def _open(self) -> tuple[Index, Callable[[int], Shard]]:
-        """The index, and its shards by number, which stay open while there is room for them.
+    def __getattr__(self, name: str) -> Any:
+        """Open the index, and shards by number, which stay open while there is room for them.
+
+        Called where they are not open yet: in a new store, or in an unpickled one.
 
         No lock: threads that open a file at once get one each, and a thread that has got hold of a
-        shard keeps it open when the cache drops it. A forked process goes on with the files of its
-        parent, since reads say their offset and move no position that the two would share.
+        shard keeps it open when the cache drops it. A forked process keeps using its parent's
+        files: each read names its offset, so no file position is shared between the two.
         """
-        if self._files is None:
-            paths, index = find_shards(self.root), open_index(self.root)
-            shards = lru_cache(_open_files_limit())(partial(_open_indexed, index, paths))
-            self._files = index, shards
-        return self._files
+        if name not in ("_index", "_shards"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        paths, self._index = find_shards(self.root), open_index(self.root)
+        limit = _open_files_limit()
+        self._shards = lru_cache(limit)(partial(_open_indexed, self._index, paths))
+        return self.__dict__[name]
 
-    @property
-    def _index(self) -> Index:
-        return self._open()[0]
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_index", "_shards")}
 
     def _shard(self, row: int) -> tuple[Shard, int]:
         """The open shard that holds a row of the split, and its row there."""
-        index, shard = self._open()
-        number = index.shard(row)
-        return shard(number), row - int(index.shard_rows[number])
+        number = self._index.shard(row)
+        return self._shards(number), row - int(self._index.shard_rows[number])
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -193,7 +193,7 @@ class LabelStore:
         shard, local = self._shard(row)
         if canvas_size is None:
             width, height = index.sizes[row].tolist()
-            canvas_size = (max(height, 1), max(width, 1))  # it is not known where decoding failed
+            canvas_size = (max(height, 1), max(width, 1))  # unknown (0) where decoding failed
         return TokenLabelMap(
             b"" if index.failed[row] else shard.planes(local),
             self.layout,
@@ -238,12 +238,13 @@ class LabelStore:
         for row, box, flip in zip(rows, boxes, turned, strict=True):
             x0, y0, x1, y1 = map(float, box)
             width, height = x1 - x0, y1 - y0
-            # One that shows more than its surroundings is in pixels.
+            # A box far larger than the image is one in pixels.
             if not (0 < width <= 4 and 0 < height <= 4):
                 raise ValueError(
                     "a box is (x0, y0, x1, y1) with x0 < x1 and y0 < y1, normalised to the image; "
                     f"got {(x0, y0, x1, y1)}. Remedy: divide pixels by the image's (width, height)"
                 )
+            # From the unit square of the crop to its box on the image.
             crop: Matrix = (width, 0.0, x0, 0.0, height, y0, 0.0, 0.0, 1.0)
             if flip:
                 crop = (-width, 0.0, x1, 0.0, height, y0, 0.0, 0.0, 1.0)
@@ -252,7 +253,7 @@ class LabelStore:
         return TokenLabels.collate(leaves, None if grid is None else student_grid(grid), shrink)
 
     def row(self, key: str | int, near: int = -1) -> int:
-        """Row of a key, found soonest if it is `near`; a row is checked and returned as it is."""
+        """Row of a key, found fastest if it is `near`; a row is checked and returned as it is."""
         keys = self._index.keys
         if isinstance(key, str):
             row = keys.find(key, near)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -170,35 +170,14 @@ def test_every_functional_that_moves_masks_moves_maps() -> None:
     }
 
 
-ARGUMENTS: dict[Any, dict[str, Any]] = {
-    F.horizontal_flip: {},
-    F.vertical_flip: {},
-    F.crop: {"top": -5, "left": 7, "height": 90, "width": 200},
-    F.center_crop: {"output_size": [33, 200]},
-    F.five_crop: {"size": [30, 41]},
-    F.ten_crop: {"size": 30, "vertical_flip": True},
-    F.resize: {"size": [47]},
-    F.resized_crop: {"top": 3, "left": 7, "height": 90, "width": 60, "size": [32, 48]},
-    F.pad: {"padding": [3, 5]},
-    F.affine: {"angle": 10, "translate": [3, 4], "scale": 1.1, "shear": [2.0, 3.0]},
-    F.rotate: {"angle": 33.0, "expand": True},
-    F.perspective: {
-        "startpoints": [[0, 0], [159, 0], [159, 119], [0, 119]],
-        "endpoints": [[5, 3], [150, 9], [159, 110], [8, 119]],
-    },
-    F.elastic: {"displacement": torch.zeros(1, *SIZE, 2)},
-}
-
-
-@pytest.mark.parametrize("functional", ARGUMENTS, ids=lambda f: f.__name__)
-def test_the_canvas_is_the_images(functional: Any) -> None:
-    image, moved = (functional(x, **ARGUMENTS[functional]) for x in (an_image(), a_map()))
-    for one, other in (
-        zip(image, moved, strict=True) if isinstance(moved, tuple) else [(image, moved)]
-    ):
-        assert F.get_size(other) == list(other.canvas_size) == F.get_size(one)
-        assert other.source_size == SIZE
-        assert other.planes == a_map().planes
+@pytest.mark.parametrize("vertical", [False, True])
+def test_several_crops_have_the_canvases_of_the_images(vertical: bool) -> None:
+    """The tests of the oracle check the canvas of all other functionals."""
+    for functional, size, more in ((F.five_crop, [30, 41], []), (F.ten_crop, 30, [vertical])):
+        images, moved = (functional(x, size, *more) for x in (an_image(), a_map()))
+        for image, label_map in zip(images, moved, strict=True):
+            assert F.get_size(label_map) == list(label_map.canvas_size) == F.get_size(image)
+            assert label_map.source_size == SIZE and label_map.planes == a_map().planes
 
 
 @pytest.mark.parametrize("center", [None, [13, 40]])
@@ -404,31 +383,20 @@ def test_the_view_matches_the_handedness(steps: list[Any], view: int) -> None:
         v2.RandomZoomOut(p=1),
         v2.RandomShortestSize(32),
         v2.ScaleJitter((50, 50)),
-        ToTokenLabels(4),
-    ],
-    ids=lambda t: type(t).__name__,
-)
-def test_a_map_on_a_wrong_canvas_raises(transform: Any) -> None:
-    for image in (an_image(), PIL.Image.new("RGB", SIZE[::-1]), an_image() + 0):
-        with pytest.raises(ValueError, match=r"HxW dimensions|must lie on its image"):
-            transform(image, a_map((SIZE[1], SIZE[0])))
-
-
-@pytest.mark.parametrize(
-    "before",
-    [
+        # These do not ask for sizes, and so cannot notice; ToTokenLabels does.
         v2.RandomHorizontalFlip(1),
         v2.Pad(3),
         v2.Resize(50),
         v2.RandomRotation((20, 20), expand=True),
+        v2.Identity(),
     ],
     ids=lambda t: type(t).__name__,
 )
-def test_a_wrong_canvas_raises_at_the_end_at_the_latest(before: Any) -> None:
-    """These transforms do not ask for sizes, and so cannot notice."""
-    image, moved = before(an_image(), a_map((120, 90)))
-    with pytest.raises(ValueError, match="must lie on its image"):
-        ToTokenLabels(4)(image, moved)
+def test_a_map_on_a_wrong_canvas_raises_at_the_end_at_the_latest(transform: Any) -> None:
+    pipeline = v2.Compose([transform, ToTokenLabels(4)])
+    for image in (an_image(), PIL.Image.new("RGB", SIZE[::-1]), an_image() + 0):
+        with pytest.raises(ValueError, match=r"HxW dimensions|must lie on its image"):
+            pipeline(image, a_map((SIZE[1], SIZE[0])))
 
 
 @pytest.mark.parametrize(
@@ -499,36 +467,6 @@ def test_copies_keep_warps() -> None:
     expected = TokenLabels.of(made)
     for call in COPIES.values():
         assert torch.equal(TokenLabels.of(call(made)), expected)
-
-
-class Samples(Dataset[Any]):
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, index: int) -> Any:
-        torch.manual_seed(index)
-        transform = v2.Compose([v2.RandomResizedCrop(32), v2.RandomRotation(30)])
-        return transform(an_image(), a_map(seed=index, label=index))
-
-
-def as_it_is(batch: Any) -> Any:
-    return batch
-
-
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers(context: str) -> None:
-    loader = DataLoader(
-        Samples(),
-        batch_size=3,
-        num_workers=1,
-        collate_fn=as_it_is,
-        multiprocessing_context=context,
-    )
-    found = [sample for batch in loader for sample in batch]
-    for index, (image, moved) in enumerate(found):
-        expected = Samples()[index]
-        assert torch.equal(image, expected[0])
-        assert same(moved, expected[1])
 
 
 def test_a_map_never_comes_without_its_kernels(tmp_path: Path) -> None:

@@ -74,16 +74,6 @@ def test_round_trip(tmp_path: Path, layout: MapLayout) -> None:
         assert shard.attrs["views"] == list(layout.views)
 
 
-def test_planes_come_as_they_are_stored(tmp_path: Path) -> None:
-    rows = make(tmp_path / "s.h5")
-    want = b"".join(
-        plane[1].reshape(-1).view("u1").reshape(-1, plane.dtype.itemsize).T.tobytes()
-        for plane in rows.maps.values()
-    )
-    with Shard(tmp_path / "s.h5") as shard:
-        assert shard.planes(1) == want
-
-
 def test_planes_of_another_layout_are_refused(tmp_path: Path) -> None:
     rows = random_rows(LAYOUT._replace(k=3), 3)
     with pytest.raises(ValueError, match=r"codes must be uint8 \(3, 1, 4, 3, 5\), got uint8 \(3"):
@@ -195,13 +185,6 @@ def test_what_is_not_known_is_ignored(tmp_path: Path) -> None:
         assert "later" not in shard
         assert shard.content_digest() == shard.attrs["sha256"]
         np.testing.assert_array_equal(shard.map(1).codes, rows.maps["codes"][1])
-
-
-def test_files_of_version_1_are_refused_with_the_remedy(tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "s.h5", "w", libver=("v110", "v110")) as file:
-        file.attrs["format"], file.attrs["version"] = "tokenlabel-shard", 1
-    with pytest.raises(FormatError, match=r"is of format version 1, .* Remedy: delete the files"):
-        Shard(tmp_path / "s.h5")
 
 
 def test_files_that_are_no_shards(tmp_path: Path) -> None:
@@ -317,12 +300,12 @@ def test_offsets_are_right_whatever_hdf5_counts_from(
     """Some versions of HDF5 leave out the user block in some calls; this one adds it in all."""
     rows = make(tmp_path / "s.h5")
     want = (tmp_path / "s.h5").read_bytes()
-    real = new_file._found
+    real = new_file.find_bytes
 
     def told(file: IO[bytes], block: int, told: int, size: int, crc: int) -> int:
         return real(file, block, told - (0 if added else block), size, crc)
 
-    monkeypatch.setattr(new_file, "_found", told)
+    monkeypatch.setattr(new_file, "find_bytes", told)
     make(tmp_path / "t.h5")
     assert (tmp_path / "t.h5").read_bytes() == want
     with Shard(tmp_path / "t.h5") as shard:

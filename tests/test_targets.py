@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.ops import roi_align
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from tests.jobs import config
 from tests.leaves import CLASSES, LAYOUT, LAYOUTS, SIZE, by_points, dense, made_up, record, stored
 from tokenlabel.annotate import annotate
 from tokenlabel.dataset import LabelStore, TokenLabelMap, TokenLabels, TokenTargets, ToTokenLabels
+from tokenlabel.dataset.label_map.label_map import shuffled
 from tokenlabel.dataset.label_map.path import PixelPath
 from tokenlabel.dataset.targets.record import word
 
@@ -145,28 +145,6 @@ def test_every_path_on_real_maps(name: str, store: LabelStore) -> None:
         assert len(far) and far.mean() < limit
         assert (found.weight[0] - weight).abs().mean() < 0.03
         sound(record(leaf), grid)
-
-
-def test_they_are_the_previous_release_s_up_to_its_cut(store: LabelStore) -> None:
-    """It merged the stored classes of a patch, kept the best 10 and lumped all others together."""
-    torch.manual_seed(0)
-    crop = v2.Compose([v2.RandomResizedCrop(64), v2.RandomHorizontalFlip()])
-    for row in range(8):
-        leaf, score_map = stored(store, row)
-        leaf = crop(leaf)
-        classes, probs, _ = score_map.probabilities(int(leaf.is_mirrored))
-        cells = np.zeros((*store.grid, store.num_classes))
-        at = (*np.indices(probs.shape)[:2], np.where(probs > 0, classes, 0).astype(int))
-        np.add.at(cells, at, probs)
-        previous, _ = by_points(leaf, _Fixed(score_map, cells), (4, 4), 48)
-        lumped = 1 - previous.sum(1, keepdim=True)
-        best = previous.topk(10)
-        found = record(leaf).targets(4).dense()[0].double()
-        # What is left over goes to classes one by one now, to the listed ones as well.
-        more = found.gather(1, best.indices) - best.values
-        assert more.min() > -2e-4
-        assert (more.sum(1, keepdim=True) < lumped + 2e-4).all()
-        assert ((found - previous).abs().sum(1) - lumped[:, 0]).abs().max() < 1e-3
 
 
 class _Fixed:
@@ -324,7 +302,7 @@ def test_the_mirrored_view() -> None:
     both, score_map = made_up(TWO_VIEWS, extent=(0.1, 0.0, 0.6, 0.9))
     planes = {name: getattr(score_map, name)[1:] for name in TWO_VIEWS.planes()}
     second = TokenLabelMap(
-        b"".join(plane.tobytes() for plane in _shuffled(planes)),
+        b"".join(map(shuffled, planes.values())),
         LAYOUT,
         canvas_size=SIZE,
         extent=(0.4, 0.0, 0.9, 0.9),
@@ -341,10 +319,6 @@ def test_the_mirrored_view() -> None:
         torch.testing.assert_close(there.dense(), alone.dense(), atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(there.weight, alone.weight, atol=2e-5, rtol=0)
     assert not torch.equal(dense(both, 5), dense(F.horizontal_flip(both), 5).flip(0))
-
-
-def _shuffled(planes: dict[str, np.ndarray]) -> list[np.ndarray]:
-    return [p.reshape(-1).view(np.uint8).reshape(-1, p.itemsize).T.copy() for p in planes.values()]
 
 
 # --- a batch ---------------------------------------------------------------------------------
@@ -462,19 +436,6 @@ def test_logits_of_any_size(dtype: torch.dtype, turn: float) -> None:
     sound(labels, 7)
     for pool in ("logits", "probs"):
         torch.testing.assert_close(labels.crop(pool).sum(), torch.tensor(1.0))
-
-
-@pytest.mark.parametrize("turn", [0.0, 17.0])
-def test_one_hot_maps(turn: float) -> None:
-    classes = torch.randint(5, (6, 8, 1))
-    leaf = TokenLabelMap.from_scores(
-        torch.zeros(6, 8, 1), classes, torch.full((6, 8), -torch.inf), canvas_size=SIZE
-    )
-    labels = record(F.rotate(leaf, turn))
-    whole = labels.targets(7).dense()[0]
-    there = labels.targets(7).weight[0] > 0
-    torch.testing.assert_close(whole.sum(1), there.float(), atol=1e-5, rtol=0)
-    assert whole.min() >= 0
 
 
 def test_entries_without_a_class_do_not_count() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as F
 
 from tests.leaves import LAYOUT, LAYOUTS, SIZE, made_up, record
@@ -226,14 +226,6 @@ def test_workers(context: str, collate: Any) -> None:
         wanted = default_collate(expected[3 * number : 3 * number + 3])
         together = labels if collate is None else default_collate(labels)
         assert same(together, wanted)
-
-
-def test_kept_in_memory_as_a_data_set() -> None:
-    labels = a_batch()
-    loader = DataLoader(TensorDataset(torch.arange(5), labels), batch_size=2)
-    seen = [(index, batch) for indices, batch in loader for index in indices.tolist()]
-    assert [index for index, _ in seen] == [0, 1, 2, 3, 4]
-    assert all(type(batch) is TokenLabels for _, batch in seen)
 
 
 def test_targets_of_one_image_ask_for_a_batch() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# libdeflate, faster. Never for writing, as its bytes are others.
+# libdeflate inflates faster. Never used to write: its bytes differ from those of zlib.
 _fast: Any = import_module("deflate") if find_spec("deflate") else None
 
 #: zlib strategies by dataset, of the lowest bytes of the items and of all others, measured on real
@@ -27,7 +27,8 @@ _ERRORS = (zlib.error, _fast.DeflateError) if _fast else (zlib.error,)
 def encode_chunk(array: np.ndarray, strategies: tuple[int, int]) -> bytes:
     """The bytes of a chunk with the filters shuffle and gzip.
 
-    Each byte of the items makes blocks of deflate of its own, as they have little in common.
+    Each byte of the items is compressed in deflate blocks of its own: high and low bytes have
+    different statistics, and one Huffman table for both would cost more.
 
     Args:
         array: what the chunk holds; little-endian.
@@ -35,7 +36,7 @@ def encode_chunk(array: np.ndarray, strategies: tuple[int, int]) -> bytes:
     """
     width = array.dtype.itemsize
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, width).T
-    stream = [b"\x78\x5e"]  # RFC 1950: deflate, window of 32 kB, made in a hurry
+    stream = [b"\x78\x5e"]  # RFC 1950: deflate, window of 32 kB, fast algorithm
     for byte, plane in enumerate(data):
         packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS, 8, strategies[byte > 0])
         last = byte == width - 1
@@ -47,8 +48,8 @@ def encode_chunk(array: np.ndarray, strategies: tuple[int, int]) -> bytes:
 def inflate(data: bytes | bytearray | memoryview, size: int) -> bytes | bytearray:
     """The content of a zlib stream; ValueError unless it is whole and has exactly `size` bytes.
 
-    Whoever passes a size has compared it with that of the file: room is made for it. What follows
-    the stream is passed over, and no stream grows to more than 1032 times `data`.
+    `size` bytes are allocated, so the caller must have compared it with the size of the file (a
+    stream grows to at most 1032 times `data`). Bytes after the stream are ignored.
     """
     try:
         # One call each: a decompression object, or another checksum, costs a tenth of a read.
@@ -58,14 +59,14 @@ def inflate(data: bytes | bytearray | memoryview, size: int) -> bytes | bytearra
     except _ERRORS as error:
         raise ValueError(f"the chunk must inflate to {size} bytes: {error}") from error
     if len(plain) != size:
-        raise ValueError(f"the chunk must inflate to {size} bytes, it does to {len(plain)}")
+        raise ValueError(f"the chunk must inflate to {size} bytes, got {len(plain)}")
     return plain
 
 
 def unshuffle(
     plain: bytes | bytearray | memoryview, dtype: np.dtype, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """The array whose bytes are in `plain`, first all lowest ones; writable, and nobody else's."""
+    """The array whose bytes are in `plain`, all lowest bytes first; writable, and not shared."""
     whole, width = bytearray(plain), dtype.itemsize
     count = len(whole) // width
     for byte in range(width if width > 1 else 0):  # slices: faster than NumPy at this size

@@ -1,8 +1,8 @@
-"""The container of shards, index and manifest: an HDF5 file with a directory of ours in front.
+"""The container of shards, index and manifest: an HDF5 file with our own directory in front.
 
-HDF5 skips its user block, and there the directory says what the file holds and at which offsets.
-HDF5 itself can be crashed by a damaged file, so nothing here reads HDF5: each number of the
-directory is compared with the size of the file before it is used. docs/format.md has the layout.
+HDF5 skips its user block; there the directory records what the file holds and at which offsets.
+A damaged file can crash libhdf5, so nothing here reads HDF5: each number of the directory is
+compared with the size of the file before it is used. docs/format.md specifies the layout.
 """
 
 import json
@@ -28,11 +28,12 @@ from .chunks import inflate
 MAGIC = b"\x89TOKENLABEL\r\n\x1a\n\0"
 #: Before the directory: the magic, its size in bytes and its CRC-32.
 HEAD = struct.Struct(f"<{len(MAGIC)}sII")
-#: How many times smaller than its content a deflate stream can be, and bytes it has besides.
+#: A deflate stream is at most so many times smaller than its content, plus so many bytes. Checked
+#: before memory is allocated, so that a small hostile file cannot ask for all of it.
 MOST_TIMES, SLACK = 1032, 64
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _LARGEST = 1 << 20
-_BLOCK = 1 << 20
+BLOCK = 1 << 20  # bytes in memory at once, where all of a file is read
 _FIRST = 4096  # bytes read at first: most directories are smaller
 _DTYPE = re.compile(r"\|u1|\|S[1-9]\d{0,8}|<[iu][248]|<f[248]")
 # What wrong types and numbers in a directory raise when they are used.
@@ -40,7 +41,7 @@ _WRONG = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, Va
 
 
 class Column(NamedTuple):
-    """A dataset that lies in one piece.
+    """A dataset stored in one piece.
 
     Attributes:
         dtype, shape: of the values.
@@ -58,7 +59,7 @@ class Column(NamedTuple):
 
 
 class Maps(NamedTuple):
-    """The datasets with a chunk an image, which lie one behind the other, image by image.
+    """The datasets with a chunk an image, stored end to end, image by image.
 
     Attributes:
         offset: in the file, of the first chunk.
@@ -72,7 +73,7 @@ class Maps(NamedTuple):
 
 
 class StoredFile:
-    """A file of ours open for reading; any number of threads may read at once.
+    """A tokenlabel file open for reading; any number of threads may read at once.
 
     Args:
         path: of the file.
@@ -81,9 +82,9 @@ class StoredFile:
         remedy: what to do about a damaged file, a sentence of its own.
 
     Raises:
-        OSError: as the system does, naming the file.
+        OSError: from the system, naming the file.
         NewerVersionError: a later release wrote it.
-        FormatError: it is no such file, of an older version, damaged or cut short.
+        FormatError: it is no such file, of an older version, damaged or truncated.
 
     Attributes:
         attrs: the attributes: str, int, float and lists of them.
@@ -97,7 +98,7 @@ class StoredFile:
         flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         # Non-blocking, so that a named pipe cannot hang its reader.
         self._handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-        # Closed with its last user: who drops it from a cache never hurts another who reads.
+        # Closed with its last user: dropping it from a cache never breaks a concurrent read.
         self._close = weakref.finalize(self, os.close, self._handle)
         self._close.atexit = False
         self._lock = threading.Lock()
@@ -221,8 +222,8 @@ class StoredFile:
             raise self.damaged(f"{name}: {error}") from error
 
     def _blocks(self, start: int, stop: int) -> Iterator[bytes]:
-        for offset in range(start, stop, _BLOCK):
-            yield self.pread(min(_BLOCK, stop - offset), offset)
+        for offset in range(start, stop, BLOCK):
+            yield self.pread(min(BLOCK, stop - offset), offset)
 
     def check_bytes(self) -> None:
         """Read the whole file; FormatError unless every byte is as it was written."""
@@ -249,7 +250,7 @@ class StoredFile:
 
     def pread(self, size: int, offset: int) -> bytes:
         """Bytes of the file, all of them; FormatError where it ends before, OSError as given."""
-        # Before room is made for them.
+        # Checked before memory is allocated.
         data = b"" if offset + size > self.end else self._some(size, offset)
         if len(data) != size:
             raise self.damaged(f"it ends before byte {offset + size}: it was cut short")

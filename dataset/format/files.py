@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, flushed, then renamed."""
+"""Atomic file replacement: written under another name, flushed, then renamed."""
 
 import errno
 import os
@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-#: Ending of unfinished files. A job removes those that it finds when it starts.
+#: Suffix of unfinished files. A job removes those that it finds when it starts.
 TEMPORARY = ".tmp"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; rename it to `path` unless an error comes out.
+    """Yield a temporary path in the same folder; rename it to `path` unless the block raises.
 
     The file and its folder are fsynced, so that after a power failure `path` is the old file or
     the new one. On any exception the temporary file is removed and `path` is left as it was.
 
-    Raises OSError, naming the file, when the system cannot do it.
+    Raises OSError, naming the file, when the system refuses.
     """
     temporary = path.with_name(
         f".{path.name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY}"
@@ -35,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
             error.filename = str(path)
         raise
     finally:
-        with suppress(OSError):  # it must not hide what went wrong before
+        with suppress(OSError):  # must not hide an earlier error
             temporary.unlink()
 
 
@@ -48,7 +48,7 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that have no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without it
             raise
     finally:
         os.close(handle)

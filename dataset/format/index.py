@@ -1,7 +1,7 @@
-"""`index`: where every key of a split is, derived from the shards and rebuilt at any time.
+"""`index`: the row of every key of a split, derived from the shards and rebuilt at any time.
 
 The index holds the key table, labels, sizes and error flags of all rows, and the size and digest of
-each shard, by which a stale index is recognised. The shards are the truth.
+each shard, by which a stale index is recognised. The shards are authoritative.
 """
 
 import logging
@@ -22,13 +22,7 @@ from .shard import Shard, parse_shard_name, shard_name
 NAME = "index"
 FORMAT = "tokenlabel-index"
 VERSION = 3
-#: Columns of the rows beside the keys: dtype and width.
-COLUMNS: dict[str, tuple[str, int]] = {
-    "label": ("<i4", 1),
-    "size": ("<i4", 2),
-    "failed": ("|u1", 1),
-}
-#: How often an index is built that does not fit the shards: they may change at that moment.
+#: Attempts to build an index that fits the shards: they may change at that moment.
 _TRIES = 2
 
 _log = logging.getLogger(__name__)
@@ -60,13 +54,14 @@ class Index(NamedTuple):
         return bisect_right(self.shard_rows.data, row) - 1
 
     def fits(self, shard: Shard, number: int) -> bool:
-        """Whether a shard is the one that was indexed, here and there undamaged."""
+        """Whether a shard is the one that was indexed, and both are undamaged."""
         first, last = self.shard_rows[number : number + 2].tolist()
         if shard.attrs["sha256"] != self.shard_sha256[number] or shard.rows != last - first:
             return False
         if "extent" in shard:
-            shard.read("extent")  # all of it, by which it is checked: maps read single rows
-        # Read, not mapped, whose pages would stay in memory.
+            shard.read("extent")  # whole, so that its CRC is checked: maps read single rows
+        # Sizes and digests may fit while a byte of the index is damaged: compare all of the rows.
+        # Read rather than mapped: mapped pages would stay in memory.
         ends = self.file.read("key_offsets", first, last + 1)
         keys = shard.read("key").tolist()
         same = np.diff(ends).tolist() == list(map(len, keys))
@@ -144,8 +139,10 @@ def open_index(root: Path) -> Index:
         except OSError as error:
             _log.info("the index cannot be kept in %s (%s): it is built in memory", root, error)
             return _built_in_memory(root, shards, error)
-    try:  # where others delete or replace the index all the time
-        return _built_in_memory(root, shards, OSError("it is gone or of other shards each time"))
+    try:  # other processes delete or replace the index all the time
+        return _built_in_memory(
+            root, shards, OSError("it vanishes or is of other shards each time")
+        )
     except FormatError as error:
         raise FormatError(
             f"{root} changes while it is read: {error}. Remedy: wait for the job that writes to it"
@@ -178,7 +175,7 @@ def build_index(root: Path, shards: list[Path] | None = None) -> Path:
 
 
 def _load(path: Path, shards: list[Path]) -> Index:
-    # Not closed: keys and columns are read from it, and it closes with the last of them.
+    # Not closed here: keys and columns read from it, and it closes with the last of them.
     file = StoredFile(path, FORMAT, VERSION, "delete it; it is rebuilt")
     if "shard_size" not in file.columns:
         raise file.damaged("it has no shard_size")
@@ -189,10 +186,6 @@ def _load(path: Path, shards: list[Path]) -> Index:
     if file.read("shard_size").tolist() != sizes:
         raise FormatError(f"{path} is older than the shards")
     keys, count = KeyTable(file), len(shards)
-    columns = {
-        name: file.mapped(name, dtype, (len(keys),) if width == 1 else (len(keys), width))
-        for name, (dtype, width) in COLUMNS.items()
-    }
     shard_rows = file.mapped("shard_rows", "<u8", (count + 1,)).astype("=u8")
     ends = shard_rows.tolist()
     if (ends[0], ends[-1]) != (0, len(keys)) or ends != sorted(set(ends)):
@@ -200,14 +193,14 @@ def _load(path: Path, shards: list[Path]) -> Index:
     file.column("shard_sha256", "|S64", (count,))
     index = Index(
         keys=keys,
-        labels=columns["label"],
-        sizes=columns["size"],
-        failed=columns["failed"].view(bool),
+        labels=file.mapped("label", "<i4", (len(keys),)),
+        sizes=file.mapped("size", "<i4", (len(keys), 2)),
+        failed=file.mapped("failed", "|u1", (len(keys),)).view(bool),
         shard_rows=shard_rows,
         shard_sha256=[digest.decode("latin1") for digest in file.read("shard_sha256").tolist()],
         file=file,
     )
-    # Another run's shards may have the same sizes; one header tells. The others are compared
+    # Another run's shards may have the same sizes; one header shows it. The others are compared
     # when they are opened.
     with open_shard(shards[0]) as shard:
         if shard.attrs["sha256"] != index.shard_sha256[0]:

@@ -1,4 +1,4 @@
-"""Millions of image keys in a file, looked up through the page cache instead of Python objects.
+"""Millions of image keys in a file, searched through the page cache instead of Python objects.
 
 A key table is two columns that are not compressed, `key_bytes` (the UTF-8 keys, end to end) and
 `key_offsets` (where each starts, and the end). Opening costs nothing, data-loader workers share the
@@ -21,7 +21,9 @@ from .directory import StoredFile
 if TYPE_CHECKING:
     from .new_file import NewFile
 
-_FENCES = 8192  # keys kept as objects, at most
+#: Keys kept as objects, at most: a search needs 13 of them, and then one read of the keys between
+#: two, 157 in a split of ImageNet's size.
+_FENCES = 8192
 
 
 class KeyTable(Sequence[str]):
@@ -89,8 +91,8 @@ class KeyTable(Sequence[str]):
         return self._text(first, last)
 
     def find(self, key: str, near: int = -1) -> int:
-        """Row of `key`, or -1; soonest where that is row `near`."""
-        wanted = key.encode(errors="surrogatepass")  # which no key has
+        """Row of `key`, or -1; fastest where that is row `near`."""
+        wanted = key.encode(errors="surrogatepass")  # no key has them
         if 0 <= near < self._rows and self._raw(near) == wanted:
             return near
         fences = range(0, self._rows, self._rows // _FENCES + 1)

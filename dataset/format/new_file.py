@@ -18,13 +18,15 @@ import numpy as np
 from .directory import HEAD, MAGIC, Column
 
 _GZIP = 4
-_ROOM = 2048  # bytes for what comes to the directory after the attributes of the start
-_BLOCK = 1 << 20
+_ROOM = 2048  # bytes of the directory for columns, and for attributes added later
+BLOCK = 1 << 20  # bytes in memory at once
+#: The format of HDF5 1.10, whichever version writes, so that all later ones read it; no cache of
+#: chunks, as they are written past it.
 _OPEN: dict[str, Any] = {"libver": ("v110", "v110"), "rdcc_nbytes": 0}
 
 
 class NewFile:
-    """A file of ours being written. Made by `create`.
+    """A tokenlabel file being written. Made by `create`.
 
     Attributes:
         attrs: str, int, float or lists of them; may be added to until the `with` block ends.
@@ -84,13 +86,13 @@ class NewFile:
                 compression=_GZIP,
                 shuffle=dtype.itemsize > 1,
             )
-            # HDF5 makes room for its table of chunks at the first one. So there is a first one, of
-            # a byte that is given up when the true one comes, and no table between the maps.
+            # HDF5 allocates its table of chunks with the first one. So a first one of one byte is
+            # written now and replaced later, and no table ends up between the maps.
             dataset.id.write_direct_chunk((0,) * dataset.ndim, b"\0")
-        # It fills gaps that it remembers. Reopened it knows of none, and maps lie in order.
+        # HDF5 fills gaps that it remembers. Reopened it knows of none, and maps stay in order.
         self._file.close()
         self._file = h5py.File(self._path, "r+", **_OPEN)
-        # Looking one up by name costs more than writing a chunk.
+        # Looking a dataset up by name costs more than writing a chunk.
         self._chunks = [self._file[name].id for name in planes]
 
     def append_map(self, chunks: Sequence[bytes]) -> None:
@@ -103,21 +105,21 @@ class NewFile:
 
     @property
     def bounds(self) -> np.ndarray:
-        """Where each chunk begins, and the last one ends, from the first one on."""
+        """Where each chunk begins and the last one ends, counted from the first."""
         ends = np.cumsum([0, *self._sizes], dtype="<u8")
         return ends.astype("<u4") if ends[-1] < 1 << 32 else ends
 
     def finish(self) -> None:
-        """Store the attributes for those who read by HDF5, and close the file for HDF5."""
+        """Store the attributes for readers that use HDF5, and write the directory."""
         for name, (spool, dtype, tail) in self._spools.items():
             row = math.prod(tail) * dtype.itemsize
             shape = (spool.tell() // row, *tail)
             spool.seek(0)
-            parts = iter(partial(spool.read, max(_BLOCK // row, 1) * row), b"")
+            parts = iter(partial(spool.read, max(BLOCK // row, 1) * row), b"")
             blocks = (np.frombuffer(part, dtype).reshape(-1, *tail) for part in parts)
             self.stream(name, dtype, shape, blocks)
         for name, value in self.attrs.items():
-            # Of fixed length: HDF5 keeps those of variable length in a heap without checksums.
+            # Of fixed length: HDF5 stores variable-length strings in a heap without checksums.
             if isinstance(value, str):
                 value = encode_texts([value])[0]
             elif isinstance(value, list) and value and isinstance(value[0], str):
@@ -141,7 +143,7 @@ class NewFile:
                 name: {
                     "dtype": column.dtype.str,
                     "shape": column.shape,
-                    "offset": _found(file, block, *column[2:5]),
+                    "offset": find_bytes(file, block, *column[2:5]),
                     "size": column.size,
                     "crc": column.crc,
                     **({"gzip": True} if column.gzip else {}),
@@ -151,7 +153,7 @@ class NewFile:
             found: dict[str, Any] = {"attrs": self.attrs, "columns": columns}
             if self._planes:
                 size = sum(self._sizes)
-                offset = _found(file, block, first, size, self._crc)
+                offset = find_bytes(file, block, first, size, self._crc)
                 found["maps"] = {"offset": offset, "size": size, "planes": self._planes}
             size = file.seek(0, os.SEEK_END)
             found |= {"size": size, "block": block, "crc": _crc(file, block, size - block)}
@@ -165,19 +167,19 @@ class NewFile:
             file.write(HEAD.pack(MAGIC, len(text), zlib.crc32(text)) + text)
 
 
-def _found(file: IO[bytes], block: int, told: int, size: int, crc: int) -> int:
+def find_bytes(file: IO[bytes], block: int, reported: int, size: int, crc: int) -> int:
     """The offset of what was written: some versions of HDF5 count from the user block's end."""
-    for offset in (told, told + block):
+    for offset in (reported, reported + block):
         if _crc(file, offset, size) == crc:
             return offset
-    raise OSError(f"{file.name}: bytes that were written are not at offset {told}")
+    raise OSError(f"{file.name}: bytes that were written are not at offset {reported}")
 
 
 def _crc(file: IO[bytes], offset: int, size: int) -> int:
     """CRC-32 of bytes of the file."""
     file.seek(offset)
     crc = 0
-    while size and (data := file.read(min(size, _BLOCK))):
+    while size and (data := file.read(min(size, BLOCK))):
         crc, size = zlib.crc32(data, crc), size - len(data)
     return crc
 
@@ -197,7 +199,7 @@ def encode_texts(texts: Sequence[str]) -> np.ndarray:
 
 @contextmanager
 def create(path: Path, kind: str, version: int, attrs: dict[str, Any]) -> Iterator[NewFile]:
-    """A new file, readable by HDF5 1.10 and later; it is none of ours until the block ends well.
+    """A new file, readable by HDF5 1.10 and later; valid only once the block ends without error.
 
     Args:
         path: of the file.

@@ -42,9 +42,9 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "extent": ("<f4", (4,)),
 }
 _NAME = re.compile(r"shard-(\d{5,})-of-(\d{5,})\.h5")
-_MOST_CLASSES = 1 << 24  # vectors of so many numbers are made of a map
+_MOST_CLASSES = 1 << 24  # targets are vectors of that length
 _REMEDY = "delete the file and run `annotate` again; it remakes just what is missing"
-#: What the planes of an image without a map hold, so that nobody takes them for labels.
+#: What the planes of an image without a map hold, so that no reader takes them for labels.
 _BLANK: dict[str, float] = {"codes": DROPPED, "residual_codes": DROPPED, "level": np.nan}
 
 _Extent = tuple[float, float, float, float]
@@ -142,12 +142,12 @@ class ShardWriter:
                     f"{name} must be {dtype} {(count, *shape)}, got {block.dtype} {block.shape}"
                 )
             if bad.any():
-                block = block.copy()  # what comes from the object store is read-only
+                block = block.copy()  # arrays from Ray's object store are read-only
                 blank = np.inf if dtype == np.float16 and name == "codes" else _BLANK.get(name, 0)
                 block[bad] = blank
             blocks[name] = block
             self._digest.update(name, block)
-        # Row by row, so that what is read together lies together.
+        # Row by row: all planes of an image end to end, so that one read gets them.
         for row in range(count):
             self._file.append_map(
                 [encode_chunk(block[row], STRATEGIES[name]) for name, block in blocks.items()]
@@ -157,7 +157,7 @@ class ShardWriter:
         self._errors += errors
 
     def finish(self) -> None:
-        """Write the columns and what the header says of the content."""
+        """Write the columns, and the attributes that depend on the content."""
         from .new_file import encode_texts
 
         if len(self._errors) != len(self._keys):
@@ -181,6 +181,14 @@ def write_shard(
     extents: np.ndarray | None = None,
 ) -> Iterator[ShardWriter]:
     """Write one shard in a `with` block; it appears at `path`, whole, when the block ends well.
+
+        layout = MapLayout(("identity",), grid=(14, 14), k=5, num_classes=1000)
+        attrs = {"shard": 0, "shards": 1, "first_row": 0, "fingerprint": "", "extent": [0, 0, 1, 1]}
+        path = folder / "shard-00000-of-00001.h5"
+        with write_shard(path, layout, ["a/1.jpg", "a/2.jpg"], [0, 0], attrs) as writer:
+            maps = {name: np.zeros((2, *s), d) for name, (d, s) in layout.planes().items()}
+            sizes, digests = np.full((2, 2), 224), np.zeros(2, np.uint64)
+            writer.append(maps, sizes, digests, errors=["", ""])
 
     Any exception out of the block, or a row too few, discards it.
 
@@ -271,15 +279,17 @@ class Shard(StoredFile):
         wide = "bounds" in self.columns and self.columns["bounds"].dtype == "<u8"
         self._bounds = self.column("bounds", "<u8" if wide else "<u4", (chunks + 1,))
         if self._bounds.gzip or min(self._sizes) == 0 or self.rows == 0:
-            raise ValueError("its maps must have rows and bytes, and bounds that lie open")
+            raise ValueError(
+                "its maps must have rows and bytes, and bounds that are not compressed"
+            )
         if sum(self._sizes) * self.rows > (maps.size + SLACK * chunks) * MOST_TIMES:
             raise ValueError(f"{maps.size} bytes cannot be {self.rows} maps of {self._planes}")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of a dataset, decoded as stored (texts as bytes).
 
-        Raises FormatError where the stored bytes do not decode, OSError where the system does not
-        give them.
+        Raises FormatError where the stored bytes do not decode, OSError where the system cannot
+        read them.
         """
         if name not in self._planes:
             return super().read(name, start, stop)
@@ -296,7 +306,7 @@ class Shard(StoredFile):
         return name in self._planes or (name in COLUMNS and name in self.columns)
 
     def planes(self, row: int) -> bytes:
-        """The planes of a row, inflated and otherwise as stored, one behind the other.
+        """The planes of a row, inflated and otherwise as stored, end to end.
 
         Items of more than a byte are still shuffled. Raises as `read`.
         """
@@ -310,7 +320,7 @@ class Shard(StoredFile):
             self.pread((last - first + 1) * width, start), self._bounds.dtype
         ).tolist()
         sizes = self._sizes[first:last]
-        # Deflate cannot do worse: more than this is no chunk of ours, and not worth the memory.
+        # Deflate cannot do worse: a larger chunk is damage, and must not cost its memory.
         most = min(self._chunks.size, bounds[0] + sum(2 * size + 1024 for size in sizes))
         if bounds != sorted(bounds) or bounds[-1] > most:
             raise self._unreadable(row, f"its chunks cannot lie at {bounds}")

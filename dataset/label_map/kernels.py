@@ -25,11 +25,7 @@ _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
 def _moves(functional: Callable[..., Any]) -> Callable[[_Kernel], _Kernel]:
     """Decorator for the kernel by which a functional of torchvision moves label maps."""
-
-    def register(kernel: _Kernel) -> _Kernel:
-        register_kernel(functional, TokenLabelMap)(kernel)
-        return kernel
-
+    register: Callable[[_Kernel], _Kernel] = register_kernel(functional, TokenLabelMap)
     return register
 
 
@@ -100,8 +96,8 @@ def five_crop(inpt: TokenLabelMap, size: int | Sequence[int]) -> tuple[TokenLabe
 def ten_crop(
     inpt: TokenLabelMap, size: int | Sequence[int], vertical_flip: bool = False
 ) -> tuple[TokenLabelMap, ...]:
-    flipped = vertical_flip(inpt) if vertical_flip else horizontal_flip(inpt)
-    return five_crop(inpt, size) + five_crop(flipped, size)
+    flip = F.vertical_flip if vertical_flip else F.horizontal_flip
+    return five_crop(inpt, size) + five_crop(flip(inpt), size)
 
 
 @_moves(F.resize)
@@ -155,7 +151,7 @@ def pad(
         raise ValueError(f"Padding must be an int or 1, 2 or 4 ints, got {padding}")
     left, top, right, bottom = sides * (4 // len(sides))
     h, w = inpt.canvas_size
-    if padding_mode == "constant":
+    if padding_mode == "constant":  # shows fill, which has no label
         path = inpt.path.guarded((h, w))
     elif padding_mode in ("edge", "reflect", "symmetric"):
         path = inpt.path.warped(Fold(padding_mode, (h, w)))

@@ -21,6 +21,11 @@ _NOTHING = torch.empty(0)
 class TokenLabelMap(tv_tensors.Mask):
     """A score map of one image, and the path from the current image back to it.
 
+        leaf = LabelStore("labels/train").leaf(0, canvas_size=(image.height, image.width))
+        transform = v2.Compose([v2.RandomResizedCrop(224), v2.RandomRotation(10)])
+        image, leaf = transform(image, leaf)  # the map follows its image
+        labels = TokenLabels.of(leaf)  # a record, for batches
+
     The tensor itself is empty. The map's stored planes travel untouched beside it, and geometric
     transforms only compose `path`; `TokenLabels` reads the map through it after the batch is on
     its device. It is a Mask so that transforms that cannot move it (stock RandAugment, MixUp)
@@ -87,7 +92,7 @@ class TokenLabelMap(tv_tensors.Mask):
         num_classes: int | None = None,
         mirrored: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
     ) -> Self:
-        """Map of logits of your own, for one view of an image or two.
+        """A map of logits of your own, for one view of an image or two.
 
         Args:
             scores: logits, float [H, W, K], in any order; -inf where there is no class.
@@ -182,7 +187,7 @@ class TokenLabelMap(tv_tensors.Mask):
 def _array(array: ArrayLike) -> np.ndarray:
     if isinstance(array, Tensor):
         array = array.detach().cpu()
-        array = array.float() if array.dtype == torch.bfloat16 else array  # NumPy does not know it
+        array = array.float() if array.dtype == torch.bfloat16 else array  # NumPy has no bfloat16
         return array.numpy()
     return np.asarray(array)
 
@@ -204,11 +209,11 @@ def _encoded(
     if classes.dtype.kind not in "iu":
         raise ValueError(f"classes must be integers, got {classes.dtype}")
     wide = np.concatenate([scores, rest[..., None]], -1).astype(np.float64)
-    # The maximum hands on NaN and +inf, and is -inf where there is nothing else.
+    # The maximum propagates NaN and +inf, and is -inf where there is nothing else.
     if not np.isfinite(wide.max(-1)).all():
         raise ValueError(
-            "scores and rest must be logits without NaN or +inf, and finite in at least one place "
-            "of each cell. Remedy: leave out images that could not be annotated"
+            "scores and rest must be logits without NaN or +inf, and at least one of each cell "
+            "finite. Remedy: leave out images that could not be annotated"
         )
     level = np.logaddexp.reduce(wide, -1)
     open_ended = bool(np.isfinite(rest).any())

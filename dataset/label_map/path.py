@@ -74,6 +74,7 @@ class Fold:
         return self._fold(x, self.size[1]), self._fold(y, self.size[0])
 
     def _fold(self, x: Points, size: int) -> Points:
+        # In periods of the folded image, since padding may be wider than the image.
         if self.mode == "edge" or (self.mode == "reflect" and size == 1):
             folded = np.clip(x, 0.5, size - 0.5)
         elif self.mode == "reflect":  # about the centres of the outer pixels, which stay single
@@ -114,9 +115,9 @@ class PixelPath(NamedTuple):
     """Composed geometry, from points of the current image back to the source image.
 
     A point goes through `matrix`, must then lie in `box` to show any of the image (else it shows
-    fill), and goes on through `warp` and `inner`. The innermost path ends in the source image,
+    fill), and continues through `warp` and `inner`. The innermost path ends in the source image,
     normalised: (0, 0) is its top left corner, (1, 1) its bottom right one. Immutable and shared.
-    Composing costs microseconds, and crops, flips, resizes, padding and quarter turns in any number
+    Composing costs microseconds; crops, flips, resizes, padding and quarter turns in any number
     stay one matrix and one box.
     """
 
@@ -140,6 +141,8 @@ class PixelPath(NamedTuple):
         box: Box = (0.0, 0.0, float(w), float(h))
         if self.is_rectilinear:
             return self._replace(box=intersection(self.box, transform_box(self.matrix, box)))
+        # Turned, the image is no upright box behind the matrix: it guards before it, in a new
+        # segment.
         return PixelPath(IDENTITY, box, None, self)
 
     def warped(self, warp: Fold | Elastic) -> "PixelPath":

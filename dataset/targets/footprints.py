@@ -37,7 +37,7 @@ def footprints(records: Records, grid: Grid) -> tuple[Footprints, Tensor]:
     """The footprints of the patches of `grid`, and the cells of a window from its first, [M]."""
     layout = records.layout
     rows, columns = layout.maps.grid
-    # Cells that a patch can show at most: those that it spans, and their neighbours.
+    # A cell's hat is two cells wide, so a patch that spans d cells meets at most ceil(d) + 2 hats.
     across_x, down_x, across_y, down_y = layout.reach
     across, down = across_x / grid[1] + across_y / grid[0], down_x / grid[1] + down_y / grid[0]
     size = min(rows, int(down - 1e-4) + 3), min(columns, int(across - 1e-4) + 3)
@@ -134,7 +134,7 @@ def _integrals(
     near = torch.minimum(torch.maximum(torch.minimum(start, end), low), high).flatten(1)
     far = torch.minimum(torch.maximum(torch.maximum(start, end), low), high).flatten(1)
     first = (near - 0.5).floor().clamp(0, cells - size)
-    # One cell more on either side: beyond its border, a map goes on as its outermost cell.
+    # One cell more on either side: beyond its border, a map continues as its outermost cell.
     centre = first[..., None] + torch.arange(-0.5, size + 1, device=near.device)
 
     def hat(x: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ def _from_points(records: Records, size: Grid, x: Tensor, y: Tensor) -> Footprin
         at = torch.where(inside, (points - 0.5).clamp(0, cells - 1), 0.0)
         cell = at.floor().clamp(max=max(cells - 2, 0))
         first = torch.where(inside, cell, float(cells)).amin(-1).clamp(max=cells - length)
-        # Beyond the window, which cannot be for a smooth path, the last cell stands for them.
+        # A smooth path has no points beyond the window; others count for its last cell.
         local = (cell - first[..., None]).clamp(0, max(length - 2, 0)).long()
         origin.append(first.long())
         shares.append((local, at - cell))

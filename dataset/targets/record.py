@@ -290,7 +290,7 @@ class Records(NamedTuple):
             data = data[:, :, 0]
         if dtype.kind == "f":
             # Copied even where it is contiguous: bytes that lie at an odd offset are no float16.
-            items = data.movedim(1, -1).clone(memory_format=torch.contiguous_format)
+            items: Tensor = data.movedim(1, -1).clone(memory_format=torch.contiguous_format)
             return items.view(torch.float16)[..., 0].float()
         # The bytes are shuffled: first the lowest ones of all items, then the next ones.
         number: Tensor = data[:, 0].int()

@@ -39,7 +39,7 @@ class TokenLabels(Tensor):
 
         Args:
             leaf: the map and its path.
-            grid: (h, w) of the student's patches, for whoever asks for targets without one.
+            grid: (h, w) of the student's patches, used where `targets` is called without one.
             shrink: factor by which targets of small crops are drawn towards the image's mean, as
                 `TokenLabelDataset` describes it.
         """
@@ -105,8 +105,8 @@ class TokenLabels(Tensor):
         """Each patch's soft target, on the records' device, as windows on the maps' cells.
 
         Args:
-            grid: the student's patches, (h, w), or one number for a square; None: as the data set
-                was told.
+            grid: the student's patches, (h, w), or one number for a square; None: that of the
+                data set.
 
         Raises:
             ValueError: no grid is known.
@@ -116,7 +116,7 @@ class TokenLabels(Tensor):
     def sparse(
         self, grid: int | Grid | None = None, k: int = 10, *, rule: str = "exact"
     ) -> TokenTargets:
-        """The same merged and cut to the k most probable classes, for looking or another loss.
+        """The same merged and cut to the k most probable classes, for inspection or another loss.
 
         Args:
             grid: as for `targets`.
@@ -182,7 +182,7 @@ class TokenLabels(Tensor):
             parts = argument if isinstance(argument, (tuple, list)) else (argument,)
             given += [part for part in parts if isinstance(part, TokenLabels)]
         if func is Tensor.__setitem__ and given:
-            given[0]._layout = None
+            given[0]._layout = None  # the rows put in may reach further
         return _kept(result, given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -18,6 +18,10 @@ from .record import Grid, Records
 class TokenWindows(NamedTuple):
     """Soft targets of a batch's patches: linear in the maps' cells, nothing merged or cut.
 
+        windows = labels.targets(grid=14)  # what TokenLabelLoss takes
+        windows.weight  # [B, 196], the fraction of each patch that has a target
+        target = windows.dense()  # [B, 196, C], for another loss: it takes much more memory
+
     B images, N patches row by row, C classes; P cells a map with K classes each; M cells a window;
     G dense distributions an image. The target of patch (b, n) is, for each class c,
 
@@ -62,6 +66,7 @@ class TokenWindows(NamedTuple):
         """The targets as one distribution a patch, float32 [B, N, C]."""
         (batch, patches), (cells, k) = self.origin.shape, self.classes.shape[1:]
         at = (self.origin[..., None] + self.offsets).flatten(1)
+        # One index over all cells of the batch: gather would need it expanded to K classes.
         at = (at + cells * torch.arange(batch, device=at.device)[:, None]).flatten()
         ids = self.classes.flatten(0, 1)[at].view(batch, patches, -1)
         values = self.values.flatten(0, 1)[at].view(batch, patches, -1, k)
@@ -72,7 +77,10 @@ class TokenWindows(NamedTuple):
 
 
 class TokenTargets(NamedTuple):
-    """Soft targets of a batch, merged and cut to K classes: for looking, or for another loss.
+    """Soft targets of a batch, merged and cut to K classes: for inspection, or for another loss.
+
+        targets = labels.sparse(grid=14, k=5)
+        targets.classes[0, 97], targets.probs[0, 97]  # of one patch of the first image
 
     `probs` and `rest` sum to 1 for each patch and for the crop. Entries without a class have
     probability 0 (and class id 0). Where `weight` is 0 there is no target: `probs` is 0, `rest` 1.

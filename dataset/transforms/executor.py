@@ -20,12 +20,12 @@ from ..label_map.label_map import TokenLabelMap
 _SINGLE = v2.Transform.forward
 _AT_RANDOM = v2.RandomHorizontalFlip.forward  # that of all transforms with a probability
 _CALL = nn.Module.__call__
-#: What never moves a map nor asks for it: sooner than to find that out in each sample.
+#: They never move a map nor ask for it; listed because finding that out costs time each sample.
 _PHOTOMETRIC = frozenset((v2.ToImage, v2.PILToTensor, v2.ToDtype, v2.Normalize, v2.ColorJitter))
 
 
 def run(transform: Any, *sample: Any) -> Any:
-    """What `transform(*sample)` gives, sooner where the sample is an image and its map."""
+    """What `transform(*sample)` gives, faster where the sample is an image and its map."""
     if nn_module._has_any_global_hook():
         return transform(*sample)
     return _run(transform, sample)

@@ -33,6 +33,10 @@ def train_transform(
 ) -> v2.Compose:
     """The training recipe of DeiT and timm, with aligned label maps.
 
+        transform = train_transform(224, auto_augment="rand-m9-mstd0.5-inc1")
+        dataset = TokenLabelDataset("imagenet/train", "labels/train", transform=transform)
+        image, labels = dataset[0]
+
     Random resized crop, flip, timm's RandAugment (or colour jitter), to float, normalise, random
     erasing with normal noise. Takes any sample v2 takes: (image, map), a dictionary, an image
     alone; images PIL (mode RGB) or uint8 tensors [3, H, W]. Erasing leaves the map as it is: the
@@ -44,11 +48,11 @@ def train_transform(
 
     Args:
         size: of the output, pixels; an integer for a square, or (height, width).
-        scale: bounds of the crop's share of the image's area.
+        scale: bounds of the crop's area as a fraction of the image's.
         ratio: bounds of the crop's width / height.
         interpolation: "bilinear", "bicubic", "nearest", or "random": bilinear or bicubic by draw.
         auto_augment: as timm spells it: "rand-m9-mstd0.5-inc1", "original", "3a"; None for none,
-            which needs no timm. See `timm_augment.TimmAugment`.
+            which needs no timm. See `TimmAugment`.
         color_jitter: strength for brightness, contrast and saturation, or one of each, hue perhaps
             fourth; None for none. As in timm, it is left out when `auto_augment` is on, unless
             that is a 3-Augment or `force_color_jitter` is set.
@@ -68,8 +72,9 @@ def train_transform(
             cannot carry labels ("augmix").
     """
     size = _height_width(size)
-    _check_bounds("scale", scale)
-    _check_bounds("ratio", ratio)
+    for name, bounds in (("scale", scale), ("ratio", ratio)):
+        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
+            raise ValueError(f"{name} is (low, high) with 0 < low <= high; got {tuple(bounds)}")
     modes = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
     crops = [
         v2.RandomResizedCrop(size, scale, ratio, interpolation=_mode(mode), antialias=True)
@@ -112,7 +117,7 @@ def eval_transform(
         ValueError: an argument out of range.
     """
     if not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct lies above 0 and up to 1; got {crop_pct}")
+        raise ValueError(f"crop_pct must be in (0, 1]; got {crop_pct}")
     height, width = _height_width(size)
     around = math.floor(height / crop_pct), math.floor(width / crop_pct)
     return v2.Compose(
@@ -180,11 +185,6 @@ def _height_width(size: int | Sequence[int]) -> tuple[int, int]:
     if len(pair) != 2 or any(not isinstance(side, int) or side < 1 for side in pair):
         raise ValueError(f"size is a positive integer or (height, width) of them; got {size!r}")
     return pair[0], pair[1]
-
-
-def _check_bounds(name: str, bounds: Sequence[float]) -> None:
-    if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
-        raise ValueError(f"{name} is (low, high) with 0 < low <= high; got {tuple(bounds)}")
 
 
 def _mode(name: str) -> v2.InterpolationMode:

@@ -55,7 +55,7 @@ _OPS: dict[str, Callable[[Any, float], Any] | None] = {
 def _record(
     name: str, paint: Callable[..., Any], drawn: list[DrawnOp], *args: float, **options: Any
 ) -> list[DrawnOp]:
-    """In place of timm's function of an op, which would paint at once."""
+    """Takes the place of timm's function of an op, which would change the image at once."""
     if _OPS[name] and isinstance(options["resample"], list | tuple):
         # timm's geometric ops draw their filter as they paint, before the next op's draws.
         options["resample"] = random.choice(options["resample"])

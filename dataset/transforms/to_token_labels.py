@@ -16,9 +16,13 @@ from ..targets.token_labels import TokenLabels, student_grid
 class ToTokenLabels(v2.Transform):
     """Turns every `TokenLabelMap` of a sample into `TokenLabels`. Ends a pipeline.
 
+        transform = v2.Compose([v2.RandomResizedCrop(224), ToTokenLabels(grid=14)])
+        image, labels = transform(image, leaf)
+        labels[None].targets()  # a DataLoader makes the batch dimension
+
     Args:
         grid: the student's patches, (h, w), or one number for a square, for `labels.targets()`;
-            None: whoever asks for targets says it.
+            None: `targets` is then called with one.
         shrink: as in `TokenLabelDataset`.
 
     Raises:

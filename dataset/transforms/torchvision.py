@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 # Ops that change colours but move nothing. Any other op is applied to the map too, where an op
 # that the map has no kernel for raises: a future op can never leave the map behind in silence.
-_PHOTOMETRIC = frozenset(
+PHOTOMETRIC = frozenset(
     "Identity Brightness Color Contrast Sharpness".split()
     + "Posterize Solarize AutoContrast Equalize Invert".split()
 )
@@ -38,8 +38,8 @@ def check_canvas(leaves: Iterable[Any]) -> None:
 class _WithMaps(v2.Transform):
     """Mixin before a v2 auto-augment transform: the maps of the sample repeat its geometric ops.
 
-    The base class draws from torch's generator as ever and transforms the image; the ops it applies
-    are recorded, and then applied to each map with exactly the same parameters.
+    The base class draws from torch's generator and transforms the image as always; the ops that it
+    applies are recorded, then applied to each map with exactly the same parameters.
     """
 
     _fill: dict[Any, Any]
@@ -71,7 +71,7 @@ class _WithMaps(v2.Transform):
     def _apply_image_or_video_transform(
         self, image: Any, transform_id: str, magnitude: float, interpolation: Any, fill: Any
     ) -> Any:
-        if transform_id not in _PHOTOMETRIC:
+        if transform_id not in PHOTOMETRIC:
             self._moves.append((transform_id, magnitude, interpolation))
         return super()._apply_image_or_video_transform(
             image, transform_id, magnitude, interpolation, fill
