@@ -1,4 +1,4 @@
-"""What all terminal output shares: consoles, progress bars, and text of files made harmless."""
+"""Shared by all terminal output: consoles, progress bars, and escaping of text from files."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -12,17 +12,17 @@ from .errors import visible
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that takes text as it is: no emoji codes, no highlighting."""
+    """A console that prints text as it is: no emoji codes, no highlighting."""
     return Console(stderr=stderr, emoji=False, highlight=False)
 
 
 def one_line(text: str) -> str:
-    """Text as it can be shown on a line."""
+    """Text on one line, with control characters as escapes."""
     return visible(text).replace("\n", r"\n")
 
 
 def escape(text: str) -> str:
-    """The same for rich's markup."""
+    """The same, with rich's markup escaped."""
     return markup.escape(one_line(text))
 
 

@@ -32,7 +32,7 @@ from tokenlabel.annotate.teacher.rebuild import rebuild_teachers
 from tokenlabel.dataset import LabelStore
 from tokenlabel.inspection.agreement import SCALES, Score, look, mean, probabilities, random_box
 from tokenlabel.inspection.agreement import score as score_of
-from tokenlabel.inspection.pictures.image_files import PictureFiles
+from tokenlabel.inspection.pictures.image_files import ImageFiles
 
 CROPS = 2  # of each range; the whole image once
 #: As in TokenLabelDataset(shrink=).
@@ -73,7 +73,7 @@ def add_crops(stores: dict[str, LabelStore], images: Path, found: Scores) -> Non
     """Score all targets of all images' crops."""
     first = next(iter(stores.values()))
     teachers = rebuild_teachers(first.attrs)
-    files, grid, rng = PictureFiles(first, images), teachers.judge.grid, np.random.default_rng(0)
+    files, grid, rng = ImageFiles(first, images), teachers.judge.grid, np.random.default_rng(0)
     for row, key in enumerate(first.keys):
         image, label = files.read(key), first[row].label
         bins = [scale for scale in SCALES for _ in range(CROPS if scale != SCALES[0] else 1)]
@@ -97,7 +97,7 @@ def add_crops(stores: dict[str, LabelStore], images: Path, found: Scores) -> Non
 def cost(store: LabelStore, images: Path, work: Path) -> tuple[float, float]:
     """KL of the cells to the softmax of the teacher as it annotated, and bytes an image."""
     annotator = rebuild_teachers(store.attrs).annotator
-    files, found = PictureFiles(store, images), []
+    files, found = ImageFiles(store, images), []
     for row, key in enumerate(store.keys):
         truth = probabilities(annotator, files.read(key), [store.extent(row)])[0]
         stored = torch.from_numpy(store[row].dense()).flatten(0, 1)

@@ -1,1 +1,1 @@
-"""Look at label sets: summaries, verification, comparison, pictures and a page to browse."""
+"""Look at label sets: summaries, verification, comparison, single images and a page to browse."""

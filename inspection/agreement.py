@@ -1,4 +1,4 @@
-"""How good is the promise that a crop of the map is what the teacher says of the crop?
+"""Agreement of a crop of the map with the teacher run live on that crop.
 
 Token labeling annotates each image once, and takes the targets of a crop from the map of the whole
 (Jiang et al., "All Tokens Matter", NeurIPS 2021; the idea is ReLabel's, Yun et al., CVPR 2021).
@@ -13,7 +13,7 @@ target of a crop has the image's label on top.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +27,16 @@ from ..annotate.teacher.passes import onto
 from ..annotate.teacher.rebuild import rebuild_teachers
 from ..dataset.label_map.path import UNIT_BOX, Box
 from ..dataset.store import LabelStore
-from .pictures.image_files import PictureFiles
+from .label_sets import patch_map
+from .pictures.image_files import ImageFiles
+from .statistics import divergence
+from .summary import Watch
 
 #: Fractions of the image's area: the whole, then what RandomResizedCrop takes, in four parts.
 SCALES = ((1.0, 1.0), (0.7, 1.0), (0.4, 0.7), (0.2, 0.4), (0.08, 0.2))
 #: RandomResizedCrop's aspect ratios.
 _RATIOS = (3 / 4, 4 / 3)
 _TRIES = 10
-_FLOOR = 1e-12  # of a probability, so that KL stays finite where a target leaves nothing
-Watch = Callable[[int, int], None]
 
 
 class Score(NamedTuple):
@@ -56,7 +57,7 @@ class Score(NamedTuple):
 
 
 class Live(NamedTuple):
-    """What a teacher says of B crops of an image: probabilities on its grid, N patches.
+    """A teacher's probabilities for B crops of an image, on its grid of N patches.
 
     Attributes:
         direct: float32 [B, N, C].
@@ -104,8 +105,7 @@ def measure_agreement(
     """
     store = LabelStore(root)
     teachers = rebuild_teachers(store.attrs, weights)
-    files = PictureFiles(store, images)
-    comparable = store.attrs.get("label_space") == "teacher"
+    files, grid = ImageFiles(store, images), teachers.judge.grid
     rng = np.random.default_rng(seed)
     good = np.flatnonzero(~store.failed)
     rows = np.sort(rng.permutation(good)[:count]).tolist()
@@ -114,15 +114,28 @@ def measure_agreement(
         image = files.read(store.keys[row])
         boxes = [random_box(image.size, scale, rng) for scale in SCALES]
         live = look(teachers.judge, teachers.other, image, boxes)
-        entry = store[row]
-        label = entry.label if comparable else -1
-        stored = torch.from_numpy(entry.dense()).flatten(0, 1)
-        truth = probabilities(teachers.annotator, image, [entry.extent])[0]
-        whole = score(truth, stored, torch.ones(len(stored), dtype=torch.bool), label)
+        patches = patch_map(store, row)
+        stored = torch.from_numpy(patches.entry.dense()).flatten(0, 1)
+        truth = probabilities(teachers.annotator, image, [patches.entry.extent])[0]
+        whole = score(truth, stored, torch.ones(len(stored), dtype=torch.bool), patches.label)
         found.setdefault((SCALES[0], "stored"), []).append(whole)
-        for target, scores in _targets(store, row, boxes, live, teachers.judge.grid, label):
-            for scale, one in zip(SCALES, scores, strict=True):
-                found.setdefault((scale, target), []).append(one)
+        crops = store.labels([row] * len(boxes), boxes).targets(grid)
+        mirrored = store.labels([row] * len(boxes), boxes, [True] * len(boxes)).targets(grid)
+        one = store.labels([row], [UNIT_BOX]).targets(1).dense()
+        targets = {
+            "map": (live.direct, crops.dense()),
+            "map, mirrored": (live.mirrored, flipped(mirrored.dense(), grid)),
+            "one label": (live.direct, one.expand_as(live.direct)),
+            "teacher": (live.direct, live.direct),
+            "teacher, mirrored": (live.direct, live.mirrored),
+        }
+        if live.other is not None:
+            targets["teacher, other size"] = live.direct, live.other
+        for name, (truths, target) in targets.items():
+            parts = zip(SCALES, truths, target, crops.weight > 0, strict=True)
+            for scale, truth, part, inside in parts:
+                result = score(truth, part, inside, patches.label)
+                found.setdefault((scale, name), []).append(result)
         watch(done, len(rows))
     return {
         "folder": str(root),
@@ -227,38 +240,10 @@ def score(truth: Tensor, target: Tensor, inside: Tensor, label: int) -> Score:
     """
     truth, target = truth[inside], target[inside]
     best = truth.argmax(1, keepdim=True)
-    ratio = truth.clamp(min=_FLOOR).log() - target.clamp(min=_FLOOR).log()
     return Score(
-        kl=float((truth * ratio).sum(1).mean()),
+        kl=float(torch.from_numpy(divergence(truth.numpy(), target.numpy()).kl).mean()),
         tv=float((truth - target).abs().sum(1).mean() / 2),
         # Rounded to codes, a target can have several best classes.
         top1=float((target.gather(1, best)[:, 0] == target.amax(1)).float().mean()),
         label_top1=float(target.mean(0).argmax() == label) if label >= 0 else math.nan,
     )
-
-
-def _targets(
-    store: LabelStore,
-    row: int,
-    boxes: Sequence[Box],
-    live: Live,
-    grid: tuple[int, int],
-    label: int,
-) -> Iterator[tuple[str, list[Score]]]:
-    """Name of each kind of target, and its scores on the crops of an image."""
-    count = len(boxes)
-    crops = store.labels([row] * count, boxes).targets(grid)
-    mirrored = store.labels([row] * count, boxes, [True] * count).targets(grid)
-    one = store.labels([row], [UNIT_BOX]).targets(1).dense()
-    targets = {
-        "map": (live.direct, crops.dense()),
-        "map, mirrored": (live.mirrored, flipped(mirrored.dense(), grid)),
-        "one label": (live.direct, one.expand_as(live.direct)),
-        "teacher": (live.direct, live.direct),
-        "teacher, mirrored": (live.direct, live.mirrored),
-    }
-    if live.other is not None:
-        targets["teacher, other size"] = live.direct, live.other
-    for name, (truth, target) in targets.items():
-        parts = zip(truth, target, crops.weight > 0, strict=True)
-        yield name, [score(*part, label) for part in parts]

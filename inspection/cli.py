@@ -3,14 +3,14 @@
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from os import cpu_count
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from ..errors import FormatError
 
@@ -20,39 +20,39 @@ _FOLDER = click.Path(path_type=Path)
 @click.command("inspect-labels")
 @click.argument("labels", default="labels", type=_FOLDER)
 @click.option("--all", "everything", is_flag=True, help="Read every map, not a sample.")
-@click.option("--key", help="Show the map of one image: its path relative to the split.")
+@click.option("--key", metavar="KEY", help="Show one image's map. KEY: its path in the split.")
 @click.option("--png", type=_FOLDER, help="With --key: draw image, map and augmentations.")
 @click.option("--html", type=_FOLDER, help="Write a page to browse the labels, in one file.")
-@click.option("--limit", default=200, type=click.IntRange(1), help="Images of the page. [200]")
+@click.option("--limit", default=200, type=click.IntRange(1), help="Images on the page. [200]")
 @click.option("--verify", "do_verify", is_flag=True, help="Check every byte of the shards.")
 @click.option(
     "--repair",
     is_flag=True,
-    help="As --verify, then delete bad shards after asking: the same `annotate` redoes just them.",
+    help="As --verify, then delete bad shards after asking. The same `annotate` redoes only these.",
 )
 @click.option("--yes", is_flag=True, help="With --repair: do not ask.")
-@click.option("--workers", type=click.IntRange(1), help="Processes of --verify. [one a core]")
+@click.option("--workers", type=click.IntRange(1), help="Processes for --verify. [one per core]")
 @click.option(
     "--agreement",
     metavar="N",
     type=click.IntRange(1),
-    help="Compare crops of N images' maps with the teacher run live on the crop: KL, total "
-    "variation, top-1. Smaller crops agree less, for the teacher sees them enlarged: expect 0.2 to "
-    "0.3 nats for the whole image and 1 to 3 for the smallest crops. Beside them stand the noise "
-    "floors, the teacher against itself (mirrored, at another size: 0.5 to 0.7), and how often the "
-    "crop's mean target has the image's label on top.",
+    help="Compare crops of the maps of N images with the teacher run live on the crop: KL, total "
+    "variation, top-1. Smaller crops agree less, since the teacher sees them enlarged: expect 0.2 "
+    "to 0.3 nats for the whole image and 1 to 3 for the smallest crops. Also printed: the noise "
+    "floors, which compare the teacher with itself (mirrored, at another size: 0.5 to 0.7), and "
+    "how often the crop's mean target has the image's label on top.",
 )
-@click.option("--weights", help="Of the teacher for --agreement, as for annotate. [found by name]")
-@click.option("--seed", default=0, help="Of the images and crops of --agreement. [0]")
+@click.option("--weights", help="Teacher's weights for --agreement, as in annotate. [by its name]")
+@click.option("--seed", default=0, help="Seed for the images and crops of --agreement. [0]")
 @click.option(
     "--images",
     type=_FOLDER,
-    help="Folder of the images, of the split or above it. --verify then compares their digests, "
-    "--html, --png and --agreement need it. [the embedded sample, where the labels are of it]",
+    help="Folder of the images: the split's, or the one above it. Needed by --html, --png and "
+    "--agreement; --verify compares the images' digests too. [the sample, if the labels are of it]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect_labels(labels: Path, key: str | None, as_json: bool, **options: Any) -> None:
-    """Summarise the label maps in LABELS (default: labels), check them, or look at single ones.
+    """Summarise the label maps in LABELS (default: labels), check them, or show single ones.
 
     \b
     Examples:
@@ -64,50 +64,87 @@ def inspect_labels(labels: Path, key: str | None, as_json: bool, **options: Any)
 
     Exit status: 0 all is well, 1 something is wrong or could not be done, 2 bad usage.
     """
-    from .splits import find_splits
+    # Here and below, what a command needs is imported when it runs: --help waits for none of it.
+    from .label_sets import find_splits
 
-    _check_usage(key, as_json, options)
-    splits = find_splits(labels)
-    if options["do_verify"] or options["repair"]:
-        _verify(splits, as_json, options)
-    elif options["agreement"]:
-        _agreement(splits, as_json, options)
-    elif options["html"]:
-        _page(splits, key, options)
-    elif key is not None:
-        _one_map(splits, key, as_json, options)
-    else:
-        _summary(splits, options["everything"], as_json)
-
-
-def _check_usage(key: str | None, as_json: bool, options: dict[str, Any]) -> None:
-    given = [
-        name
-        for name, flag in (
-            ("--verify", options["do_verify"] or options["repair"]),
-            ("--agreement", options["agreement"]),
-            ("--html", options["html"]),
-            ("--png", options["png"]),
-        )
-        if flag
-    ]
+    checks = options["do_verify"] or options["repair"]
+    modes = {
+        "--verify": checks,
+        "--agreement": options["agreement"],
+        "--html": options["html"],
+        "--png": options["png"],
+    }
+    given = [name for name, value in modes.items() if value]
     if len(given) > 1:
-        raise click.UsageError(f"{' and '.join(given)}: one at a time")
-    if key is not None and (options["do_verify"] or options["repair"] or options["agreement"]):
-        raise click.UsageError("--key looks at one image: leave it out to check a whole split")
+        raise click.UsageError(f"{' and '.join(given)}: use one at a time")
+    if key is not None and (checks or options["agreement"]):
+        raise click.UsageError("--key shows one image: leave it out to check a whole split")
     if options["png"] and key is None:
         raise click.UsageError("--png draws one image: name it with --key")
     if options["repair"] and as_json and not options["yes"]:
-        raise click.UsageError("--repair asks before it deletes; with --json say --yes")
+        raise click.UsageError("--repair asks before it deletes: add --yes to use it with --json")
+
+    splits = find_splits(labels)
+    if checks:
+        _verify(splits, as_json, options)
+    elif options["agreement"]:
+        from .agreement import measure_agreement
+        from .console import print_agreement
+
+        count, chosen = options["agreement"], {k: options[k] for k in ("images", "weights", "seed")}
+        measure = partial(measure_agreement, count=count, **chosen)
+        _report(splits, measure, print_agreement, as_json)
+    elif options["html"]:
+        _page(splits, key, options)
+    elif key is not None:
+        _map(splits, key, as_json, options)
+    else:
+        from .console import print_summary
+        from .summary import summarise
+
+        measure = partial(summarise, everything=options["everything"])
+        _report(splits, measure, print_summary, as_json)
+        if not as_json:
+            click.echo(
+                "Every byte: --verify. One image: --key KEY. A page to browse: --html FILE. "
+                "For programs: --json"
+            )
 
 
-def _console() -> Console:
-    return Console(emoji=False, highlight=False)
+def _report(
+    folders: Sequence[Path],
+    measure: Callable[..., dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+    as_json: bool,
+) -> None:
+    """Measure each folder under a progress bar, and print the facts.
+
+    Damaged folders are reported last and end the command with status 1.
+    """
+    from ..terminal import progress_bar
+
+    results, faults = [], []
+    for folder in folders:
+        try:
+            with progress_bar(folder.name) as watch:
+                results.append(measure(folder, watch=watch))
+        except FormatError as error:
+            faults.append(error)
+            continue
+        if not as_json:
+            show(results[-1])
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+    for fault in faults:
+        click.echo(f"Error: {fault}", err=True)
+    if faults:
+        sys.exit(1)
 
 
-def _one_map(splits: Sequence[Path], key: str, as_json: bool, options: dict[str, Any]) -> None:
-    from .single import map_facts, print_map
-    from .splits import find_key
+def _map(splits: Sequence[Path], key: str, as_json: bool, options: dict[str, Any]) -> None:
+    from .console import print_map
+    from .label_sets import find_key
+    from .summary import summarise_map
 
     store = find_key(splits, key)
     if options["png"]:
@@ -115,12 +152,10 @@ def _one_map(splits: Sequence[Path], key: str, as_json: bool, options: dict[str,
 
         save_png(store, key, options["png"], options["images"])
         click.echo(options["png"])
-        return
-    facts = map_facts(store, key)
-    if as_json:
-        click.echo(json.dumps(facts))
+    elif as_json:
+        click.echo(json.dumps(summarise_map(store, key)))
     else:
-        print_map(facts, _console())
+        print_map(summarise_map(store, key))
 
 
 def _page(splits: Sequence[Path], key: str | None, options: dict[str, Any]) -> None:
@@ -143,48 +178,12 @@ def _page(splits: Sequence[Path], key: str | None, options: dict[str, Any]) -> N
     )
 
 
-def _summary(splits: Sequence[Path], everything: bool, as_json: bool) -> None:
-    from ..terminal import progress_bar
-    from .summary import summarise
-    from .terminal import print_summary
-
-    console, summaries = _console(), []
-    with _faults() as faults:
-        for split in splits:
-            try:
-                with progress_bar(split.name) as watch:
-                    summaries.append(summarise(split, everything, watch))
-            except FormatError as error:  # of one split; the others are worth a look all the same
-                faults.append(str(error))
-        if as_json:
-            click.echo(json.dumps(summaries, indent=2))
-        else:
-            for facts in summaries:
-                print_summary(facts, console)
-            if summaries:
-                click.echo(
-                    "Every byte: --verify. One image: --key KEY. A page to browse: --html FILE. "
-                    "For programs: --json"
-                )
-
-
-@contextmanager
-def _faults() -> Iterator[list[str]]:
-    """Texts to print at the end, with exit status 1 if there are any."""
-    texts: list[str] = []
-    yield texts
-    for text in texts:
-        click.echo(f"Error: {text}", err=True)
-    if texts:
-        sys.exit(1)
-
-
 def _verify(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -> None:
     from ..dataset.format.lock import folder_lock
     from ..terminal import progress_bar
-    from .splits import split_images
+    from .console import print_check
+    from .label_sets import split_images
     from .verify.verify import repair, verify
-    from .verify.verify_terminal import print_check
 
     workers = options["workers"] if options["workers"] is not None else cpu_count() or 1
     checks = []
@@ -193,46 +192,23 @@ def _verify(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -> N
         with folder_lock(split) if options["repair"] else nullcontext():
             with progress_bar(split.name) as watch:
                 check = verify(split, images, workers, watch)
-            removed = []
+            facts, removed = check.as_dict(), []
             if not as_json:
-                print_check(check, _console(), options["repair"])
+                print_check(facts, options["repair"])
             if options["repair"] and check.bad_files:
                 question = f"Delete {', '.join(check.bad_files)} of {split}?"
                 if options["yes"] or click.confirm(question, err=True):
                     removed = repair(split, check)
-        checks.append(check.as_dict() | {"removed": [path.name for path in removed]})
+        checks.append(facts | {"removed": [path.name for path in removed]})
         if removed and not as_json:
             click.echo(
                 f"Deleted {', '.join(path.name for path in removed)} of {shlex.quote(str(split))}. "
-                "Next: run the `annotate` that made them; it makes just what is missing"
+                "Next: run the `annotate` that made them; it redoes only what is missing"
             )
     if as_json:
         click.echo(json.dumps(checks, indent=2))
     if not all(check["ok"] for check in checks):
         sys.exit(1)
-
-
-def _agreement(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -> None:
-    from ..terminal import progress_bar
-    from .agreement import measure_agreement
-    from .agreement_terminal import print_agreement
-
-    results = []
-    for split in splits:
-        with progress_bar(f"{split.name}: the teacher runs") as watch:
-            result = measure_agreement(
-                split,
-                options["agreement"],
-                options["images"],
-                weights=options["weights"],
-                seed=options["seed"],
-                watch=watch,
-            )
-        results.append(result)
-        if not as_json:
-            print_agreement(result, _console())
-    if as_json:
-        click.echo(json.dumps(results, indent=2))
 
 
 @click.command("compare-labels")
@@ -243,24 +219,21 @@ def _agreement(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -
 def compare_labels(a: Path, b: Path, everything: bool, as_json: bool) -> None:
     """Compare two label sets of the same images: two teachers, two sizes, two k.
 
-    Each patch is a distribution over all classes, the mass of those that are not stored included.
-    KL in nats both ways, their Jensen-Shannon divergence (0 equal, 0.69 nothing in common), how
-    often the top class is the same, and the images that differ most. Maps of different grids are
-    averaged over the cells of the coarser one.
+    Each patch is a distribution over all classes, including the mass of those that are not stored.
+    Printed are KL in nats both ways, their Jensen-Shannon divergence (0 equal, 0.69 nothing in
+    common), how often the top class is the same, and the images that differ most. Maps of
+    different grids are averaged over the cells of the coarser one.
 
     \b
     Examples:
       python cli.py compare-labels labels/train labels-compact/train
     """
-    from ..terminal import progress_bar
     from .compare import compare, pair_splits
-    from .compare_terminal import print_comparison
+    from .console import print_comparison
 
-    results = []
-    for one, two in pair_splits(a, b):
-        with progress_bar(one.name) as watch:
-            results.append(compare(one, two, everything, watch))
-        if not as_json:
-            print_comparison(results[-1], _console())
-    if as_json:
-        click.echo(json.dumps(results, indent=2))
+    pairs = dict(pair_splits(a, b))
+
+    def measure(one: Path, **options: Any) -> dict[str, Any]:
+        return compare(one, pairs[one], everything, **options)
+
+    _report(list(pairs), measure, print_comparison, as_json)

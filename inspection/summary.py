@@ -1,4 +1,4 @@
-"""Facts about a split, for a person to decide whether it is good."""
+"""Facts about a split, and about a single map, as JSON-able values."""
 
 import json
 import re
@@ -12,8 +12,7 @@ import numpy as np
 from ..dataset.format.shard import Shard
 from ..dataset.store import LabelStore
 from ..errors import FormatError
-from .names import ClassNames
-from .patch_map import patch_map
+from .label_sets import ClassNames, patch_map
 from .statistics import MapStatistics
 
 #: Maps read for the statistics of patches, unless all are asked for.
@@ -31,7 +30,7 @@ Watch = Callable[[int, int], None]
 def summarise(
     root: Path, everything: bool = False, watch: Watch = lambda *_: None
 ) -> dict[str, Any]:
-    """Facts about a split, as JSON-able values.
+    """Facts about a split, for a person to decide whether it is good.
 
     Accuracy, errors and top-k mass come from the shards' headers, hence from all images; what
     depends on single patches comes from `sampled` images, evenly spaced over the split. Memory
@@ -48,24 +47,30 @@ def summarise(
     store = LabelStore(root)
     if store.num_classes > _MOST_CLASSES:
         raise FormatError(f"{root}: at most {_MOST_CLASSES} classes, got {store.num_classes}")
-    totals, reasons, nbytes, shards = _headers(store)
-    rows, labelled = len(store), totals["labelled"]
-    failed = store.failed
-    good = rows - int(failed.sum())
-    picked = _pick(failed, good, everything)
-    found = _statistics(store, picked, watch)
-    names = ClassNames(store.classes)
+    totals, reasons = _headers(store)
+    labelled, failed, names = totals["labelled"], store.failed, ClassNames(store.classes)
+    picked = good = np.flatnonzero(~failed)
+    if not everything and len(good) > SAMPLE_IMAGES:
+        picked = np.linspace(0, len(failed) - 1, SAMPLE_IMAGES).astype(int)
+        picked = picked[~failed[picked]]
+    found = MapStatistics(store.grid, store.num_classes)
+    for done, row in enumerate(picked.tolist(), 1):
+        found.add(row, patch_map(store, row))
+        watch(done, len(picked))
+    nbytes = sum(path.stat().st_size for path in store.shards)
     never = np.flatnonzero(found.top == 0)
     return {
         "folder": str(root),
         "attrs": {key: value for key, value in store.attrs.items() if key not in _OWN},
-        "preprocessing": _object(store.attrs.get("preprocessing")),
-        "libraries": _object(store.attrs.get("libraries")),
-        "images": rows,
+        "preprocessing": _json_object(store.attrs.get("preprocessing")),
+        "libraries": _json_object(store.attrs.get("libraries")),
+        "images": len(store),
         "errors": totals["errors"],
         "error_reasons": reasons,
-        "error_list": [[store.keys[row], store.error(row)] for row in _first(failed)],
-        "shards": shards,
+        "error_list": [
+            [store.keys[row], store.error(row)] for row in np.flatnonzero(failed)[:_LISTED].tolist()
+        ],
+        "shards": len(store.shards),
         "grid": list(store.grid),
         "k": store.k,
         "views": list(store.views),
@@ -73,9 +78,9 @@ def summarise(
         "labelled": labelled,
         "teacher_top1": totals["top1"] / labelled if labelled else None,
         "teacher_top5": totals["top5"] / labelled if labelled else None,
-        "topk_mass": totals["mass"] / good if good else None,
+        "topk_mass": totals["mass"] / len(good) if len(good) else None,
         "bytes": nbytes,
-        "bytes_per_image": nbytes / rows,
+        "bytes_per_image": nbytes / len(store),
         "sampled": len(picked),
         "patches_with_label_on_top": (
             found.hits / found.labelled_patches if found.labelled_patches else None
@@ -85,11 +90,12 @@ def summarise(
         "entropy": found.entropy.facts(),
         "entropy_histogram": found.entropy.chart(),
         "distinct_classes": found.distinct.facts(),
-        "distinct_classes_histogram": found.distinct.chart(),
+        # Few images come near the highest possible number.
+        "distinct_classes_histogram": found.distinct.chart(trimmed=True),
         "frequent_classes": _named(found.frequent(_LISTED), names),
         "overpredicted_classes": _named(found.overpredicted(TIMES, _LISTED), names),
         "never_on_top": len(never),
-        "never_on_top_list": [{"class": c, "name": names[c]} for c in never[:_LISTED].tolist()],
+        "never_on_top_list": _named([{"class": c} for c in never[:_LISTED].tolist()], names),
         "never_listed": int((~found.listed).sum()),
         "sampled_with_label": found.labelled,
         "images_without_their_label": found.misses,
@@ -100,24 +106,37 @@ def summarise(
                 "label_name": names[label],
                 "class": class_id,
                 "name": names[class_id],
-                "share": share,
+                "share": fraction,
             }
-            for row, label, class_id, share in found.suspects()
+            for row, label, class_id, fraction in found.suspects()
         ],
     }
 
 
-def _headers(store: LabelStore) -> tuple[dict[str, Any], dict[str, int], int, int]:
-    """Sums over the headers, errors by reason, bytes and number of the shards."""
+def summarise_map(store: LabelStore, key: str) -> dict[str, Any]:
+    """Facts about one image's map: the top-1 class and its probability for each patch."""
+    patches, names = patch_map(store, key), ClassNames(store.classes)
+    return {
+        "key": key,
+        "size": list(patches.entry.size),
+        "label": patches.entry.label,
+        "label_name": names[patches.label] if patches.label >= 0 else None,
+        "classes": patches.best.tolist(),
+        "probs": np.round(patches.probs[..., 0].astype(np.float64), 4).tolist(),
+        "names": {class_id: names[class_id] for class_id in np.unique(patches.best).tolist()},
+    }
+
+
+def _headers(store: LabelStore) -> tuple[dict[str, Any], dict[str, int]]:
+    """Sums over the headers of all shards, and errors by reason."""
     totals: dict[str, Any] = dict.fromkeys(_COUNTS, 0)
     reasons: Counter[str] = Counter()
-    paths = store.shards
-    for path in paths:
+    for path in store.shards:
         with Shard(path) as shard:
             if missing := {*_COUNTS} - shard.attrs.keys():
                 raise FormatError(
-                    f"{path}: the header lacks {', '.join(sorted(missing))}. Remedy: none is "
-                    "needed to train with these labels; their writer counted nothing to summarise"
+                    f"{path}: the header lacks {', '.join(sorted(missing))}, which a summary "
+                    "needs. Remedy: none is needed to train with these labels"
                 )
             for name in _COUNTS:
                 value = shard.attrs[name]
@@ -129,45 +148,16 @@ def _headers(store: LabelStore) -> tuple[dict[str, Any], dict[str, int], int, in
                 texts = (re.sub(r"\d+", "N", text) for text in shard.texts("error") if text)
                 reasons.update(texts)
                 reasons = Counter(dict(reasons.most_common(1000)))
-    nbytes = sum(path.stat().st_size for path in paths)
-    return totals, dict(reasons.most_common()), nbytes, len(paths)
+    return totals, dict(reasons.most_common())
 
 
-def _object(text: Any) -> dict[str, Any]:
+def _json_object(text: Any) -> dict[str, Any]:
     """A JSON object; empty for anything else."""
     try:
         found = json.loads(text)
     except (TypeError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _pick(failed: np.ndarray, good: int, everything: bool) -> np.ndarray:
-    """Rows to read, those without a map left out."""
-    if everything or good <= SAMPLE_IMAGES:
-        return np.flatnonzero(~failed)
-    rows = np.linspace(0, len(failed) - 1, SAMPLE_IMAGES).astype(int)
-    picked: np.ndarray = rows[~failed[rows]]
-    return picked
-
-
-def _first(flags: np.ndarray) -> list[int]:
-    rows: list[int] = np.flatnonzero(flags)[:_LISTED].tolist()
-    return rows
-
-
-def _statistics(store: LabelStore, rows: np.ndarray, watch: Watch) -> MapStatistics:
-    comparable = store.attrs.get("label_space") == "teacher"
-    found = MapStatistics(store.grid, store.num_classes, comparable)
-    for done, row in enumerate(rows.tolist(), 1):
-        entry = store[row]
-        try:
-            patches = patch_map(entry)
-        except FormatError as error:
-            raise FormatError(f"row {row} of {store.root}: {error}") from error
-        found.add(row, patches, entry.label)
-        watch(done, len(rows))
-    return found
 
 
 def _named(classes: list[dict[str, Any]], names: ClassNames) -> list[dict[str, Any]]:

@@ -5,27 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.maps import attrs, random_rows, write_split
-from tests.pictured import write_class_names
-from tokenlabel.cli import main
+from tests.painted import invoke, write_class_names
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import shard_name, write_shard
 from tokenlabel.inspection.compare import compare
-from tokenlabel.inspection.divergence import divergence
+from tokenlabel.inspection.statistics import divergence
 
 LAYOUT = MapLayout(("identity",), (4, 6), 5, 50, residual=8)
 KEYS = [f"a/{n:02d}.jpg" for n in range(14)]
-
-
-def invoke(*command: object, code: int = 0) -> str:
-    result = CliRunner().invoke(main, [str(word) for word in command])
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result.output
 
 
 def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:

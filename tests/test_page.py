@@ -1,4 +1,4 @@
-"""The page in a real browser: it shows what the label set holds, and nothing gets in or out."""
+"""The page in a real browser: it shows what the label set holds; no untrusted input runs in it."""
 
 import json
 import os
@@ -14,15 +14,14 @@ from PIL import Image
 
 from tests.jobs import config
 from tests.maps import write_split
-from tests.pictured import GRID, painted, painted_map, write_class_names, write_store
+from tests.painted import GRID, painted, painted_map, write_class_names, write_store
 from tokenlabel.annotate import annotate
 from tokenlabel.dataset import LabelStore
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.errors import ConfigError, FormatError, ImageError, MissingMapError, OutputError
-from tokenlabel.inspection.names import ClassNames
-from tokenlabel.inspection.page.data import PICTURE_BYTES, SplitData, jpeg
+from tokenlabel.inspection.label_sets import ClassNames, patch_map
+from tokenlabel.inspection.page.data import IMAGE_BYTES, SplitData, jpeg
 from tokenlabel.inspection.page.page import PageReport, save_page
-from tokenlabel.inspection.patch_map import patch_map
 from tokenlabel.inspection.pictures.map_facts import viridis
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -70,8 +69,8 @@ def stores(data: Path, ray_here: None) -> list[LabelStore]:
     """A split of 3 x 5 patches, and one of 4 x 6 over a part of each image, other classes."""
     out = data.parent / "labels"
     annotate(config(data, out, input_size=[[96, 160]], max_errors=1))
-    pictures = {f"painted/{side}.png": painted((side, 90)) for side in (80, 200, 400)}
-    val = write_store(out / "val", data / "val", pictures, extent=[0.2, 0.1, 0.9, 1.0])
+    files = {f"painted/{side}.png": painted((side, 90)) for side in (80, 200, 400)}
+    val = write_store(out / "val", data / "val", files, extent=[0.2, 0.1, 0.9, 1.0])
     return [LabelStore(out / "train"), val]
 
 
@@ -89,7 +88,7 @@ def browser() -> Iterator[Any]:
 
 
 class Watched:
-    """A page in a context of its own, and whatever it should not have said or asked for."""
+    """A page in its own browser context; collects console output, errors and requests as faults."""
 
     def __init__(self, browser: Any, report: PageReport, **options: Any) -> None:
         self.context = browser.new_context(
@@ -141,7 +140,7 @@ def watch(browser: Any, report: PageReport) -> Iterator[Any]:
 
 
 def check_patch(page: Any, store: LabelStore, key: str, row: int, column: int) -> None:
-    """What the page says of a patch is what the label set holds."""
+    """The page shows of a patch what the label set holds."""
     assert page.inner_text("#patch-title") == f"Patch in row {row + 1}, column {column + 1}"
     names = ClassNames(store.classes)
     classes, probs, _ = (part[row, column] for part in store[key].probabilities())
@@ -160,14 +159,14 @@ def check_patch(page: Any, store: LabelStore, key: str, row: int, column: int) -
 
 @browser_needed
 @pytest.mark.parametrize("key", [MASTIFF, "n02108422/wide.png", "painted/400.png"])
-def test_hovering_tells_the_patch_under_the_pointer(
+def test_hovering_shows_the_patch_under_the_pointer(
     watch: Any, stores: list[LabelStore], key: str
 ) -> None:
     (store,) = (store for store in stores if key in store)
     watched = watch()
     watched.open(key)
     page = watched.page
-    box = page.locator("#picture").bounding_box()
+    box = page.locator("#image").bounding_box()
     width, height = store[key].size
     assert box["width"] / box["height"] == pytest.approx(width / height, rel=0.02)
     rows, columns = store.grid
@@ -232,7 +231,7 @@ def test_keyboard_alone(watch: Any, stores: list[LabelStore]) -> None:
     page.focus("#opacity")
     page.keyboard.press("Tab")
     style = "getComputedStyle(document.activeElement).outlineStyle"
-    assert page.evaluate(style) == "solid", "the focus is seen elsewhere too"
+    assert page.evaluate(style) == "solid", "the focus is visible elsewhere too"
 
 
 @browser_needed
@@ -255,7 +254,7 @@ def test_overlay_opacity_and_highlight(watch: Any, stores: list[LabelStore]) -> 
     assert page.locator("#scale").is_visible()
     for colour, value in zip(
         page.evaluate(fills.format("backgroundColor")),
-        patch_map(stores[0][MASTIFF]).mass.ravel(),
+        patch_map(stores[0], MASTIFF).mass.ravel(),
         strict=True,
     ):
         shown = np.array(re.findall(r"\d+", colour), int)
@@ -284,7 +283,8 @@ def test_search_and_sort(watch: Any, stores: list[LabelStore]) -> None:
     page.select_option("#sort", "mass")
     masses = [
         float(text.rpartition("mass ")[2])
-        for text in page.locator(".card p.numbers:nth-of-type(3)").all_inner_texts()
+        # Not inner texts: those of cards that are not rendered yet are empty.
+        for text in page.locator(".card p.numbers:nth-of-type(3)").all_text_contents()
     ]
     assert len(masses) == len(everything) and masses == sorted(masses)
     page.select_option("#sort", "agreement")
@@ -309,9 +309,17 @@ def test_search_and_sort(watch: Any, stores: list[LabelStore]) -> None:
 
 
 @browser_needed
-def test_addresses_of_single_images(watch: Any, report: PageReport) -> None:
+def test_single_images_have_addresses_and_hostile_names_are_text(watch: Any) -> None:
     watched = watch()
     page = watched.page
+    assert set(HOSTILE) <= set(watched.keys())
+    count = "(selector) => document.querySelectorAll(selector).length"
+    assert page.evaluate(count, "script") == 2
+    assert page.evaluate(count, "[onerror], b b, b script, #failure-list b") == 0
+    failures = page.evaluate("document.getElementById('failure-list').textContent")
+    assert failures == "train/broken <b>.jpg: the file is empty"
+    overflow = "document.documentElement.scrollWidth - innerWidth"
+    assert page.evaluate(overflow) <= 0, "a long name does not widen the page"
     for key in [MASTIFF, *HOSTILE]:
         watched.open(key)
         address = page.url
@@ -326,29 +334,11 @@ def test_addresses_of_single_images(watch: Any, report: PageReport) -> None:
         page.wait_for_selector("#viewer:not([open])", state="attached")
     page.goto(f"{watched.url}#train/%E0%A4%A")
     page.reload()
-    assert not page.locator("#viewer").is_visible(), "an address that is none of ours"
+    assert not page.locator("#viewer").is_visible(), "an address of no image"
 
 
 @browser_needed
-def test_hostile_names_are_text(watch: Any) -> None:
-    watched = watch()
-    page = watched.page
-    assert set(HOSTILE) <= set(watched.keys())
-    for key in HOSTILE:
-        watched.open(key)
-        assert page.evaluate("document.getElementById('title').textContent") == key
-        page.locator("#close").click()
-    count = "(selector) => document.querySelectorAll(selector).length"
-    assert page.evaluate(count, "script") == 2
-    assert page.evaluate(count, "[onerror], b b, b script, #failure-list b") == 0
-    failures = page.evaluate("document.getElementById('failure-list').textContent")
-    assert failures == "train/broken <b>.jpg: the file is empty"
-    overflow = "document.documentElement.scrollWidth - innerWidth"
-    assert page.evaluate(overflow) <= 0, "a long name does not widen the page"
-
-
-@browser_needed
-def test_policy_lets_nothing_in_or_out(browser: Any, report: PageReport) -> None:
+def test_policy_blocks_all_traffic_and_markup(browser: Any, report: PageReport) -> None:
     watched = Watched(browser, report)
     page = watched.page
     assert watched.faults == []
@@ -398,24 +388,21 @@ def test_dark_mode_and_phone(watch: Any) -> None:
 
 
 @browser_needed
-def test_charts_have_words(watch: Any, stores: list[LabelStore]) -> None:
+def test_report_and_charts_in_words(
+    watch: Any, report: PageReport, stores: list[LabelStore]
+) -> None:
     page = watch().page
     labels = [
         svg.get_attribute("aria-label") for svg in page.locator("#charts svg[role=img]").all()
     ]
     total = len(stores[0]) - 1 + len(stores[1])
+    assert report.size == report.path.stat().st_size
+    assert (report.shown, report.total, report.errors) == (total, total, 1)
     assert len(labels) == 3 and labels[0].startswith(f"Histogram of {total} images: Top-k mass")
     assert re.search(r"Median \d\.\d\d; 10%", labels[0])
     counts = page.locator("#charts figure").first.locator("td:last-child").all_text_contents()
     assert sum(map(int, counts)) == total
     assert page.inner_text("#about").startswith(f"{total} of {total} images with a map. train: ")
-
-
-def test_report_and_size(report: PageReport, stores: list[LabelStore]) -> None:
-    assert report.size == report.path.stat().st_size
-    total = len(stores[0]) - 1 + len(stores[1])
-    assert (report.shown, report.total, report.errors) == (total, total, 1)
-    assert [*report.path.parent.glob("*.tmp")] == []
 
 
 def embedded(path: Path) -> dict[str, Any]:
@@ -460,25 +447,21 @@ def test_what_cannot_be_shown(stores: list[LabelStore], data: Path, tmp_path: Pa
     assert os.listdir(tmp_path) == []
 
 
-def test_a_picture_that_changed_is_listed_not_shown(tmp_path: Path) -> None:
-    pictures = {f"{name}.png": painted((50, 40)) for name in "abc"}
-    store = write_store(tmp_path / "labels", tmp_path / "images", pictures)
-    (tmp_path / "images" / "b.png").write_bytes(painted((50, 42)))
+@pytest.mark.parametrize("damage", ["image", "map"])
+def test_what_cannot_be_read_is_listed_not_shown(tmp_path: Path, damage: str) -> None:
+    """An image that changed since it was annotated, and a damaged map."""
+    files = {f"{name}.png": painted((50, 40)) for name in "abc"}
+    best = np.nan if damage == "map" else 0.7
+    store = write_store(tmp_path / "labels", tmp_path / "images", files, best=best)
+    kind, message = FormatError, "without NaN"
+    if damage == "image":
+        (tmp_path / "images" / "a.png").write_bytes(painted((50, 42)))
+        kind, message = ImageError, "must be the image that was annotated"
     report = save_page([store], tmp_path / "a.html", tmp_path / "images")
     assert (report.shown, report.total, report.errors) == (2, 3, 1)
     (error,) = embedded(report.path)["errors"]
-    assert error["key"] == "b.png" and "must be the image that was annotated" in error["error"]
-    with pytest.raises(ImageError):
-        save_page([store], tmp_path / "a.html", tmp_path / "images", keys=["b.png"])
-
-
-def test_a_damaged_map_is_listed_not_shown(tmp_path: Path) -> None:
-    pictures = {f"{name}.png": painted((50, 40)) for name in "ab"}
-    store = write_store(tmp_path / "labels", tmp_path / "images", pictures, best=np.nan)
-    report = save_page([store], tmp_path / "a.html", tmp_path / "images")
-    (error,) = embedded(report.path)["errors"]
-    assert error["key"] == "a.png" and "without NaN" in error["error"]
-    with pytest.raises(FormatError, match="without NaN"):
+    assert error["key"] == "a.png" and message in error["error"]
+    with pytest.raises(kind, match=message):
         save_page([store], tmp_path / "a.html", tmp_path / "images", keys=["a.png"])
 
 
@@ -492,21 +475,20 @@ def test_class_names_from_the_file_are_data_too(tmp_path: Path) -> None:
     (split,) = embedded(report.path)["splits"]
     assert [7, names[7]] in split["classes"]
     (image,) = embedded(report.path)["images"]
-    assert [split["classes"][place][0] for place in image["legend"]] == [3, 7, 21, 40]
+    assert [split["classes"][index][0] for index in image["legend"]] == [3, 7, 21, 40]
     assert split["grid"] == list(GRID) and set(painted_map().ravel()) == {3, 7, 21, 40}
 
 
 def test_200_images_fit_into_20_megabytes_whatever_they_show(tmp_path: Path) -> None:
     """Noise, under a map of 4000 random classes."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 900, 3), np.uint8))
-    assert len(jpeg(noise)) <= PICTURE_BYTES
+    assert len(jpeg(noise)) <= IMAGE_BYTES
     write_split(tmp_path, ["a.jpg"], MapLayout(("identity",), (20, 20), 10, 1000))
     split = SplitData(LabelStore(tmp_path), "train")
     assert split.listed == 10
     record = split.image("a.jpg", noise)
-    picture = len(record.pop("picture"))
-    largest = 4 * PICTURE_BYTES / 3 + len(json.dumps(record, separators=(",", ":")))
-    assert picture <= 4 * PICTURE_BYTES / 3 + 40
+    assert len(record.pop("src")) <= 4 * IMAGE_BYTES / 3 + 40
+    largest = 4 * IMAGE_BYTES / 3 + len(json.dumps(record, separators=(",", ":")))
     assert 200 * (largest + 100) < 20e6
     finer = tmp_path / "finer"
     write_split(finer, ["a.jpg"], MapLayout(("identity",), (40, 40), 10, 1000))

@@ -129,7 +129,7 @@ def open_index(root: Path) -> Index:
     path = root / NAME
     for _ in range(_TRIES):
         try:
-            return _load(path, shards)
+            return load_index(path, shards)
         except FileNotFoundError:
             _log.info("%s has no index yet: building it", root)
         except (FormatError, OSError) as error:
@@ -155,7 +155,7 @@ def _built_in_memory(root: Path, shards: list[Path], reason: OSError) -> Index:
         with tempfile.TemporaryDirectory(prefix="tokenlabel-") as folder:
             path = Path(folder) / NAME
             write_index(path, shards)
-            return _load(path, shards)
+            return load_index(path, shards)
     except OSError as error:
         raise OSError(
             f"{root} needs an index, and it can be written neither there ({reason}) nor to the "
@@ -174,7 +174,13 @@ def build_index(root: Path, shards: list[Path] | None = None) -> Path:
     return path
 
 
-def _load(path: Path, shards: list[Path]) -> Index:
+def load_index(path: Path, shards: list[Path]) -> Index:
+    """Map a stored index.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        FormatError: it is damaged, of another version or of other shards.
+    """
     # Not closed here: keys and columns read from it, and it closes with the last of them.
     file = StoredFile(path, FORMAT, VERSION, "delete it; it is rebuilt")
     if "shard_size" not in file.columns:

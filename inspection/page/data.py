@@ -8,14 +8,13 @@ import numpy as np
 from PIL import Image
 
 from ...dataset.store import LabelStore
-from ..names import ClassNames
-from ..patch_map import patch_map
+from ..label_sets import ClassNames, patch_map
 from ..pictures.map_facts import legend, map_facts
 
 #: Longer side of an image on the page, in pixels.
-PICTURE_SIDE = 480
-#: Of its JPEG: with the map's, what keeps 200 images under 20 MB, whatever they show.
-PICTURE_BYTES = 52_000
+IMAGE_SIDE = 480
+#: Limit for its JPEG: with the map's bytes, it keeps 200 images under 20 MB, whatever they show.
+IMAGE_BYTES = 52_000
 #: Classes of a patch that the page lists, and of all patches of a map: fine maps list fewer.
 PATCH_CLASSES, MAP_CLASSES = 10, 4096
 _QUALITIES = (80, 65, 50, 30, 15)
@@ -34,37 +33,34 @@ class SplitData:
         self.name = name
         height, width = store.grid
         self.listed = max(min(store.k, PATCH_CLASSES, MAP_CLASSES // (height * width)), 1)
-        self._comparable = store.attrs.get("label_space") == "teacher"
         self._names = ClassNames(store.classes)
-        self._places: dict[int, int] = {}
+        self._indices: dict[int, int] = {}
 
-    def place(self, class_id: int) -> int:
-        """Place of a class among those of this split that the page names."""
-        return self._places.setdefault(class_id, len(self._places))
+    def index(self, class_id: int) -> int:
+        """Index of a class among those of this split that the page names."""
+        return self._indices.setdefault(class_id, len(self._indices))
 
-    def image(self, key: str, picture: Image.Image) -> dict[str, Any]:
-        """One image: its pixels, its map and what the map says."""
-        entry = self.store[key]
-        patches = patch_map(entry)
-        label = entry.label if self._comparable else -1
-        facts = map_facts(patches, label)
-        best, probs = patches.classes[..., 0], patches.probs[..., 0]
-        classes = patches.classes[..., : self.listed]
-        ids, inverse = np.unique(classes, return_inverse=True)
+    def image(self, key: str, image: Image.Image) -> dict[str, Any]:
+        """One image: its pixels, its map and facts about the map."""
+        patches = patch_map(self.store, key)
+        facts = map_facts(patches)
+        ids, ranks = np.unique(patches.classes[..., : self.listed], return_inverse=True)
         return {
             "key": key,
-            "size": entry.size,
-            "extent": entry.extent,
-            "label": self.place(label) if label >= 0 else -1,
-            "folderLabel": entry.label,
-            "picture": "data:image/jpeg;base64," + encoded(jpeg(picture)),
-            "classes": [self.place(class_id) for class_id in ids.tolist()],
-            "ranks": encoded(inverse.astype("<u2").tobytes()),
-            "probs": encoded(_quantised(patches.probs[..., : self.listed])),
-            "masses": encoded(_quantised(patches.mass)),
-            "legend": [self.place(item.class_id) for item in legend(best, probs)],
-            **facts._asdict(),
-            "seen": self.place(facts.seen),
+            "size": patches.entry.size,
+            "extent": patches.entry.extent,
+            "label": self.index(patches.label) if patches.label >= 0 else -1,
+            "folderLabel": patches.entry.label,
+            "src": "data:image/jpeg;base64," + encoded(jpeg(image)),
+            "classes": [self.index(class_id) for class_id in ids.tolist()],
+            "ranks": encoded(ranks.astype("<u2").tobytes()),
+            "probs": _quantised(patches.probs[..., : self.listed]),
+            "masses": _quantised(patches.mass),
+            "legend": [
+                self.index(entry.class_id) for entry in legend(patches.best, patches.probs[..., 0])
+            ],
+            **facts,
+            "seen": self.index(facts["seen"]),
         }
 
     def facts(self) -> dict[str, Any]:
@@ -78,28 +74,27 @@ class SplitData:
             "listed": self.listed,
             "numClasses": self.store.num_classes,
             "images": len(self.store),
-            "classes": [[class_id, self._names[class_id]] for class_id in self._places],
+            "classes": [[class_id, self._names[class_id]] for class_id in self._indices],
         }
 
 
-def _quantised(values: np.ndarray) -> bytes:
-    """Probabilities in steps of 1/65535."""
-    steps: bytes = np.rint(np.clip(values, 0, 1) * 65535).astype("<u2").tobytes()
-    return steps
+def _quantised(values: np.ndarray) -> str:
+    """Probabilities in steps of 1/65535, in base64."""
+    return encoded(np.rint(np.clip(values, 0, 1) * 65535).astype("<u2").tobytes())
 
 
-def jpeg(picture: Image.Image) -> bytes:
-    """An image small enough for a page, in at most `PICTURE_BYTES`."""
-    side = PICTURE_SIDE
+def jpeg(image: Image.Image) -> bytes:
+    """An image small enough for a page, in at most `IMAGE_BYTES`."""
+    side = IMAGE_SIDE
     while True:
-        small = picture.copy()
+        small = image.copy()
         small.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
         for quality in _QUALITIES:
             target = io.BytesIO()
             small.save(target, "JPEG", quality=quality, optimize=True)
-            if target.tell() <= PICTURE_BYTES:
+            if target.tell() <= IMAGE_BYTES:
                 return target.getvalue()
-        side //= 2
+        side //= 2  # noise
 
 
 def encoded(data: bytes) -> str:

@@ -1,9 +1,8 @@
 """A page to browse label maps: one HTML file that needs no network and no server."""
 
-import base64
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -14,10 +13,10 @@ import numpy as np
 
 from ...dataset.store import LabelStore
 from ...errors import ConfigError, FormatError, ImageError, TokenLabelError
-from ..pictures.image_files import PictureFiles
+from ..pictures.image_files import ImageFiles
 from ..pictures.map_facts import COLOURS, LETTERS, OTHER, VIRIDIS
 from ..pictures.output import output_file
-from .data import SplitData
+from .data import SplitData, encoded
 
 #: Images without a map that a page lists by name.
 LISTED_ERRORS = 1000
@@ -49,7 +48,7 @@ def save_page(
     *,
     limit: int = 200,
     keys: Sequence[str] | None = None,
-    watch: Callable[[int, int], None] | None = None,
+    watch: Callable[[int, int], None] = lambda *_: None,
 ) -> PageReport:
     """Write a page with images and label maps to browse.
 
@@ -70,23 +69,29 @@ def save_page(
     """
     if limit < 1:
         raise ConfigError(f"a page must show at least 1 image, got {limit}. Remedy: raise it")
-    chosen = _spread(stores, limit) if keys is None else [_find(stores, key) for key in keys]
+    numbers = [np.broadcast_arrays(n, np.flatnonzero(~s.failed)) for n, s in enumerate(stores)]
+    good = np.concatenate([np.stack(pair, 1) for pair in numbers])  # (store, row) of all maps
+    spread = np.linspace(0, len(good) - 1, min(limit, len(good))).round().astype(int)
+    chosen = good[spread].tolist() if keys is None else [_find(stores, key) for key in keys]
     if not chosen:
         raise ConfigError(
             "a page needs an image that has a map; there is none in "
-            f"{', '.join(str(store.root) for store in stores)}. Remedy: see what inspect-labels "
-            "says of their errors"
+            f"{', '.join(str(store.root) for store in stores)}. Remedy: see their errors with "
+            "inspect-labels"
         )
-    splits = [SplitData(store, name) for store, name in zip(stores, _names(stores), strict=True)]
+    # Splits in folders of the same name are named by their whole paths.
+    names = [store.root.resolve().name for store in stores]
+    if len({*names}) < len(names):
+        names = [str(store.root) for store in stores]
+    splits = [SplitData(store, name) for store, name in zip(stores, names, strict=True)]
     shown: list[dict[str, Any]] = []
     unreadable: list[dict[str, Any]] = []
     fault: TokenLabelError | None = None
-    files: dict[int, PictureFiles] = {}
-    for done, (number, row) in enumerate(chosen):
-        store = stores[number]
+    files: dict[int, ImageFiles] = {}  # of splits with an image to show: others may lack theirs
+    for done, (number, row) in enumerate(chosen, 1):
         if number not in files:
-            files[number] = PictureFiles(store, images)
-        key = store.keys[row]
+            files[number] = ImageFiles(stores[number], images)
+        key = stores[number].keys[row]
         try:
             image = splits[number].image(key, files[number].read(key))
         except (ImageError, FormatError) as error:
@@ -94,18 +99,21 @@ def save_page(
             unreadable.append({"split": number, "key": key, "error": str(error)})
         else:
             shown.append({"split": number, **image})
-        if watch:
-            watch(done + 1, len(chosen))
+        watch(done, len(chosen))
     if not shown and fault:
         raise fault
-    total = sum(int((~store.failed).sum()) for store in stores)
-    failed = sum(int(store.failed.sum()) for store in stores)
+    failures = (
+        {"split": number, "key": store.keys[row], "error": store.error(row)}
+        for number, store in enumerate(stores)
+        for row in np.flatnonzero(store.failed).tolist()
+    )
+    failed = sum(len(store) for store in stores) - len(good) + len(unreadable)
     data = {
         "splits": [split.facts() for split in splits],
         "images": shown,
-        "errors": [*unreadable, *islice(_failures(stores), LISTED_ERRORS)],
-        "failed": failed + len(unreadable),
-        "total": total,
+        "errors": [*unreadable, *islice(failures, LISTED_ERRORS)],
+        "failed": failed,
+        "total": len(good),
         "picked": keys is not None,
         "colours": COLOURS,
         "letters": LETTERS,
@@ -114,61 +122,34 @@ def save_page(
     }
     with output_file(path) as temporary:
         temporary.write_text(_document(data), encoding="utf-8")
-    return PageReport(path, len(shown), total, failed + len(unreadable), path.stat().st_size)
-
-
-def _spread(stores: Sequence[LabelStore], limit: int) -> list[tuple[int, int]]:
-    """(store, row) of images with a map, evenly spaced over all of them."""
-    rows = [np.flatnonzero(~store.failed) for store in stores]
-    ends = np.cumsum([len(part) for part in rows])
-    total = int(ends[-1]) if len(ends) else 0
-    places = np.linspace(0, total - 1, min(limit, total)).round().astype(int)
-    found = []
-    for place in places.tolist():
-        number = int(np.searchsorted(ends, place, side="right"))
-        found.append((number, int(rows[number][place - ends[number]])))  # from the end
-    return found
+    return PageReport(path, len(shown), len(good), failed, path.stat().st_size)
 
 
 def _find(stores: Sequence[LabelStore], key: str) -> tuple[int, int]:
+    """(store, row) of an image by its key; raises MissingMapError where it has no map."""
     number = next((number for number, store in enumerate(stores) if key in store), 0)
-    row = stores[number].row(key)  # raises MissingMapError where none has it
+    row = stores[number].row(key)
     if stores[number].failed[row]:
         stores[number][key]  # raises with the reason
     return number, row
 
 
-def _names(stores: Sequence[LabelStore]) -> list[str]:
-    """Names of the splits: of their folders, or the whole paths where these are the same."""
-    names = [store.root.resolve().name for store in stores]
-    return names if len({*names}) == len(names) else [str(store.root) for store in stores]
-
-
-def _failures(stores: Sequence[LabelStore]) -> Iterator[dict[str, Any]]:
-    for number, store in enumerate(stores):
-        for row in np.flatnonzero(store.failed).tolist():
-            yield {"split": number, "key": store.keys[row], "error": store.error(row)}
-
-
 def _document(data: dict[str, Any]) -> str:
     """The template with style, script and data in it, and a policy that allows nothing else."""
+
+    def source(text: str) -> str:
+        return f"sha256-{encoded(hashlib.sha256(text.encode()).digest())}"
+
     folder = resources.files(__package__) / "assets"
     html, style = ((folder / name).read_text("utf-8") for name in ("page.html", "page.css"))
     script = "\n".join((folder / name).read_text("utf-8") for name in _SCRIPTS)
     policy = (
-        f"default-src 'none'; script-src '{_source(script)}'; "
-        f"style-src '{_source(style)}'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "require-trusted-types-for 'script'; trusted-types 'none'"
+        f"default-src 'none'; script-src '{source(script)}'; style-src '{source(style)}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; "
+        "trusted-types 'none'"
     )
-    return Template(html).substitute(policy=policy, style=style, script=script, data=_json(data))
-
-
-def _source(text: str) -> str:
-    """What a content security policy calls an inline text by."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-def _json(data: dict[str, Any]) -> str:
-    """JSON in ASCII that cannot end the script element it stands in, or start a comment there."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    # Names in the data must not end the script element that it is in, or start a comment there.
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Template(html).substitute(policy=policy, style=style, script=script, data=text)

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from ...dataset.label_map.label_map import TokenLabelMap
 from ...dataset.store import LabelStore
 from ...dataset.targets.token_labels import TokenLabels
-from ..patch_map import Floats, Ids
+from ..label_sets import Floats, Ids
 
 #: The student's patches, for a ViT of 224 pixels and 16 pixels a patch.
 GRID = 14
@@ -23,29 +23,29 @@ class Augmentation(NamedTuple):
     """One augmented image.
 
     Attributes:
-        picture: RGB.
+        image: RGB.
         best: int64 [GRID, GRID], the class of each patch's target.
         probs: [GRID, GRID], its probability.
         shown: bool [GRID, GRID], False for patches that show none of the image.
-        outline: float [4, 2], its corners in the untouched image, normalised (x, y), clockwise as
-            the augmented image shows them, from the top left.
+        outline: float [4, 2], its corners in the source image, normalised (x, y), clockwise as the
+            augmented image shows them, from the top left.
         mirrored: whether it was flipped.
-        share: fraction of the image that the outline encloses.
+        fraction: of the source image's area, enclosed by the outline.
         angle: degrees by which its content was turned, counter-clockwise.
     """
 
-    picture: Image.Image
+    image: Image.Image
     best: Ids
     probs: Floats
     shown: npt.NDArray[np.bool_]
     outline: Floats
     mirrored: bool
-    share: float
+    fraction: float
     angle: float
 
 
 def augmentations(
-    picture: Image.Image, store: LabelStore, key: str, count: int = 3, seed: int = 0
+    image: Image.Image, store: LabelStore, key: str, count: int = 3, seed: int = 0
 ) -> list[Augmentation]:
     """Crops, flips and turns of an image, through the transforms that training uses."""
     pipeline = v2.Compose(
@@ -55,51 +55,46 @@ def augmentations(
             v2.RandomRotation(25, interpolation=v2.InterpolationMode.BILINEAR, fill=128),
         ]
     )
-    label_map = store.leaf(store.row(key), (picture.height, picture.width))
+    label_map = store.leaf(store.row(key), (image.height, image.width))
     found = []
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's random numbers as they are
         torch.manual_seed(seed)
         for _ in range(count):
-            moved, moved_map = pipeline(picture, label_map)
-            targets = TokenLabels.collate([moved_map]).sparse(GRID, 1)
+            augmented, augmented_map = pipeline(image, label_map)
+            targets = TokenLabels.collate([augmented_map]).sparse(GRID, 1)
             best, probs, weight = (
                 part.reshape(GRID, GRID).numpy()
                 for part in (targets.classes, targets.probs, targets.weight)
             )
-            outline = _outline(moved_map)
-            mirrored = moved_map.path.is_mirrored
+            outline, mirrored = outline_of(augmented_map), augmented_map.path.is_mirrored
+            x, y = outline.T
+            area = 0.5 * abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))))
             found.append(
                 Augmentation(
-                    picture=moved,
+                    image=augmented,
                     best=best.astype(np.int64),
                     probs=probs,
                     shown=weight > 0,
                     outline=outline,
                     mirrored=mirrored,
-                    share=_area(outline),
-                    angle=_angle(outline, mirrored),
+                    fraction=area,
+                    angle=angle_of(outline, mirrored),
                 )
             )
     return found
 
 
-def _outline(label_map: TokenLabelMap) -> Floats:
-    """Where the corners of the augmented image's content lie in the source, [4, 2]."""
+def outline_of(label_map: TokenLabelMap) -> Floats:
+    """Where the corners of the augmented image's content lie in the source, normalised [4, 2]."""
     height, width = label_map.canvas_size
-    x = np.array([0.0, width, width, 0.0])
-    y = np.array([0.0, 0.0, height, height])
-    path = label_map.path
-    at_x, at_y, _ = path(x, y)
-    return np.stack([at_x, at_y], -1)
+    x, y, _ = label_map.path(
+        np.array([0.0, width, width, 0.0]), np.array([0.0, 0.0, height, height])
+    )
+    return np.stack([x, y], -1)
 
 
-def _area(corners: Floats) -> float:
-    x, y = corners.T
-    return 0.5 * abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))))
-
-
-def _angle(corners: Floats, mirrored: bool) -> float:
+def angle_of(outline: Floats, mirrored: bool) -> float:
     """Degrees counter-clockwise; from x alone, which a stretched crop scales as a whole."""
-    right, down = corners[1, 0] - corners[0, 0], corners[3, 0] - corners[0, 0]
+    right, down = outline[1, 0] - outline[0, 0], outline[3, 0] - outline[0, 0]
     sign = -1 if mirrored else 1
     return math.degrees(math.atan2(-sign * down, sign * right))

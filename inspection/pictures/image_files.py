@@ -18,7 +18,7 @@ from ...errors import ConfigError, ImageError, StorageError
 _REMEDY = "Remedy: name the folder that was annotated, DATA/SPLIT or DATA, with --images"
 
 
-class PictureFiles:
+class ImageFiles:
     """The images of a label set, by key.
 
     Args:

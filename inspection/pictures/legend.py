@@ -1,12 +1,11 @@
 """Parts of a sheet: the legend, the colour bar, numbered badges."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from PIL import ImageDraw
 
-from ..names import ClassNames
-from .map_facts import OTHER, LegendEntry, rgb, viridis
+from ..label_sets import ClassNames
+from .map_facts import OTHER, LegendEntry, viridis
 from .overlay import INK, font, shortened
 
 SMALL = 19
@@ -16,16 +15,8 @@ LINE = 34
 
 def draw_badge(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, colour: str) -> None:
     """A disc with a number, its centre at `at`."""
-    draw.ellipse((at[0] - 15, at[1] - 15, at[0] + 15, at[1] + 15), rgb(colour), (0, 0, 0), 2)
+    draw.ellipse((at[0] - 15, at[1] - 15, at[0] + 15, at[1] + 15), colour, (0, 0, 0), 2)
     draw.text(at, text, (0, 0, 0), font(SMALL), anchor="mm")
-
-
-class _Item(NamedTuple):
-    """A line of the legend."""
-
-    letter: str
-    colour: str
-    text: str
 
 
 def draw_legend(
@@ -46,45 +37,38 @@ def draw_legend(
         at: (x, y) of the top left corner.
         column: distance of the columns in pixels.
     """
-    items = [
-        _Item(
-            entry.letter,
-            entry.colour,
-            f"{names[entry.class_id]}: {_patches(entry.patches)}, mean {_chance(entry.mean)}",
-        )
-        for entry in entries
-    ]
+
+    def patches(count: int) -> str:
+        return f"{count} patch{'' if count == 1 else 'es'}"
+
+    items = []
+    for entry in entries:
+        mean = f"{entry.mean:.2f}" if entry.mean >= 0.005 else "below 0.01"
+        text = f"{names[entry.class_id]}: {patches(entry.patches)}, mean {mean}"
+        items.append((entry.letter, entry.colour, text))
     others = cells - sum(entry.patches for entry in entries)
-    note = f"other classes: {_patches(others)}" if others else "no other classes"
-    items.append(_Item("·", OTHER, f"{note}   (A: 0.5 or more, a: less)"))
+    note = f"other classes: {patches(others)}" if others else "no other classes"
+    items.append(("·", OTHER, f"{note}   (A: 0.5 or more, a: less)"))
     rows = -(-len(items) // 2)
-    for number, item in enumerate(items):
+    for number, (letter, colour, text) in enumerate(items):
         left = at[0] + number // rows * column
         y = at[1] + number % rows * LINE
-        draw.rectangle((left, y, left + 34, y + 26), rgb(item.colour), INK)
+        draw.rectangle((left, y, left + 34, y + 26), colour, INK)
         draw.text(
             (left + 17, y + 13),
-            item.letter,
+            letter,
             "white",
             font(SMALL),
             anchor="mm",
             stroke_width=2,
             stroke_fill="black",
         )
-        text = shortened(item.text, SMALL, column - 74)
+        text = shortened(text, SMALL, column - 74)
         draw.text((left + 46, y + 13), text, INK, font(SMALL), anchor="lm")
 
 
-def _chance(value: float) -> str:
-    return f"{value:.2f}" if value >= 0.005 else "below 0.01"
-
-
-def _patches(count: int) -> str:
-    return f"{count} patch{'' if count == 1 else 'es'}"
-
-
 def draw_colour_bar(draw: ImageDraw.ImageDraw, left: int, top: int, width: int) -> None:
-    """What the colours of the mass map stand for."""
+    """The scale of the mass map's colours."""
     last = width - 1
     for x in range(width):
         draw.line((left + x, top, left + x, top + 22), viridis(x / last))

@@ -1,4 +1,4 @@
-"""Files that a user names for output: whole or not there, and errors that say which file."""
+"""Output files that a user names: written atomically, with errors that name the file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from ...errors import OutputError
 
 @contextmanager
 def output_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, which replaces `path` unless an error comes out.
+    """Yield a temporary path, which replaces `path` unless an error is raised.
 
     Raises:
         OutputError: the file cannot be written.
@@ -21,5 +21,5 @@ def output_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(
             f"cannot write {path}: {error.strerror or error}. Remedy: name a file in a folder that "
-            "is there, can be written and has room"
+            "exists, is writable and has space"
         ) from error

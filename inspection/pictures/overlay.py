@@ -1,4 +1,4 @@
-"""Draw what a map says over its image."""
+"""A map drawn over its image."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -7,47 +7,36 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from ..patch_map import Floats, Ids
-from .map_facts import OTHER, LegendEntry, letters_of, rgb, viridis
+from ...dataset.label_map.path import Box
+from ..label_sets import Floats, Ids
+from .map_facts import OTHER, LegendEntry, letters_of, viridis
 
 INK = (20, 20, 20)
-_ALPHA = 0.5
+_FONT = "DejaVuSans.ttf"
 _SMALLEST_LETTERED = 8  # pixels a cell
 
-Box = tuple[float, float, float, float]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @cache
 def font(size: int) -> Font:
-    """DejaVu Sans where it is installed, for its many scripts; else what Pillow brings along."""
+    """DejaVu Sans where it is installed, for its many scripts; else Pillow's own."""
     try:
-        return ImageFont.truetype("DejaVuSans.ttf", size)
+        return ImageFont.truetype(_FONT, size)
     except OSError:
         return ImageFont.load_default(size)
 
 
-@cache
-def _writes_ascii_only() -> bool:
-    """Whether there is only Pillow's own font, which shows boxes for all other letters."""
-    try:
-        ImageFont.truetype("DejaVuSans.ttf", 10)
-    except OSError:
-        return True
-    return False
+def shortened(text: str, size: int, width: float) -> str:
+    """The text without its middle if it would be wider than `width` pixels.
 
-
-def printable(text: str) -> str:
-    """The text with a backslash escape for each character that would not show, or not in place."""
-    ascii_only = _writes_ascii_only()
-    return "".join(
+    Characters that would not show, or not where they stand, become backslash escapes.
+    """
+    # Pillow's own font shows boxes for all that is not ASCII.
+    ascii_only = not str(getattr(font(size), "path", "")).endswith(_FONT)
+    text = "".join(
         c if c.isprintable() and (c.isascii() or not ascii_only) else ascii(c)[1:-1] for c in text
     )
-
-
-def shortened(text: str, size: int, width: float) -> str:
-    """The printable text, without its middle if it would be wider than `width` pixels."""
-    text = printable(text)
     if font(size).getlength(text) <= width:
         return text
     for keep in range(min(len(text), 400) - 1, 1, -1):
@@ -58,7 +47,7 @@ def shortened(text: str, size: int, width: float) -> str:
 
 
 def class_overlay(
-    picture: Image.Image,
+    image: Image.Image,
     best: Ids,
     probs: Floats,
     entries: Sequence[LegendEntry],
@@ -68,46 +57,59 @@ def class_overlay(
     """The image under the colour and the letter of each patch's class.
 
     Args:
-        picture: RGB.
+        image: RGB.
         best: int [H, W], the class of each patch.
         probs: [H, W], its probability.
         entries: the classes that have a colour and a letter.
         extent: box (x0, y0, x1, y1) of the image, normalised, that the patches cover.
         shown: bool [H, W]; patches without a target are hatched.
     """
-    colours = {entry.class_id: rgb(entry.colour) for entry in entries}
+    colours = {entry.class_id: entry.colour for entry in entries}
     drawn = _tinted(
-        picture, best.shape, extent, lambda r, c: colours.get(int(best[r, c]), rgb(OTHER))
+        image, best.shape, extent, lambda r, c: colours.get(int(best[r, c]), OTHER), 0.5
     )
     draw = ImageDraw.Draw(drawn)
     letters = letters_of(best, probs, entries)
-    for row, column, box in _cells(best.shape, extent, picture.size):
+    for row, column, box in _cells(best.shape, extent, image.size):
+        left, top, right, bottom = box
+        side = min(right - left, bottom - top)
         if shown is not None and not shown[row, column]:
-            _hatch(drawn, box)
-        else:
-            _letter(draw, box, letters[row][column])
+            # Diagonal stripes, counted from the image's corner so that they run on across cells.
+            y, x = np.mgrid[top:bottom, left:right]
+            stripes = np.where(((x + y) % 8 < 2)[..., None], 150, 225).repeat(3, -1)
+            drawn.paste(Image.fromarray(stripes.astype(np.uint8)), box[:2])
+        elif side >= _SMALLEST_LETTERED:
+            draw.text(
+                ((left + right) / 2, (top + bottom) / 2),
+                letters[row][column],
+                (255, 255, 255),
+                font(min(max(round(side * 0.62), 8), 26)),
+                anchor="mm",
+                stroke_width=1 if side < 24 else 2,
+                stroke_fill=(0, 0, 0),
+            )
     return drawn
 
 
-def mass_overlay(picture: Image.Image, mass: Floats, extent: Box) -> Image.Image:
+def mass_overlay(image: Image.Image, mass: Floats, extent: Box) -> Image.Image:
     """The image in grey under the colour of each patch's top-k mass, [H, W]."""
-    grey = picture.convert("L").convert("RGB")
+    grey = image.convert("L").convert("RGB")  # colours of the image would look like mass
     return _tinted(grey, mass.shape, extent, lambda r, c: viridis(float(mass[r, c])), 0.75)
 
 
 def _tinted(
-    picture: Image.Image,
+    image: Image.Image,
     grid: tuple[int, ...],
     extent: Box,
-    colour: Callable[[int, int], tuple[int, int, int]],
-    alpha: float = _ALPHA,
+    colour: Callable[[int, int], str | tuple[int, int, int]],
+    alpha: float,
 ) -> Image.Image:
-    tint = picture.copy()
+    tint = image.copy()
     draw = ImageDraw.Draw(tint)
-    for row, column, box in _cells(grid, extent, picture.size):
-        if box[2] > box[0] and box[3] > box[1]:
-            draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=colour(row, column))
-    return Image.blend(picture, tint, alpha)
+    for row, column, (left, top, right, bottom) in _cells(grid, extent, image.size):
+        if right > left and bottom > top:
+            draw.rectangle((left, top, right - 1, bottom - 1), fill=colour(row, column))
+    return Image.blend(image, tint, alpha)
 
 
 def _cells(
@@ -122,25 +124,3 @@ def _cells(
         for row in range(height)
         for column in range(width)
     ]
-
-
-def _letter(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], letter: str) -> None:
-    side = min(box[2] - box[0], box[3] - box[1])
-    if side < _SMALLEST_LETTERED:
-        return
-    draw.text(
-        ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2),
-        letter,
-        (255, 255, 255),
-        font(min(max(round(side * 0.62), 8), 26)),
-        anchor="mm",
-        stroke_width=1 if side < 24 else 2,
-        stroke_fill=(0, 0, 0),
-    )
-
-
-def _hatch(picture: Image.Image, box: tuple[int, int, int, int]) -> None:
-    """Diagonal stripes; at the same places in every cell, so that they run on."""
-    y, x = np.mgrid[box[1] : box[3], box[0] : box[2]]
-    stripes = np.where(((x + y) % 8 < 2)[..., None], 150, 225).repeat(3, -1).astype(np.uint8)
-    picture.paste(Image.fromarray(stripes), box[:2])

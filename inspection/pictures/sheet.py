@@ -4,35 +4,24 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
 
-from ...dataset.format.score_map import ScoreMap
+from ...dataset.label_map.path import UNIT_BOX
 from ...dataset.store import LabelStore
-from ..names import ClassNames
-from ..patch_map import Floats, patch_map
+from ..label_sets import ClassNames, Floats, PatchMap, patch_map
 from .augmentations import GRID, Augmentation, augmentations
-from .image_files import PictureFiles
-from .legend import (
-    LINE,
-    SMALL,
-    draw_badge,
-    draw_colour_bar,
-    draw_legend,
-)
-from .map_facts import LegendEntry, legend, rgb
+from .image_files import ImageFiles
+from .legend import LINE, SMALL, draw_badge, draw_colour_bar, draw_legend
+from .map_facts import LegendEntry, legend
 from .output import output_file
-from .overlay import (
-    INK,
-    class_overlay,
-    font,
-    mass_overlay,
-    shortened,
-)
+from .overlay import INK, class_overlay, font, mass_overlay, shortened
 
 _MARGIN, _GAP, _PANEL = 32, 28, 600
 _WIDTH = 2 * _MARGIN + 3 * _PANEL + 2 * _GAP
 _TITLE, _TEXT = 30, 22
 _TILE = (_PANEL - 8) // 2
+_GREY = (90, 90, 90)
 #: Of the frames of the three augmentations; each is numbered too.
 _FRAMES = ("#E69F00", "#56B4E9", "#CC79A7")
 
@@ -55,110 +44,98 @@ def save_png(
         ImageError: the image cannot be read, or is not the annotated one.
         OutputError: the file cannot be written.
     """
-    entry = store[key]
-    picture = PictureFiles(store, images).read(key)
-    sheet = draw_sheet(store, key, entry, picture, seed)
+    patches = patch_map(store, key)
+    image = ImageFiles(store, images).read(key)
+    sheet = _draw_sheet(store, key, patches, image, augmentations(image, store, key, seed=seed))
     with output_file(path) as temporary:
         sheet.save(temporary, "PNG")
 
 
-def draw_sheet(
-    store: LabelStore, key: str, entry: ScoreMap, picture: Image.Image, seed: int = 0
+def _draw_sheet(
+    store: LabelStore,
+    key: str,
+    patches: PatchMap,
+    image: Image.Image,
+    augmented: Sequence[Augmentation],
 ) -> Image.Image:
-    """The drawing that `save_png` saves."""
-    names = ClassNames(store.classes)
-    patches = patch_map(entry)
-    best, probs = patches.classes[..., 0], patches.probs[..., 0]
+    entry, names = patches.entry, ClassNames(store.classes)
+    best, probs = patches.best, patches.probs[..., 0]
     entries = legend(best, probs)
-    augmented = augmentations(picture, store, key, seed=seed)
-    scale = _PANEL / max(picture.size)
-    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
-    shown = picture.resize(size, Image.Resampling.LANCZOS)
+    scale = _PANEL / max(image.size)
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    shown = image.resize(size, Image.Resampling.LANCZOS)
 
+    # From top to bottom: two lines of text, three panels, their legends, three pairs of tiles.
     maps = _MARGIN + 2 * _TITLE + 34
     key_top = maps + _TEXT + 14 + size[1] + 16
     tiles = key_top + max(LINE * -(-(len(entries) + 1) // 2), 2 * LINE) + 30
     sheet = Image.new("RGB", (_WIDTH, tiles + 2 * _TEXT + 18 + _TILE + _MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
-    _header(draw, store, names, key, entry)
-    panels = [
-        ("The image, and the three views below", _framed(shown, augmented)),
-        (
-            "Most probable class of each patch",
-            class_overlay(shown, best, probs, entries, entry.extent),
+    room = _WIDTH - 2 * _MARGIN
+    draw.text((_MARGIN, _MARGIN - 6), shortened(key, _TITLE, room), INK, font(_TITLE))
+    label = names[patches.label] if patches.label >= 0 else f"number {entry.label} of the folders"
+    (height, width), (pixels, lines) = store.grid, entry.size
+    facts = (
+        f"label: {label if entry.label >= 0 else 'unknown'}   |   {pixels} x {lines} pixels   |   "
+        f"teacher {store.attrs['teacher']}: {height} x {width} patches, top {store.k} of "
+        f"{store.num_classes} classes"
+    )
+    at = (_MARGIN, _MARGIN + _TITLE + 10)
+    draw.text(at, shortened(facts, _TEXT, room), _GREY, font(_TEXT))
+    panels = {
+        "The image, and the three views below": _framed(shown, augmented),
+        "Most probable class of each patch": class_overlay(
+            shown, best, probs, entries, entry.extent
         ),
-        (
-            f"Probability that the top {store.k} classes hold",
-            mass_overlay(shown, patches.mass, entry.extent),
+        f"Probability that the top {store.k} classes hold": mass_overlay(
+            shown, patches.mass, entry.extent
         ),
-    ]
-    for number, (title, panel) in enumerate(panels):
-        left = _MARGIN + number * (_PANEL + _GAP)
+    }
+    columns = [_MARGIN + number * (_PANEL + _GAP) for number in range(3)]
+    for left, (title, panel) in zip(columns, panels.items(), strict=True):
         draw.text((left, maps), title, INK, font(_TEXT))
         sheet.paste(panel, (left + (_PANEL - size[0]) // 2, maps + _TEXT + 14))
-    # Under the first two panels, and under the third.
-    draw_legend(draw, names, entries, best.size, (_MARGIN, key_top), _PANEL + _GAP)
-    draw_colour_bar(draw, _MARGIN + 2 * (_PANEL + _GAP), key_top, _PANEL)
+    draw_legend(draw, names, entries, best.size, (columns[0], key_top), _PANEL + _GAP)
+    draw_colour_bar(draw, columns[2], key_top, _PANEL)
     for number, augmentation in enumerate(augmented):
-        left = _MARGIN + number * (_PANEL + _GAP)
-        _pair(sheet, draw, (left, tiles), number, augmentation, entries)
+        _draw_pair(sheet, draw, (columns[number], tiles), number, augmentation, entries)
     return sheet
 
 
-def _header(
-    draw: ImageDraw.ImageDraw, store: LabelStore, names: ClassNames, key: str, entry: ScoreMap
-) -> None:
-    draw.text(
-        (_MARGIN, _MARGIN - 6), shortened(key, _TITLE, _WIDTH - 2 * _MARGIN), INK, font(_TITLE)
-    )
-    label = "unknown"
-    if entry.label >= 0:
-        known = store.attrs.get("label_space") == "teacher"
-        label = names[entry.label] if known else f"number {entry.label} of the folders"
-    (height, width), (pixels, lines) = store.grid, entry.size
-    facts = (
-        f"label: {label}   |   {pixels} x {lines} pixels   |   teacher {store.attrs['teacher']}: "
-        f"{height} x {width} patches, top {store.k} of {store.num_classes} classes"
-    )
-    place = (_MARGIN, _MARGIN + _TITLE + 10)
-    draw.text(place, shortened(facts, _TEXT, _WIDTH - 2 * _MARGIN), (90, 90, 90), font(_TEXT))
-
-
-def _framed(picture: Image.Image, augmented: Sequence[Augmentation]) -> Image.Image:
+def _framed(image: Image.Image, augmented: Sequence[Augmentation]) -> Image.Image:
     """The image with the outline and the number of each augmentation."""
-    drawn = picture.copy()
+    drawn = image.copy()
     draw = ImageDraw.Draw(drawn)
-    outlines = [augmentation.outline * picture.size for augmentation in augmented]
+    outlines = [augmentation.outline * image.size for augmentation in augmented]
     for outline, colour in zip(outlines, _FRAMES, strict=False):
         points = [tuple(point) for point in outline.tolist()]
-        for width, ink in ((7, (0, 0, 0)), (4, rgb(colour))):
+        for width, ink in ((7, "black"), (4, colour)):
             draw.line([*points, *points[:2]], ink, width, joint="curve")
     taken: list[tuple[float, float]] = []
     for number, (outline, colour) in enumerate(zip(outlines, _FRAMES, strict=False)):
-        taken.append(_free_place(outline, picture.size, taken))
+        taken.append(_free_corner(outline, image.size, taken))
         draw_badge(draw, taken[-1], str(number + 1), colour)
     return drawn
 
 
-def _free_place(
+def _free_corner(
     outline: Floats, size: tuple[int, int], taken: Sequence[tuple[float, float]]
 ) -> tuple[float, float]:
     """Where to number a frame: at the corner that the augmented image shows at its top left.
 
     Farther along the frame's upper side where other numbers are in the way.
     """
-    place = (0.0, 0.0)
-    for share in (0.0, 0.2, 0.4, 0.6, 0.8):
-        corner = outline[0] + share * (outline[1] - outline[0])
-        point = (corner * 0.9 + outline.mean(0) * 0.1).tolist()
-        x, y = (min(max(at, 18), side - 18) for at, side in zip(point, size, strict=True))
-        place = (x, y)
-        if all(math.dist(place, other) > 34 for other in taken):
-            break
-    return place
+    spots = []
+    for step in (0.0, 0.2, 0.4, 0.6, 0.8):
+        corner = outline[0] + step * (outline[1] - outline[0])
+        point = corner * 0.9 + outline.mean(0) * 0.1
+        x, y = np.clip(point, 18, np.maximum(np.array(size) - 18, 18)).tolist()
+        spots.append((x, y))
+    free = (spot for spot in spots if all(math.dist(spot, other) > 34 for other in taken))
+    return next(free, spots[-1])
 
 
-def _pair(
+def _draw_pair(
     sheet: Image.Image,
     draw: ImageDraw.ImageDraw,
     at: tuple[int, int],
@@ -169,20 +146,18 @@ def _pair(
     """An augmented image beside its targets."""
     left, top = at
     draw_badge(draw, (left + 15, top + 13), str(number + 1), _FRAMES[number])
-    side = "left" if augmentation.angle >= 0 else "right"
     mirrored = ", mirrored" if augmentation.mirrored else ""
     title = (
-        f"crop of {augmentation.share:.0%}{mirrored}, turned {abs(augmentation.angle):.0f} degrees "
+        f"crop of {augmentation.fraction:.0%}{mirrored}, turned "
+        f"{abs(augmentation.angle):.0f} degrees {'left' if augmentation.angle >= 0 else 'right'}"
     )
-    draw.text((left + 42, top), title + side, INK, font(_TEXT))
+    draw.text((left + 42, top), title, INK, font(_TEXT))
     top += _TEXT + 14
-    tile = augmentation.picture.resize((_TILE, _TILE), Image.Resampling.LANCZOS)
-    sheet.paste(tile, (left, top))
-    whole = (0.0, 0.0, 1.0, 1.0)
+    tile = augmentation.image.resize((_TILE, _TILE), Image.Resampling.LANCZOS)
     targets = class_overlay(
-        tile, augmentation.best, augmentation.probs, entries, whole, augmentation.shown
+        tile, augmentation.best, augmentation.probs, entries, UNIT_BOX, augmentation.shown
     )
-    sheet.paste(targets, (left + _PANEL - _TILE, top))
-    draw.text((left, top + _TILE + 8), "augmented", (90, 90, 90), font(SMALL))
-    text = f"its targets, {GRID} x {GRID}"
-    draw.text((left + _PANEL - _TILE, top + _TILE + 8), text, (90, 90, 90), font(SMALL))
+    texts = ("augmented", f"its targets, {GRID} x {GRID}")
+    for x, drawn, text in zip((left, left + _PANEL - _TILE), (tile, targets), texts, strict=True):
+        sheet.paste(drawn, (x, top))
+        draw.text((x, top + _TILE + 8), text, _GREY, font(SMALL))

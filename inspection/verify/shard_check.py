@@ -64,10 +64,15 @@ def check_alone(path: Path, *others: object) -> list[Fault]:
         done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=True)
         return [Fault(*fault) for fault in json.loads(done.stdout)]
     except subprocess.TimeoutExpired:
-        return [Fault(path.name, f"HDF5 does not read it within {_SECONDS} s")]
+        text = f"it was not checked within {_SECONDS} s: HDF5 hangs on it, or the storage is slow"
+        return [Fault(path.name, text, redone_by_annotate=False)]
     except subprocess.CalledProcessError as error:
         if error.returncode > 0:
-            raise JobError(f"{path} was not checked: {error.stderr.decode()}") from error
+            last = error.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            raise JobError(
+                f"the process that checks {path} failed: {last}. Remedy: check the installation, "
+                "and whether memory and disk have room"
+            ) from error
         # Whoever kills may have done so for want of memory, which is no reason to delete the shard.
         text = f"HDF5 cannot read it: signal {-error.returncode} ended the process"
         redone = error.returncode != -signal.SIGKILL
@@ -243,9 +248,8 @@ def _hdf5_faults(shard: Shard) -> Iterator[Fault]:
                 dtype, tail = planes[part] if column is None else (column.dtype, COLUMNS[part][1])
                 if (dataset.dtype, dataset.shape) != (dtype, (shard.rows, *tail)):
                     raise ValueError(f"{part} is {dataset.dtype} {dataset.shape}")
-                step = _BLOCK if part in planes else shard.rows
-                for start in range(0, shard.rows, step):
-                    digest.update(part, dataset[start : start + step])
+                for start in range(0, shard.rows, _BLOCK):
+                    digest.update(part, dataset[start : start + _BLOCK])
         if (found := digest.hexdigest()) != (want := shard.attrs["sha256"]):
             yield Fault(name, f"HDF5 reads arrays with the sha256 {found}, not {want}")
     except Exception as error:  # nearly anything

@@ -3,20 +3,17 @@
 import hashlib
 import json
 import logging
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ...dataset.format.directory import StoredFile
 from ...dataset.format.files import sync_folder
-from ...dataset.format.index import FORMAT, VERSION, write_index
 from ...dataset.format.index import NAME as INDEX
+from ...dataset.format.index import load_index
 from ...dataset.format.manifest import NAME as MANIFEST
 from ...dataset.format.manifest import Manifest, open_manifest
 from ...dataset.format.shard import Shard, parse_shard_name, shard_name
@@ -167,42 +164,35 @@ def _compare_shards(paths: Sequence[Path], result: SplitCheck) -> list[Shard]:
     bad, opened, good = {fault.file for fault in result.faults}, [], []
     for path in paths:
         with suppress(FormatError, OSError), Shard(path) as shard:  # else among the faults already
-            opened.append(shard)
+            ends = slice(None, None, shard.rows - 1 or 1)
+            opened.append((shard, [] if path.name in bad else shard.texts("key")[ends]))
             result.rows += shard.rows
             result.nbytes += shard.end
-            if path.name not in bad:
-                keys = shard.texts("key")
-                good.append((shard, keys[0], keys[-1]))
-    run = _most(shard.attrs["fingerprint"] for shard in opened)
-    for shard in opened:
+    runs = Counter(shard.attrs["fingerprint"] for shard, _ in opened)
+    run = max(runs, key=runs.__getitem__, default="")
+    before = {-1: (0, "")}
+    for shard, keys in opened:
+        number, row, texts = shard.attrs["shard"], shard.attrs["first_row"], []
         if (found := shard.attrs["fingerprint"]) != run:
-            text = f"it is of another run: its fingerprint is {found}, most shards have {run}"
-            result.faults.append(Fault(shard.path.name, text))
-    places = {path.name: parse_shard_name(path.name) or (0, 0) for path in paths}
-    total = _most(shards for _, shards in places.values())
-    for name, (_, found) in places.items():
-        if found != total:
-            text = f"it is of a split of {found} shards, most here are of one of {total}"
-            result.faults.append(Fault(name, text))
-    result.missing = sorted({shard_name(number, total) for number in range(total)} - places.keys())
-    good = [entry for entry in good if entry[0].attrs["fingerprint"] == run]
-    for (one, _, last), (two, key, _) in pairwise(good):
-        if two.attrs["shard"] != one.attrs["shard"] + 1:
-            continue
-        end, start = one.attrs["first_row"] + one.rows, two.attrs["first_row"]
-        if start != end:
-            text = f"it must begin at row {end}, where {one.path.name} ends; it begins at {start}"
-            result.faults.append(Fault(two.path.name, text))
-        if key.encode() <= last.encode():
-            text = f"keys must ascend; {one.path.name} ends with {last!r}"
-            result.faults.append(Fault(two.path.name, text, 0, key))
-    return [shard for shard, *_ in good]
-
-
-def _most(values: Iterable[Any]) -> Any:
-    """The most frequent value, of equally frequent ones the first; 0 without any."""
-    counts = Counter(values).most_common(1)
-    return counts[0][0] if counts else 0
+            texts = [f"it is of another run: its fingerprint is {found}, most shards have {run}"]
+        elif keys:
+            end, last = before.get(number - 1, (row, ""))
+            before[number] = row + shard.rows, keys[-1]
+            good.append(shard)
+            if row != end:
+                texts = [f"it must begin at row {end}, where the last shard ends, not at {row}"]
+            if keys[0].encode() <= last.encode():
+                texts.append(f"keys must ascend: {keys[0]!r} comes after {last!r}")
+            if shard.layout != good[0].layout:
+                texts.append(f"its layout must be {good[0].layout}, it is {shard.layout}")
+        result.faults += [Fault(shard.path.name, text) for text in texts]
+    totals = Counter(int(path.stem.rpartition("-")[2]) for path in paths)
+    total = max(totals, key=totals.__getitem__, default=0)
+    expected, there = {shard_name(n, total) for n in range(total)}, {path.name for path in paths}
+    result.missing = sorted(expected - there)
+    for name in sorted(there - expected):
+        result.faults.append(Fault(name, f"most shards here are of a split of {total} shards"))
+    return good
 
 
 def _compare_manifest(manifest: Manifest, settings: dict[str, Any], result: SplitCheck) -> None:
@@ -218,7 +208,7 @@ def _compare_manifest(manifest: Manifest, settings: dict[str, Any], result: Spli
         result.faults.append(Fault(MANIFEST, text))
 
 
-def _compare_index(path: Path, shards: Sequence[Path], sha256: str, result: SplitCheck) -> None:
+def _compare_index(path: Path, shards: list[Path], sha256: str, result: SplitCheck) -> None:
     if not path.exists():
         result.notes.append(f"there is no {INDEX}: it is built when it is needed")
     elif result.missing or any(map(parse_shard_name, result.bad_files)):
@@ -230,30 +220,19 @@ def _compare_index(path: Path, shards: Sequence[Path], sha256: str, result: Spli
             result.notes.append(f"{INDEX} was not compared with the shards: {error}")
 
 
-def index_faults(path: Path, shards: Sequence[Path]) -> Iterator[Fault]:
-    """How an index differs, by content, from one that is built from the shards now.
+def index_faults(path: Path, shards: list[Path]) -> Iterator[Fault]:
+    """How an index is damaged, or which shard differs from it.
 
     Raises:
         NewerVersionError: a later release wrote it.
-        OSError: the new index cannot be written to the temporary folder.
     """
     try:
-        with (
-            tempfile.TemporaryDirectory(prefix="tokenlabel-") as folder,
-            StoredFile(path, FORMAT, VERSION, "") as old,
-        ):
-            old.check_bytes()
-            fresh = Path(folder) / INDEX
-            write_index(fresh, list(shards))
-            with StoredFile(fresh, FORMAT, VERSION, "") as new:
-                parts = ["attributes"] if old.attrs != new.attrs else []
-                # CRCs stand for the values: all bytes were just compared with theirs.
-                for name, column in new.columns.items():
-                    found = old.columns.get(name)
-                    if found is None or found._replace(offset=column.offset) != column:
-                        parts.append(name)
-        if parts:
-            yield Fault(path.name, f"stale: other {', '.join(parts)} than in the shards")
+        index = load_index(path, shards)
+        index.file.check_bytes()
+        for number, shard_path in enumerate(shards):
+            with Shard(shard_path) as shard:
+                if not index.fits(shard, number):
+                    yield Fault(path.name, f"stale: it differs from {shard_path.name}")
     except NewerVersionError:
         raise
     except FormatError as error:

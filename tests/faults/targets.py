@@ -11,7 +11,7 @@ import numpy as np
 from tests.faults.attacks import ATTACKS, attack
 from tests.maps import attrs, random_rows, write_split
 from tokenlabel.annotate.classes import build_manifest
-from tokenlabel.dataset.format.index import NAME, _load, build_index, find_shards
+from tokenlabel.dataset.format.index import NAME, build_index, find_shards, load_index
 from tokenlabel.dataset.format.manifest import open_manifest
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import COLUMNS, Shard, shard_name, write_shard
@@ -129,7 +129,7 @@ def _shard(path: Path) -> dict[str, Any]:
 
 def _index(path: Path) -> dict[str, Any]:
     shards = find_shards(path.parent)
-    index = _load(path, shards)
+    index = load_index(path, shards)
     parts: dict[str, Any] = {"keys": list(index.keys)}
     for number, shard in enumerate(shards):
         with Shard(shard) as opened:

@@ -28,7 +28,7 @@ function drawn(tag, attributes, ...children) {
 for (const split of data.splits) {
   const names = split.classes.map(([, name]) => name);
   // ImageNet has two cranes: a name that occurs twice gets its number.
-  const twice = new Set(names.filter((name, place) => names.indexOf(name) !== place));
+  const twice = new Set(names.filter((name, index) => names.indexOf(name) !== index));
   split.names = split.classes.map(([id, name]) => (twice.has(name) ? `${name} (${id})` : name));
 }
 
@@ -39,7 +39,8 @@ function numbers(text) {
   return Uint16Array.from({ length: bytes.length / 2 }, (_, i) => view.getUint16(2 * i, true));
 }
 
-/** The map of an image: classes on top of patch i, best first, as [[place, probability], …]. */
+/** The map of an image: classes on top of patch i, best first, as [[index, probability], …].
+ * Indices are into the names of its split. */
 function mapOf(image) {
   if (image.map) return image.map;
   const { listed } = data.splits[image.split];
@@ -62,6 +63,6 @@ for (const image of data.images) {
   const split = data.splits[image.split];
   image.id = `${split.name}/${image.key}`;
   image.labelName = image.label >= 0 ? split.names[image.label] : "";
-  const seen = [image.seen, ...image.legend].map((place) => split.names[place]);
+  const seen = [image.seen, ...image.legend].map((index) => split.names[index]);
   image.words = [image.id, image.labelName, ...seen].join("\n").toLowerCase();
 }

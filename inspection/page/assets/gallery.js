@@ -25,8 +25,8 @@ function cardOf(image) {
     const kind = wrong ? "warn" : "numbers";
     text.append(make("p", { className: kind, title: seen }, `seen as ${seen}`));
   }
-  const picture = make("img", { src: image.picture, alt: "", decoding: "async", loading: "lazy" });
-  const link = make("a", { className: "card", href: hashOf(image), tabIndex: -1 }, picture, text);
+  const thumbnail = make("img", { src: image.src, alt: "", decoding: "async", loading: "lazy" });
+  const link = make("a", { className: "card", href: hashOf(image), tabIndex: -1 }, thumbnail, text);
   links.set(image, link);
   return make("li", {}, link);
 }

@@ -1,6 +1,6 @@
 // What the viewer shows of the patches, and at which size.
 
-/** Colours of the cells, as the controls say. */
+/** Colour the cells as the controls are set. */
 function paint() {
   if (!open) return;
   const kind = document.querySelector("input[name=overlay]:checked").value;
@@ -10,16 +10,16 @@ function paint() {
   grid.classList.toggle("lit", lit);
   grid.style.setProperty("--opacity", kind === "none" ? 0 : $("opacity").value / 100);
   Array.from(cells()).forEach((cell, patch) => {
-    const place = map.top(patch);
+    const index = map.top(patch);
     const [fill, letter] = cell.children;
-    fill.style.background = kind === "mass" ? shade(map.mass[patch]) : colourOf(open, place);
+    fill.style.background = kind === "mass" ? shade(map.mass[patch]) : colourOf(open, index);
     letter.hidden = kind !== "classes" && !lit;
-    cell.classList.toggle("match", place === highlighted);
+    cell.classList.toggle("match", index === highlighted);
   });
   $("frame").classList.toggle("grey", kind === "mass" && !lit);
   $("scale").hidden = kind !== "mass";
   for (const button of $("legend").querySelectorAll("button")) {
-    button.setAttribute("aria-pressed", String(Number(button.dataset.place) === highlighted));
+    button.setAttribute("aria-pressed", String(Number(button.dataset.index) === highlighted));
   }
 }
 
@@ -56,14 +56,14 @@ function goTo(patch, focus = false) {
     `Patch in row ${Math.floor(patch / width) + 1}, column ${(patch % width) + 1}`;
   const map = mapOf(open);
   const best = map.patch(patch);
-  const lines = best.map(([place, chance]) => {
+  const lines = best.map(([index, chance]) => {
     const bar = make("i");
     bar.style.width = `${100 * chance}%`;
     return make(
       "li",
-      { className: place === open.label ? "truth" : "" },
+      { className: index === open.label ? "truth" : "" },
       bar,
-      make("span", {}, split.names[place]),
+      make("span", {}, split.names[index]),
       make("span", { className: "amount" }, percent(chance)),
     );
   });

@@ -8,7 +8,7 @@ function step(distance) {
   showImage(order[next]);
 }
 
-/** Show what the address says: an image, or the gallery. */
+/** Show what the address names: an image, or the gallery. */
 function route() {
   let id = "";
   try {

@@ -18,7 +18,7 @@ function histogram(title, values, highest, format) {
     counts[Math.min(bins - 1, Math.floor((value / highest) * bins))] += 1;
   }
   const sorted = [...values].sort((a, b) => a - b);
-  const at = (share) => sorted[Math.round(share * (sorted.length - 1))];
+  const at = (fraction) => sorted[Math.round(fraction * (sorted.length - 1))];
   const text =
     `Median ${format(at(0.5))}; 10% of the images are at or below ${format(at(0.1))}, ` +
     `10% at or above ${format(at(0.9))}.`;
@@ -28,15 +28,15 @@ function histogram(title, values, highest, format) {
     const x = 2 + (bin * (width - 4)) / bins;
     return drawn("rect", { x, y: height - size, width: (width - 4) / bins - 2, height: size });
   });
-  const labels = [0, 0.5, 1].map((share) =>
+  const labels = [0, 0.5, 1].map((fraction) =>
     drawn(
       "text",
       {
-        x: 2 + share * (width - 4),
+        x: 2 + fraction * (width - 4),
         y: height + 18,
-        "text-anchor": ["start", "middle", "end"][2 * share],
+        "text-anchor": ["start", "middle", "end"][2 * fraction],
       },
-      format(share * highest),
+      format(fraction * highest),
     ),
   );
   const axis = drawn("line", { x1: 0, x2: width, y1: height, y2: height });

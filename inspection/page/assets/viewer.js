@@ -2,28 +2,28 @@
 
 const viewer = $("viewer");
 let open = null; // the image in the viewer
-let here = 0; // its patch in hand
-let highlighted = null; // place of the class whose patches stand out
+let here = 0; // its current patch
+let highlighted = null; // index of the class whose patches stand out
 
-function colourOf(image, place) {
-  const number = image.legend.indexOf(place);
+function colourOf(image, index) {
+  const number = image.legend.indexOf(index);
   return number < 0 ? data.other : data.colours[number];
 }
 
-function letterOf(image, place, chance) {
-  const number = image.legend.indexOf(place);
+function letterOf(image, index, chance) {
+  const number = image.legend.indexOf(index);
   if (number < 0) return "·";
   return chance >= 0.5 ? data.letters[number] : data.letters[number].toLowerCase();
 }
 
 /** Viridis, as CSS. */
 function shade(value) {
-  const place = Math.min(Math.max(value, 0), 1) * (data.viridis.length - 1);
-  const low = Math.min(Math.floor(place), data.viridis.length - 2);
+  const position = Math.min(Math.max(value, 0), 1) * (data.viridis.length - 1);
+  const low = Math.min(Math.floor(position), data.viridis.length - 2);
   const channel = (colour, i) => parseInt(colour.slice(1 + 2 * i, 3 + 2 * i), 16);
   const mixed = [0, 1, 2].map((i) => {
     const [a, b] = [channel(data.viridis[low], i), channel(data.viridis[low + 1], i)];
-    return Math.round(a + (b - a) * (place - low));
+    return Math.round(a + (b - a) * (position - low));
   });
   return `rgb(${mixed.join(",")})`;
 }
@@ -34,8 +34,8 @@ function showImage(image) {
   highlighted = null;
   $("title").textContent = image.key;
   $("title").title = image.id;
-  $("picture").src = image.picture;
-  $("picture").alt = image.labelName ? `Image labelled ${image.labelName}` : "Image";
+  $("image").src = image.src;
+  $("image").alt = image.labelName ? `Image labelled ${image.labelName}` : "Image";
   $("patch").style.minHeight = `${1.6 * (split.listed + 1)}em`; // nothing below it jumps
   document.title = `${image.key} – label maps`;
   buildGrid(image, split);
@@ -66,7 +66,7 @@ function buildGrid(image, split) {
     for (let column = 0; column < width; column += 1) {
       const patch = row * width + column;
       const best = map.patch(patch).slice(0, 3);
-      const words = best.map(([place, chance]) => `${split.names[place]} ${percent(chance)}`);
+      const words = best.map(([index, chance]) => `${split.names[index]} ${percent(chance)}`);
       const cell = make("div", {
         className: "cell",
         role: "gridcell",
@@ -94,23 +94,23 @@ function buildLegend(image, split) {
     return box;
   };
   const patches = (count) => make("span", { className: "amount" }, `${count} patch${count === 1 ? "" : "es"}`);
-  const lines = image.legend.map((place, number) => {
-    const name = split.names[place] + (place === image.label ? " (the label)" : "");
+  const lines = image.legend.map((index, number) => {
+    const name = split.names[index] + (index === image.label ? " (the label)" : "");
     const button = make(
       "button",
       { type: "button", "aria-pressed": "false", title: "Highlight its patches" },
       swatch(data.colours[number], data.letters[number]),
       make("span", {}, name),
-      patches(counts.get(place)),
+      patches(counts.get(index)),
     );
     button.addEventListener("click", () => {
-      highlighted = highlighted === place ? null : place;
+      highlighted = highlighted === index ? null : index;
       paint();
     });
-    button.dataset.place = place;
+    button.dataset.index = index;
     return make("li", {}, button);
   });
-  const named = image.legend.reduce((sum, place) => sum + counts.get(place), 0);
+  const named = image.legend.reduce((sum, index) => sum + counts.get(index), 0);
   if (named < map.mass.length) {
     const line = [swatch(data.other, "·"), make("span", {}, `${counts.size - image.legend.length} other classes`)];
     lines.push(make("li", {}, make("span", {}, ...line, patches(map.mass.length - named))));

@@ -1,4 +1,4 @@
-"""Label sets of images that the tests paint themselves, with maps that say what is painted."""
+"""Label sets of images that the tests paint themselves, and the commands that inspect them."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from click.testing import CliRunner
 from PIL import Image
 
 from tests.maps import attrs
 from tokenlabel.annotate.images import file_digest
+from tokenlabel.cli import main
 from tokenlabel.dataset import LabelStore
 from tokenlabel.dataset.format import manifest
 from tokenlabel.dataset.format.new_file import create, encode_texts
@@ -44,18 +46,18 @@ def painted_map() -> np.ndarray:
 def write_store(
     root: Path,
     images: Path,
-    pictures: Mapping[str, bytes],
+    files: Mapping[str, bytes],
     label: int = 7,
     best: float = 0.7,
     **more: Any,
 ) -> LabelStore:
-    """Write images below `images` and their label set to `root`; all maps are `painted_map`.
+    """Write image files below `images` and their label set to `root`; all maps are `painted_map`.
 
     The top class of each patch has probability 0.7, the second 0.2; the other 48 share the rest.
     `best` replaces the top class's in the first patch of the first image.
     """
     layout = MapLayout(("identity",), GRID, 2, 50, residual=0, step=0, level=False)
-    keys = sorted(pictures)
+    keys = sorted(files)
     count = len(keys)
     top = np.broadcast_to(painted_map(), (count, 1, *GRID))
     probs = np.broadcast_to(np.reshape([0.7, 0.2], (1, 1, 2, 1, 1)), (count, 1, 2, *GRID)).copy()
@@ -68,13 +70,13 @@ def write_store(
     for key in keys:
         path = images / key
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pictures[key])
-        with Image.open(path) as picture:
-            sizes.append(picture.size)
+        path.write_bytes(files[key])
+        with Image.open(path) as image:
+            sizes.append(image.size)
     root.mkdir(parents=True, exist_ok=True)
     header = attrs(0, 1, 0, **{"label_space": "teacher", **more})
     with write_shard(root / shard_name(0, 1), layout, keys, [label] * count, header) as writer:
-        digests = np.array([file_digest(pictures[key]) for key in keys], "u8")
+        digests = np.array([file_digest(files[key]) for key in keys], "u8")
         writer.append(maps, np.array(sizes), digests, [""] * count)
     return LabelStore(root)
 
@@ -83,3 +85,11 @@ def write_class_names(root: Path, names: Sequence[str]) -> None:
     """Give a label set the names of its classes, where `annotate` puts them."""
     with create(root / manifest.NAME, manifest.FORMAT, manifest.VERSION, {}) as file:
         file.add("class_names", encode_texts(names))
+
+
+def invoke(*command: object, code: int = 0) -> str:
+    """Output of a command of the CLI, which must end with this status and without traceback."""
+    result = CliRunner().invoke(main, [str(word) for word in command])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.output
