@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 import ray
 import torch
+from common import ratio, sample_config
 from torch.utils.data import DataLoader, Dataset
 
 from tokenlabel.annotate import AnnotateConfig, annotate
@@ -92,7 +93,10 @@ def measure_time(options: argparse.Namespace, data: Path) -> None:
     layout = config.layout(teacher.grid, teacher.num_classes)
 
     def one(batch: DecodedBatch) -> TeacherOutput:
-        return teacher.annotate(batch.images, layout, config.floor)
+        output = teacher.annotate(batch.images, layout, config.floor)
+        if teacher.device.type == "cuda":
+            torch.cuda.synchronize()
+        return output
 
     bare(one, ready, 2 * config.batch_size)  # warm up
     busy: list[float] = []
@@ -118,9 +122,7 @@ def measure_time(options: argparse.Namespace, data: Path) -> None:
     ours = rates.pop("job on Ray")
     print(f"share of time the teacher computes: {statistics.median(busy):.3f}")
     for name, others in rates.items():
-        ratios = [mine / other for mine, other in zip(ours, others, strict=True)]
-        spread = f"({min(ratios):.3f} to {max(ratios):.3f})"
-        print(f"job / {name}: {statistics.median(ratios):.3f} {spread}")
+        print(f"job / {name}: {ratio(ours, others)}")
 
 
 @contextmanager
@@ -163,10 +165,8 @@ def measure_memory(options: argparse.Namespace, split: Path, folder: Path) -> No
 
 
 def job_config(options: argparse.Namespace, data: Path) -> AnnotateConfig:
-    return AnnotateConfig(
-        data=str(data),
-        model="tf_efficientnet_lite0",
-        weights="sample",
+    return sample_config(
+        data,
         input_size=options.input_size,
         batch_size=options.batch_size,
         shard_size=8 * options.batch_size,

@@ -22,47 +22,35 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import (
+    IMAGENET_ROWS,
+    WORK,
+    Ways,
+    imagenet_keys,
+    images_and_labels,
+    ratio,
+    take_turns,
+    write_split,
+)
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
-from tokenlabel.annotate import AnnotateConfig, annotate
-from tokenlabel.annotate.sample import sample_folder
 from tokenlabel.dataset import LabelStore, TokenLabelDataset
 from tokenlabel.dataset.format import chunks
-from tokenlabel.dataset.format.index import build_index
-from tokenlabel.dataset.format.shard import shard_name, write_shard
 from tokenlabel.dataset.transforms.recipe import IMAGENET_MEAN, IMAGENET_STD
 
 BATCH = 48
 PUBLISHED_K = 5
-IMAGENET_ROWS = 1_281_167
-Ways = dict[str, Callable[[], float]]
-
-
-def take_turns(ways: Ways, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way, round by round."""
-    for way in ways.values():  # warm up: caches, open files
-        way()
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            seconds[name].append(way())
-    return seconds
-
-
-def ratio(over: Iterable[float], under: Iterable[float]) -> str:
-    """Median and range of a ratio, from runs that took turns."""
-    ratios = [a / b for a, b in zip(over, under, strict=True)]
-    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+WORKERS = 2
 
 
 # --- a training loader --------------------------------------------------------------------------
@@ -89,7 +77,7 @@ def data_sets(pipeline: str, store: LabelStore, split: Path) -> tuple[Any, Any]:
     transform = v2.Compose([*start, *end])
     options = {} if loader is None else {"loader": loader}
     images = ImageFolder(split, **options)
-    with_maps = TokenLabelDataset(images, store, transform=transform, truth="maps")
+    with_maps = TokenLabelDataset(images, store, transform=transform, label_source="maps")
     return ImageFolder(split, transform, **options), with_maps
 
 
@@ -110,12 +98,8 @@ def measure_load(options: argparse.Namespace, store: LabelStore, split: Path) ->
     torch.set_num_threads(1)  # as in a worker
     print(f"{len(store)} images of {split}; maps: {store.layout}")
     for pipeline in PIPELINES:
-        for workers in (0, 2):
-            plain, mine = (
-                take_pairs(data_sets(pipeline, store, split), options, workers)
-                if workers == 0
-                else take_epochs(data_sets(pipeline, store, split), options, workers)
-            )
+        for workers, take in ((0, take_pairs), (WORKERS, take_epochs)):
+            plain, mine = take(data_sets(pipeline, store, split), options)
             extra = statistics.median(a - b for a, b in zip(mine, plain, strict=True)) * 1e6
             print(
                 f"{pipeline}, {workers} workers: CPU time with / without {ratio(mine, plain)}; "
@@ -125,7 +109,7 @@ def measure_load(options: argparse.Namespace, store: LabelStore, split: Path) ->
 
 
 def take_pairs(
-    data: tuple[Any, Any], options: argparse.Namespace, workers: int
+    data: tuple[Any, Any], options: argparse.Namespace
 ) -> tuple[list[float], list[float]]:
     """CPU seconds a sample, batches taking turns: what else the machine does counts least."""
     spent: tuple[list[float], list[float]] = ([], [])
@@ -133,7 +117,9 @@ def take_pairs(
         totals = [0.0, 0.0]
         for number in range(options.batches):
             for way in ((0, 1), (1, 0))[number % 2]:
-                loader = iter(DataLoader(data[way], BATCH, sampler=_part(data[way], number)))
+                first, rows = number * BATCH, len(data[way])
+                sampler = [index % rows for index in range(first, first + BATCH)]
+                loader = iter(DataLoader(data[way], BATCH, sampler=sampler))
                 torch.default_generator.manual_seed(number)
                 start = time.process_time()
                 next(loader)
@@ -144,12 +130,8 @@ def take_pairs(
     return spent
 
 
-def _part(data: Any, number: int) -> list[int]:
-    return [index % len(data) for index in range(number * BATCH, (number + 1) * BATCH)]
-
-
 def take_epochs(
-    data: tuple[Any, Any], options: argparse.Namespace, workers: int
+    data: tuple[Any, Any], options: argparse.Namespace
 ) -> tuple[list[float], list[float]]:
     """The same with workers: epochs taking turns, the start of the workers included."""
     spent: tuple[list[float], list[float]] = ([], [])
@@ -158,7 +140,7 @@ def take_epochs(
         for way in ((0, 1), (1, 0))[turn % 2]:
             gc.collect()
             start = cpu_seconds()
-            for _ in batches(data[way], count, workers):
+            for _ in batches(data[way], count, WORKERS):
                 pass
             if turn:
                 spent[way].append((cpu_seconds() - start) / count / BATCH)
@@ -202,52 +184,6 @@ def run_counted(pipeline: str, way: str, count: str, labels: str, split: str) ->
 # --- one read -----------------------------------------------------------------------------------
 
 
-def imagenet_keys(count: int) -> list[str]:
-    """Keys as ImageNet's training split has them, sorted."""
-    from timm.data import ImageNetInfo
-
-    names = sorted(ImageNetInfo("imagenet-1k").label_names())
-    many = -(-count // len(names))
-    return [f"{name}/{name}_{10000 + n}.JPEG" for name in names for n in range(many)][:count]
-
-
-def write_split(root: Path, store: LabelStore, keys: Sequence[str], k: int, step: int) -> None:
-    """A split whose rows repeat those of `store`: k classes, every `step`-th row and column."""
-    maps = [store[row] for row in np.flatnonzero(~store.failed).tolist()]
-    grid = (len(range(0, store.grid[0], step)), len(range(0, store.grid[1], step)))
-    layout = store.layout._replace(grid=grid, k=k)
-    planes = {name: np.stack([getattr(entry, name) for entry in maps]) for name in layout.planes()}
-    for name, plane in planes.items():
-        if not name.startswith("residual"):
-            planes[name] = plane[..., ::step, ::step]
-    for name in ("codes", "classes"):
-        planes[name] = planes[name][:, :, :k]
-    sizes = np.array([entry.size for entry in maps])
-    root.mkdir(parents=True)
-    shards = -(-len(keys) // 4096)
-    for number in range(shards):
-        part = keys[number * 4096 : (number + 1) * 4096]
-        rows = np.arange(number * 4096, number * 4096 + len(part)) % len(maps)
-        attrs = {
-            "teacher": "tf_efficientnet_lite0",
-            "weights_digest": "0" * 64,
-            "fingerprint": "f" * 64,
-            "extent": [0.0, 0.0, 1.0, 1.0],
-            "shard": number,
-            "shards": shards,
-            "first_row": number * 4096,
-        }
-        path = root / shard_name(number, shards)
-        with write_shard(path, layout, part, [maps[row].label for row in rows], attrs) as writer:
-            writer.append(
-                {name: plane[rows] for name, plane in planes.items()},
-                sizes[rows],
-                rows.astype(np.uint64),
-                [""] * len(part),
-            )
-    build_index(root)
-
-
 def save_as_published(folder: Path, store: LabelStore, keys: Sequence[str]) -> list[str]:
     """A pickle an image: the best scores and their class ids as one float16 [2, K, H, W]."""
     maps, paths = [store[row] for row in np.flatnonzero(~store.failed).tolist()], []
@@ -278,13 +214,11 @@ def time_reads(
     rows: list[int] = []
     libdeflate = chunks._fast
 
-    def timed(read: Callable[[int], Any], fast: bool = False) -> Callable[[], float]:
-        def way() -> float:
+    def timed(read: Callable[[int], Any], fast: bool = False) -> Callable[[], None]:
+        def way() -> None:
             chunks._fast = libdeflate if fast else None
-            start = time.perf_counter()
             for row in rows:
                 read(row)
-            return time.perf_counter() - start
 
         return way
 
@@ -301,7 +235,7 @@ def time_reads(
     rows[:] = range(len(keys))
     take_turns(theirs | mine, 0)
     rows[:] = rng.integers(0, len(keys), 200).tolist()
-    seconds = take_turns(theirs | mine, options.rounds)
+    seconds = take_turns(theirs | mine, options.rounds, time.perf_counter)
     chunks._fast = libdeflate
     size = sum(path.stat().st_size for path in ours.shards) / len(ours)
     print(f"{len(keys)} rows, {ours.layout}: {size:.0f} bytes an image in shards")
@@ -367,34 +301,18 @@ def main() -> None:
     parser.add_argument("what", choices=("load", "instructions", "read", "open", "all"))
     parser.add_argument("--data", type=Path, help="folder with train/ (default: the sample)")
     parser.add_argument("--labels", type=Path, help="OUT/train of --data, annotated before")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/tokenlabel-benchmarks"))
+    parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--batches", type=int, default=2, help="of a round of `load`")
     parser.add_argument("--rows", type=int, default=3000, help="of `read`")
     parser.add_argument("--open-rows", type=int, default=IMAGENET_ROWS, help="of `open`")
     options = parser.parse_args()
-    work: Path = options.work
-    work.mkdir(parents=True, exist_ok=True)
-    data = options.data or sample_folder(work)
-    labels = options.labels
-    if labels is None:
-        out = work / f"labels-{data.resolve().name}"
-        labels = out / "train"
-        annotate(
-            AnnotateConfig(
-                data=str(data),
-                out=str(out),
-                model="tf_efficientnet_lite0",
-                weights="sample",
-                input_size=576,
-                batch_size=16,
-            )
-        )
-    store = LabelStore(labels)
+    split, labels = images_and_labels(options)
+    store, work = LabelStore(labels), options.work
     if options.what in ("load", "all"):
-        measure_load(options, store, data / "train")
+        measure_load(options, store, split)
     if options.what in ("instructions", "all"):
-        count_instructions(options, labels, data / "train")
+        count_instructions(options, labels, split)
     if options.what in ("read", "all"):
         measure_read(options, store, work)
     if options.what in ("open", "all"):

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from summary import SHARD, write_split  # the script beside this one
+from common import SHARD, imagenet_keys, sample_config, write_split
 from torch import Tensor
 
-from tokenlabel.annotate import AnnotateConfig, annotate
+from tokenlabel.annotate import annotate
 from tokenlabel.annotate.sample import sample_folder
 from tokenlabel.annotate.teacher.rebuild import rebuild_teachers
 from tokenlabel.dataset import LabelStore
@@ -103,7 +103,7 @@ def cost(store: LabelStore, images: Path, work: Path) -> tuple[float, float]:
         stored = torch.from_numpy(store[row].dense()).flatten(0, 1)
         everywhere = torch.ones(len(stored), dtype=torch.bool)
         found.append(score_of(truth, stored, everywhere, -1).kl)
-    write_split(work, store, SHARD)
+    write_split(work, store, imagenet_keys(SHARD))
     (shard,) = LabelStore(work).shards
     return float(np.mean(found)), shard.stat().st_size / SHARD
 
@@ -127,14 +127,7 @@ def main() -> None:
         copy_images(data, work / "data" / "train", options.images)
         stores = {}
         for number, (title, given) in enumerate(SETS.items()):
-            config = AnnotateConfig(
-                data=str(work / "data"),
-                out=str(work / str(number)),
-                model="tf_efficientnet_lite0",
-                weights="sample",
-                **given,
-            )
-            annotate(config)
+            annotate(sample_config(work / "data", out=str(work / str(number)), **given))
             stores[title] = LabelStore(work / str(number) / "train")
         print(f"{len(stores['320'])} images, {CROPS} crops of each range")
         found: Scores = {}

@@ -16,12 +16,12 @@ import functools
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import Ways, take_turns
 from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
@@ -71,7 +71,9 @@ def dense(cls_logits: Tensor, patch_logits: Tensor, labels: Labels) -> Tensor:
         parts = [(windows, windows.weight)]
     target = sum(part.dense() * coefficient.unsqueeze(-1) for part, coefficient in parts)
     label = functional.one_hot(labels.label.reshape(len(labels), -1), cls_logits.shape[1])
-    probs = labels.label_probs if isinstance(labels, MixedLabels) else torch.ones(len(labels), 1)
+    probs = (
+        labels.label_probs if isinstance(labels, MixedLabels) else torch.ones_like(label[:, :, 0])
+    )
     by_label = -((label * probs.unsqueeze(-1)).sum(1) * cls_logits.log_softmax(-1)).sum(-1)
     rows = -(target * patch_logits.log_softmax(-1)).sum(-1)
     return by_label.mean() + BETA * rows.mean()
@@ -85,7 +87,8 @@ def step(loss: Loss, inputs: Inputs) -> Tensor:
 
 def log_softmax(patch_logits: Tensor, gradient: Tensor) -> Tensor:
     """What any dense loss does at least."""
-    result: Tensor = torch.autograd.grad(patch_logits.log_softmax(-1), patch_logits, gradient)[0]
+    logs = patch_logits.log_softmax(-1, dtype=gradient.dtype)
+    result: Tensor = torch.autograd.grad(logs, patch_logits, gradient)[0]
     return result
 
 
@@ -119,7 +122,7 @@ def main() -> None:
     patch_logits = torch.randn(size, 196, 1000, requires_grad=True)
     gradient = torch.rand_like(patch_logits)
     ours = TokenLabelLoss(dense_weight=BETA)
-    runs: dict[str, Callable[[], object]] = {
+    runs: Ways = {
         "log_softmax alone": lambda: log_softmax(patch_logits, gradient),
         "targets alone": plain.targets,
     }
@@ -136,12 +139,7 @@ def main() -> None:
         step, dense, (cls_logits, patch_logits, plain)
     )
     peaks = {name: peak_bytes(run) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(options.rounds):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            times[name].append(time.process_time() - start)
+    times = take_turns(runs, options.rounds)
     print(f"{plain}; {options.threads} thread(s)")
     print("| | CPU time, ms | x log_softmax | memory, MB | x the logits |")
     print("|---|---|---|---|---|")

@@ -15,15 +15,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-from timm.data import ImageNetInfo
+from common import IMAGENET_ROWS, SHARD, imagenet_keys, write_split
 
 from tokenlabel.dataset import LabelStore
-from tokenlabel.dataset.format.index import build_index
-from tokenlabel.dataset.format.shard import shard_name, write_shard
 
-SHARD = 4096
-ROWS = (10 * SHARD, 1_281_167)
-#: Its own account of its memory: what the system tells a parent includes that of the parent.
+ROWS = (10 * SHARD, IMAGENET_ROWS)
+#: Its own account of its memory: what the system reports to a parent includes the parent's.
 CODE = """
 import sys
 from tokenlabel.cli import main
@@ -31,43 +28,6 @@ main(sys.argv[1:], standalone_mode=False)
 (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(line, file=sys.stderr)
 """
-
-
-def imagenet_keys(count: int) -> list[str]:
-    """Keys as ImageNet's training split has them, sorted."""
-    names = sorted(ImageNetInfo("imagenet-1k").label_names())
-    many = -(-count // len(names))
-    return [f"{name}/{name}_{10000 + n}.JPEG" for name in names for n in range(many)][:count]
-
-
-def write_split(root: Path, store: LabelStore, count: int) -> None:
-    """A split of `count` rows that repeats the maps of a store."""
-    root.mkdir(parents=True)
-    layout = store.layout._replace(views=("identity",))
-    entries = [store[row] for row in np.flatnonzero(~store.failed).tolist()]
-    keys, shards = imagenet_keys(count), -(-count // SHARD)
-    names = ("teacher", "weights_digest", "label_space", "floor", "libraries", "preprocessing")
-    for number in range(shards):
-        part = keys[number * SHARD : (number + 1) * SHARD]
-        rows = np.arange(len(part)) % len(entries)
-        attrs = {
-            **{name: store.attrs[name] for name in names},
-            "fingerprint": "f" * 64,
-            "extent": [0.0, 0.0, 1.0, 1.0],
-            "shards": shards,
-            "shard": number,
-            "first_row": number * SHARD,
-            **{"labelled": len(rows), "top1": len(rows) // 2, "top5": len(rows), "mass": 0.5},
-        }
-        labels = np.array([entry.label for entry in entries])[rows]
-        with write_shard(root / shard_name(number, shards), layout, part, labels, attrs) as writer:
-            writer.append(
-                {n: np.stack([getattr(e, n)[:1] for e in entries])[rows] for n in layout.planes()},
-                np.array([entry.size for entry in entries])[rows],
-                np.arange(len(rows), dtype=np.uint64),
-                [""] * len(rows),
-            )
-    build_index(root)
 
 
 def measure(root: Path) -> tuple[float, float]:
@@ -94,7 +54,7 @@ def main() -> None:
         roots = {count: work / f"{count}-rows" for count in ROWS}
         for count, root in roots.items():
             if not root.exists():
-                write_split(root, store, count)
+                write_split(root, store, imagenet_keys(count))
         print(f"maps of {store.grid[0]} x {store.grid[1]} patches, k = {store.k}\n")
         print("| rows | seconds, median | MB, most |\n|---|---|---|")
         found: dict[int, list[tuple[float, float]]] = {count: [] for count in ROWS}

@@ -21,19 +21,18 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from common import WORK, Ways, images_and_labels, take_turns
 from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from tokenlabel.annotate import AnnotateConfig, annotate
 from tokenlabel.dataset import LabelStore, TokenLabelMap, TokenLabels
 from tokenlabel.dataset.label_map.path import PixelPath, transform_box
 
 PUBLISHED_K = 5
 GRID = 14
 SIZE = (375, 500)
-Ways = dict[str, Callable[[], object]]
 
 
 def crops(store: LabelStore, count: int) -> tuple[list[int], list[TokenLabelMap]]:
@@ -70,18 +69,6 @@ def published(stored: Tensor, boxes: Tensor, num_classes: int) -> tuple[Tensor, 
     return patches, roi_align(maps, regions, (1, 1)).softmax(1)
 
 
-def take_turns(ways: Ways, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of each way, round by round, after a round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        for name, way in ways.items():
-            start = clock()
-            way()
-            if turn:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
 def peak_memory(way: Callable[[], object]) -> float:
     """Megabytes beyond those of before, at most, in a process of its own."""
     context = multiprocessing.get_context("fork")
@@ -103,28 +90,14 @@ def peak_memory(way: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--labels", type=Path, help="OUT/SPLIT, stored with level")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/tokenlabel-benchmarks"))
+    parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--wall", action="store_true", help="wall-clock, not CPU time")
     options = parser.parse_args()
-    labels = options.labels
-    if labels is None:
-        out = options.work / "labels-sample"
-        labels = out / "train"
-        annotate(
-            AnnotateConfig(
-                data="sample",
-                out=str(out),
-                model="tf_efficientnet_lite0",
-                weights="sample",
-                input_size=576,
-                batch_size=16,
-            )
-        )
     torch.set_num_threads(options.threads)
-    store = LabelStore(labels)
+    store = LabelStore(images_and_labels(options)[1])
     rows, leaves = crops(store, options.batch)
     records = TokenLabels.collate(leaves)
     turned = TokenLabels.collate([F.rotate(leaf, 20) for leaf in leaves])
@@ -138,9 +111,8 @@ def main() -> None:
         "ours, merged and cut to 10": lambda: records.sparse(GRID, 10),
     }
     memory = {name: peak_memory(way) for name, way in ways.items()}
-    seconds = take_turns(
-        ways, options.rounds, time.perf_counter if options.wall else time.process_time
-    )
+    clock = time.perf_counter if options.wall else time.process_time
+    seconds = take_turns(ways, options.rounds, clock)
     print(f"{store.layout}, {options.batch} crops, {options.threads} thread(s), ", end="")
     print("wall-clock" if options.wall else "CPU time")
     for name, spent in seconds.items():

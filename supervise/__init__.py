@@ -1,10 +1,10 @@
-"""Supervise a student with token targets: loss, mix labels with images, students."""
+"""Train a student on token labels: the loss, MixUp, CutMix and MixToken, and students."""
 
 from .loss import TokenLabelLoss
 from .lvvit import LVViT, lvvit_l, lvvit_m, lvvit_s, lvvit_t
 from .mix_token import MixToken, TokenBox
-from .mixed import MixedLabels
-from .mixing import CutMix, MixUp, MixUpOrCutMix
+from .mixed_labels import MixedLabels
+from .mixup import CutMix, MixUp, MixUpOrCutMix
 from .student import TokenStudent
 
 __all__ = [

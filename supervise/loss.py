@@ -1,37 +1,43 @@
 """`TokenLabelLoss`: the objective of token labeling, straight from records."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..dataset.targets.token_labels import TokenLabels
-from ..dataset.targets.windows import TokenTargets, TokenWindows
+from ..dataset.targets.windows import TokenTargets
+from .backbones.backbone import Grid
 from .cross_entropy import cross_entropy
-from .mixed import MixedLabels
+from .mixed_labels import MixedLabels
 
 ClassTarget = Literal["label", "crop", "both"]
-Grid = tuple[int, int]
 Labels = TokenLabels | MixedLabels | TokenTargets
-_CLASS_TARGETS = ("label", "crop", "both")
 
 
 class TokenLabelLoss(nn.Module):
-    r"""The token labeling objective of LV-ViT (Jiang et al., 2021, arXiv 2104.10858, section 3.2).
+    r"""The loss of token labeling: cross entropy of the image, and of each of its patches.
+
+        criterion = TokenLabelLoss()
+        for images, labels in loader:  # over a TokenLabelDataset
+            class_logits, patch_logits = student(images)
+            criterion(class_logits, patch_logits, labels).backward()
+
+    It is the objective of LV-ViT (Jiang et al., 2021, arXiv 2104.10858, section 3.2),
 
     .. math:: w\, H(X^{cls}, y^{cls}) + \beta \frac{1}{N} \sum_i w_i H(X^i, y^i)
 
     averaged over the batch, where H is the cross entropy with a soft target, `w` is `cls_weight`,
     :math:`\beta` is `dense_weight` and :math:`w_i` is the patch's `weight`. With all weights 1 this
-    is the paper's formula. The patches' targets are those of `TokenLabels.targets`, with nothing
-    merged or cut; no tensor of shape [B, N, C] is made but the gradient.
+    is the paper's formula. The patches' targets are those of `TokenLabels.targets`, not merged and
+    not cut to k; the gradient is the only tensor of shape [B, N, C] that is allocated.
 
     Both means, over the N patches and over the B images, divide by the full count, whatever the
     weights. So each area of an image counts the same wherever it is; an image with all weights 0
-    (`missing="ignore"`) is left with the class token's loss; the loss of mixed labels is the
-    mixture of the losses; and the mean of the gradients of processes with equal batches is the
-    gradient of the joined batch.
+    (`missing="ignore"`) keeps the class token's loss; the loss of mixed labels is the mixture of
+    the losses; and the mean of the gradients of processes with equal batches is the gradient of the
+    joined batch.
 
     The class token's target is the image's `label` (unknown, -1: no loss), its `crop` target (where
     the image has no map: its label), or `both`: the mean of the two, or the one that is known.
@@ -60,8 +66,10 @@ class TokenLabelLoss(nn.Module):
         for name, value in (("cls_weight", cls_weight), ("dense_weight", dense_weight)):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number, 0 or more, got {value}")
-        if cls_target not in _CLASS_TARGETS:
-            raise ValueError(f"cls_target must be one of {_CLASS_TARGETS}, got {cls_target!r}")
+        if cls_target not in get_args(ClassTarget):
+            raise ValueError(
+                f"cls_target must be one of {get_args(ClassTarget)}, got {cls_target!r}"
+            )
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         self.cls_weight = cls_weight
@@ -82,7 +90,7 @@ class TokenLabelLoss(nn.Module):
             TypeError: `labels` are of another kind.
             ValueError: shapes do not fit together, or a label is out of range. Labels are checked
                 where it costs no synchronisation: on the CPU. On a GPU, and in a compiled graph,
-                it is the device's own index check that fails.
+                the device's own index check fails instead.
         """
         patches = patch_logits if self.dense_weight else None
         grid = _check(cls_logits, patches, labels)
@@ -91,10 +99,18 @@ class TokenLabelLoss(nn.Module):
             target = self._class_target(labels, cls_logits.shape[1])
             rows = -(target * torch.log_softmax(cls_logits, -1, dtype=dtype)).sum(-1)
             loss = self.cls_weight * rows.mean()
-            if patches is not None:
-                parts = _parts(labels, grid, cls_logits.shape[1])
-                loss = loss + self.dense_weight * cross_entropy(patches, parts).mean()
-        return loss
+            if patches is None:
+                return loss
+            if isinstance(labels, MixedLabels):
+                parts = labels.parts(grid)
+            else:
+                windows = (
+                    labels.targets(grid)
+                    if isinstance(labels, TokenLabels)
+                    else labels.windows(cls_logits.shape[1])
+                )
+                parts = [(windows, windows.weight)]
+            return loss + self.dense_weight * cross_entropy(patches, parts).mean()
 
     def _class_target(self, labels: Labels, num_classes: int) -> Tensor:
         """Targets of the class tokens, [B, C]; rows of zeros where nothing is known."""
@@ -125,17 +141,6 @@ def _crop(labels: TokenLabels | TokenTargets, num_classes: int) -> Tensor:
         weight=labels.weight.amax(1, keepdim=True),
     )
     return crop.windows(num_classes).dense().squeeze(1)
-
-
-def _parts(labels: Labels, grid: Grid, num_classes: int) -> list[tuple[TokenWindows, Tensor]]:
-    """What `cross_entropy` takes."""
-    if isinstance(labels, MixedLabels):
-        return labels.parts(grid)
-    if isinstance(labels, TokenLabels):
-        windows = labels.targets(grid)
-    else:
-        windows = labels.windows(num_classes)
-    return [(windows, windows.weight)]
 
 
 def _check(cls_logits: Tensor, patch_logits: Tensor | None, labels: Labels) -> Grid:

@@ -11,22 +11,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .lvvit_layers import Block, initialise, stem
+from .backbones.backbone import Grid, pair
+from .layers import Block, initialise, stem
 from .mix_token import TokenBox
-
-__all__ = ["LVViT", "lvvit_l", "lvvit_m", "lvvit_s", "lvvit_t"]
-
-Grid = tuple[int, int]
 
 
 class LVViT(nn.Module):
-    """A vision transformer with class and patch heads. A student as `TokenStudent` is one.
+    """A vision transformer with class and patch heads: a student, as a `TokenStudent` is.
+
+        student = LVViT(width=240, depth=12, heads=4)  # or lvvit_t(), lvvit_s(), …
+        class_logits, patch_logits = student(images)  # [B, 1000] and [B, 196, 1000]
+        loss = criterion(class_logits, patch_logits, labels)
 
     In training, `model(images)` gives class logits [B, C] and patch logits [B, N, C]; in evaluation
     it gives class logits, to which the largest logit over the patches is added, for each class,
     `patch_vote` times. (The published weights are evaluated so, with 0.5.)
 
-    Any image of at least one patch each way will do: position embeddings are interpolated from
+    It takes any image of at least one patch each way: position embeddings are interpolated from
     `image_size`'s grid to the image's. For images of 32 px: `patch_size=4, image_size=32`.
 
     Args:
@@ -75,9 +76,7 @@ class LVViT(nn.Module):
             raise ValueError(f"heads must divide width, got {heads} heads and width {width}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        self.image_size: Grid = (
-            (image_size, image_size) if isinstance(image_size, int) else image_size
-        )
+        self.image_size = pair(image_size)
         self.patch_size = patch_size
         self.num_classes = num_classes
         self.patch_vote = patch_vote
@@ -106,7 +105,7 @@ class LVViT(nn.Module):
         Args:
             images: [B, in_channels, H, W].
             box: from `MixToken.sample`, in training only: these patches are exchanged after the
-                stem and brought back at the end. Labels: `box.mix_labels(labels)`.
+                stem and returned at the end. Labels: `box.mix_labels(labels)`.
         """
         if box is not None and not self.training:
             raise ValueError("MixToken is for training. Remedy: model.train(), or box=None")
@@ -160,12 +159,12 @@ class LVViT(nn.Module):
 
     def grid_for(self, image_size: int | Grid) -> Grid:
         """(h, w) of the patches of images of (H, W) pixels: `grid_for(images.shape[-2:])`."""
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = pair(image_size)
         half = self.patch_size // 2
         return (height + 1) // 2 // half, (width + 1) // 2 // half
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep no activations inside the layers, and compute them again in the backward pass."""
+        """Keep no activations inside the layers; recompute them in the backward pass."""
         self._checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:

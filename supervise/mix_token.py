@@ -7,18 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from ..dataset.targets.token_labels import TokenLabels
-from .mixed import MixedLabels, check_records
-
-__all__ = ["MixToken", "TokenBox"]
-
-Grid = tuple[int, int]
+from .backbones.backbone import Grid, pair
+from .mixed_labels import MixedLabels, check_records
 
 
 class TokenBox(NamedTuple):
     """The patches that every image of a batch takes from its partner, the image before it.
 
-    (The first image takes them from the last: the partners of torchvision's `CutMix`.) Give it to
-    the student, `student(images, box)`, and let it mix the labels: `box.mix_labels(labels)`.
+        box = MixToken().sample(student.grid)
+        if box is not None:
+            loss = criterion(*student(images, box), box.mix_labels(labels))
+
+    The first image takes them from the last, as in torchvision's `CutMix`.
 
     Attributes:
         mask: bool [h, w], over the student's grid: True where a patch is the partner's. A tensor,
@@ -96,17 +96,18 @@ class TokenBox(NamedTuple):
 class MixToken:
     """Draws the boxes of MixToken (LV-ViT, Jiang et al., 2021, arXiv 2104.10858).
 
+        mix = MixToken()
+        for images, labels in loader:
+            box = mix.sample(student.grid)
+            if box is not None:
+                labels = box.mix_labels(labels)
+            criterion(*student(images, box), labels).backward()
+
     CutMix on the images lets one patch show parts of two. MixToken exchanges whole tokens after
     the patch embedding, so every token is of one image and keeps that image's target; the
-    student brings its outputs back to the images they came from, and only the class token's
-    target is mixed. For a backbone whose patch embedding sees nothing outside the patch, this
-    equals CutMix of a box that ends at patch borders.
-
-        mix = MixToken()
-        box = mix.sample(student.grid)
-        if box is not None:
-            labels = box.mix_labels(labels)
-        loss = criterion(*student(images, box), labels)
+    student returns its outputs to the images they came from, and only the class token's target is
+    mixed. For a backbone whose patch embedding sees nothing outside the patch, this equals CutMix
+    of a box that ends at patch borders.
 
     Args:
         alpha: of the Beta(alpha, alpha) distribution of the fraction that stays (CutMix: 1).
@@ -134,15 +135,14 @@ class MixToken:
             grid: the student's patches, (h, w), or one number for a square.
 
         Returns:
-            The box; None if the batch is not to be mixed, or the box rounds to nothing.
+            The box; None to leave the batch unmixed, or where the box rounds to nothing.
         """
-        size = (grid, grid) if isinstance(grid, int) else grid
         if torch.rand(()).item() >= self.prob:
             return None
         stays = torch.distributions.Beta(self.alpha, self.alpha).sample().item()
         half = 0.5 * math.sqrt(1 - stays)
         inside = []
-        for patches in size:
+        for patches in pair(grid):
             centre = torch.rand(()).item()
             first = round(max(centre - half, 0.0) * patches)
             end = round(min(centre + half, 1.0) * patches)
@@ -163,7 +163,7 @@ class TokenExchange:
 
     @property
     def pending(self) -> bool:
-        """Whether a box waits to be used."""
+        """Whether a box is set that no forward pass has used."""
         return self.box is not None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:

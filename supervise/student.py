@@ -3,24 +3,29 @@
 import torch
 from torch import Tensor, nn
 
-from .backbones.backbone import OVERRIDE, Grid, new_linear
+from .backbones.backbone import OVERRIDE, Grid, new_linear, pair
 from .backbones.timm import timm_backbone
 from .backbones.torchvision import torchvision_backbone
 from .backbones.transformers import transformers_backbone
 from .lvvit import LVViT
 from .mix_token import TokenBox, TokenExchange
 
-__all__ = ["TokenStudent"]
-
 
 class TokenStudent(nn.Module):
-    """A backbone that answers for the image and, in training, for each of its patches.
+    """A backbone that classifies the image and, in training, each of its patches.
+
+        import timm
+
+        student = TokenStudent(timm.create_model("vit_tiny_patch16_224"))
+        class_logits, patch_logits = student(images)  # [B, 1000] and [B, 196, 1000]
+        loss = criterion(class_logits, patch_logits, labels)
+        class_logits = student.eval()(images)
 
     Takes models of timm (ViT, DeiT with or without its distillation token, EVA, VOLO, Swin,
     ConvNeXt, ResNet, …), torchvision (ViT, Swin, ConvNeXt, ResNet) and Hugging Face
     (`ViTModel`, `ViTForImageClassification`, `Dinov2Model`, …). The class logits are the model's
-    own; the patch head is one linear layer on the patches' last features. Class, distillation and
-    register tokens are no patches.
+    own; the patch head is one linear layer on the patches' last features, without class,
+    distillation and register tokens.
 
     The backbone is `student.model`, with its own parameter names:
     `torch.save(student.model.state_dict(), …)` writes a checkpoint that loads strictly into the
@@ -37,7 +42,7 @@ class TokenStudent(nn.Module):
                 return self.model.head(tokens[:, 0]), tokens[:, 1:].unflatten(1, (14, 14))
 
     Args:
-        model: the backbone. It is used as it is, not copied.
+        model: the backbone. It is used itself, not copied.
         num_classes: number of classes C. None: that of the model's classifier. If it differs, the
             classifier is replaced by a new one.
         image_size: default input (H, W) in pixels, or one number for a square. None: the model's.
@@ -65,16 +70,13 @@ class TokenStudent(nn.Module):
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if isinstance(model, TokenStudent | LVViT):
             raise ValueError(
-                f"{type(model).__name__} is a student already. Remedy: use it as it is"
+                f"{type(model).__name__} is a student already. Remedy: use it directly"
             )
         self._backbone = backbone = (
             timm_backbone(model) or torchvision_backbone(model) or transformers_backbone(model)
         )
-        if image_size is None:
-            image_size = 224 if backbone is None else backbone.image_size
-        self.image_size: Grid = (
-            (image_size, image_size) if isinstance(image_size, int) else image_size
-        )
+        own_size = 224 if backbone is None else backbone.image_size
+        self.image_size = pair(own_size if image_size is None else image_size)
         self._grids: dict[Grid, Grid] = {}
         self.model = model
         self.cls_head: nn.Module = nn.Identity()
@@ -140,7 +142,7 @@ class TokenStudent(nn.Module):
         Args:
             images: [B, channels, H, W].
             box: from `MixToken.sample`, in training only: these patches are exchanged after the
-                patch embedding and brought back at the end, so that patch logits are those of
+                patch embedding and returned at the end, so that patch logits are those of
                 `images`' own patches. The class logits are of the mixed images:
                 `box.mix_labels(labels)`.
         """
@@ -151,11 +153,7 @@ class TokenStudent(nn.Module):
             return logits
         if box is None:
             cls, patches = self.features(images)
-        else:
-            cls, patches = self._mixed_features(images, box)
-        return self.cls_head(cls), self.patch_head(patches).flatten(1, 2)
-
-    def _mixed_features(self, images: Tensor, box: TokenBox) -> tuple[Tensor, Tensor]:
+            return self.cls_head(cls), self.patch_head(patches).flatten(1, 2)
         if self._exchange is None:
             raise ValueError(
                 f"MixToken needs a patch embedding; {type(self.model).__name__} has none. Remedy: "
@@ -171,7 +169,7 @@ class TokenStudent(nn.Module):
                 )
         finally:
             self._exchange.box = None
-        return cls, box.restore(patches)
+        return self.cls_head(cls), self.patch_head(box.restore(patches)).flatten(1, 2)
 
     @property
     def grid(self) -> Grid:
@@ -180,8 +178,7 @@ class TokenStudent(nn.Module):
 
     def grid_for(self, image_size: int | Grid) -> Grid:
         """(h, w) of the patches of images of (H, W) pixels: `grid_for(images.shape[-2:])`."""
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        size = (int(height), int(width))
+        size = pair(image_size)
         if size not in self._grids:
             self._probe(size)
         return self._grids[size]

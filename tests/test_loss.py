@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import default_collate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.records import exact, made_up, with_word
 from tokenlabel.dataset import TokenLabels, TokenTargets, TokenWindows
@@ -121,12 +121,6 @@ def test_gradcheck(kind: str, cls_target: Any) -> None:
     assert torch.autograd.gradcheck(lambda *given: loss(*given, labels), inputs, fast_mode=True)
 
 
-def test_gradcheck_entry_by_entry() -> None:
-    parts = mixed(MixUp(), made_up(2, 5, grid=(2, 2), k=3, residual=2)).parts()
-    patch_logits = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda given: cross_entropy(given, parts), patch_logits)
-
-
 def test_strided_logits() -> None:
     labels, wide = made_up(B), torch.randn(B, N + 1, C)
     strided = [wide[:, 0], wide[:, 1:].detach().requires_grad_()]
@@ -148,6 +142,27 @@ def test_a_second_backward_pass_over_a_retained_graph() -> None:
     first = torch.autograd.grad(loss, patch_logits, retain_graph=True)
     second = torch.autograd.grad(loss, patch_logits)
     assert torch.equal(first[0], second[0])
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest floating-point tensor that any operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.entries = max(self.entries, result.numel())
+        return result
+
+
+def test_validation_computes_no_gradient() -> None:
+    inputs, labels, loss = logits(batch=24), made_up(24), TokenLabelLoss()
+    with Largest() as training:
+        expected = loss(*inputs, labels)
+    with torch.no_grad(), Largest() as validation:
+        assert torch.equal(loss(*inputs, labels), expected)
+    assert validation.entries < inputs[1].numel() <= training.entries
 
 
 def test_no_second_derivative_instead_of_a_wrong_one() -> None:
@@ -277,12 +292,6 @@ def test_the_grid_is_that_of_the_records_or_a_square() -> None:
     torch.testing.assert_close(loss(cls_logits, patch_logits, made_up(B, grid=None)), said)
     flat = loss(cls_logits, patch_logits, made_up(B, grid=(1, 9)))
     assert abs(flat - said) > 1e-3
-
-
-def test_takes_what_a_loader_collates() -> None:
-    labels, inputs = made_up(B), logits()
-    again = default_collate([labels[i] for i in range(B)])
-    assert torch.equal(TokenLabelLoss()(*inputs, again), TokenLabelLoss()(*inputs, labels))
 
 
 PLAIN = made_up(B)

@@ -1,10 +1,7 @@
 """MixToken: patch-aligned CutMix inside the student, with every patch's own target."""
 
 import pytest
-import timm
 import torch
-import torchvision.models as tv
-import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -13,6 +10,7 @@ from torchvision.transforms import v2
 
 from tests import oracle
 from tests.records import made_up
+from tests.test_student import CASES, CLASSES, student_of
 from tokenlabel.dataset import TokenLabels, ToTokenLabels
 from tokenlabel.supervise import (
     LVViT,
@@ -22,8 +20,6 @@ from tokenlabel.supervise import (
     TokenLabelLoss,
     TokenStudent,
 )
-
-CLASSES = 5
 
 
 def box_of(x0: int, y0: int, x1: int, y1: int, grid: tuple[int, int]) -> TokenBox:
@@ -59,36 +55,13 @@ def cut_mix(images: Tensor, box: TokenBox) -> Tensor:
     return torch.where(pixels, images[partners(len(images))], images)
 
 
-STUDENTS = {
-    "timm vit": lambda: timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2
-    ),
-    "timm vit, map": lambda: timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, dynamic_img_size=True
-    ),
-    "timm deit": lambda: timm.create_model(
-        "deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, depth=2
-    ),
-    # Four patches a side of the embedding belong to one of the final grid.
-    "timm swin": lambda: timm.models.SwinTransformer(
-        img_size=64, window_size=4, embed_dim=8, depths=(2, 2, 2), num_heads=(1, 2, 2)
-    ),
-    "torchvision vit": lambda: tv.VisionTransformer(32, 8, 2, 2, 32, 64, dropout=0.0),
-    "hf vit": lambda: hf.ViTModel(
-        hf.ViTConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
-        )
-    ),
-    "hf swin": lambda: hf.SwinModel(
-        hf.SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4, image_size=64)
-    ),
-}
+FAMILIES = ["timm vit", "timm vit, dynamic", "timm deit, distilled", "timm swin"]
+FAMILIES += ["torchvision vit", "hf vit", "hf swin"]
 
 
-@pytest.mark.parametrize("make", STUDENTS.values(), ids=STUDENTS.keys())
-def test_equals_patch_aligned_cut_mix(make) -> None:
-    torch.manual_seed(0)
-    student = TokenStudent(make(), CLASSES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_equals_patch_aligned_cut_mix(name: str) -> None:
+    student = student_of(CASES[name])
     for module in student.modules():
         if isinstance(module, nn.Dropout) or hasattr(module, "drop_prob"):
             module.p = module.drop_prob = 0.0
@@ -124,8 +97,7 @@ def test_labels_are_mixed_by_patches() -> None:
 
 def test_loss_equals_that_of_cut_mix() -> None:
     """The patches are the same, only in another order; class logits and labels are the same."""
-    torch.manual_seed(0)
-    student = TokenStudent(STUDENTS["timm vit"](), CLASSES)
+    student = student_of(CASES["timm vit"])
     images, labels = torch.randn(3, 3, 32, 32), made_up(3, CLASSES, grid=student.grid, k=3)
     box = box_of(0, 1, 3, 4, student.grid)
     for criterion in (TokenLabelLoss(), TokenLabelLoss(cls_target="crop", dense_weight=2.0)):
@@ -273,7 +245,7 @@ def test_errors() -> None:
     for shape in ((2, 17, 8), (2, 8, 6, 6), (2, 2, 2, 8), (2, 16)):
         with pytest.raises(ValueError, match=r"grid of its box divides.*grid_for"):
             box.mix(torch.zeros(shape))
-    student = TokenStudent(STUDENTS["timm vit"](), CLASSES)
+    student = student_of(CASES["timm vit"])
     with pytest.raises(ValueError, match="grid of its box divides"):
         student(torch.zeros(2, 3, 32, 32), box_of(0, 0, 1, 1, (3, 3)))
     student(torch.zeros(2, 3, 32, 32))  # no box is left behind

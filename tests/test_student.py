@@ -4,10 +4,8 @@ import copy
 import io
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +15,10 @@ import torchvision.models as tv
 import transformers as hf
 from timm.models import volo
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.convnext import CNBlockConfig
 
-from tokenlabel.supervise import LVViT, TokenStudent
+from tokenlabel.supervise import LVViT, MixToken, TokenStudent
 from tokenlabel.supervise.backbones.backbone import grid_of
-from tokenlabel.supervise.mix_token import MixToken
 
 CLASSES = 7
 _HF: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32}
@@ -468,20 +464,3 @@ def test_the_import_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
-
-
-def test_distributed() -> None:
-    """It raises in the second step if a parameter had no gradient in the first."""
-    with tempfile.TemporaryDirectory() as folder:
-        store = torch.distributed.FileStore(str(Path(folder) / "store"), 1)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        try:
-            for name in ("timm vit", "hf dinov2", "timm deit, distilled"):
-                student = DistributedDataParallel(student_of(CASES[name]))
-                images = random_images(student.module, 3)
-                box = MixToken().sample(student.module.grid)
-                for mixed in (box, None, box):
-                    cls, patches = student(images, mixed)
-                    (cls.sum() + patches.sum()).backward()
-        finally:
-            torch.distributed.destroy_process_group()

@@ -1,7 +1,7 @@
 """What a student must know of its backbone: class output, patch features, default input size."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -34,6 +34,12 @@ class Backbone(NamedTuple):
     reset_classifier: Callable[[Any, int], None] | None
     embedding: Callable[[Any], nn.Module | None]
     dense: bool = False
+
+
+def pair(size: int | Sequence[int]) -> Grid:
+    """(h, w), of that or of one number for a square."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def as_map(features: Tensor, image_size: Grid, prefix: int = 0, *, channels_last: bool) -> Tensor:

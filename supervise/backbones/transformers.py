@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .backbone import Backbone, Grid, as_map, last_linear, replace_linear
+from .backbone import Backbone, as_map, last_linear, pair, replace_linear
 
 _HEADS = ("classifier", "cls_classifier", "distillation_classifier")
 
@@ -18,7 +18,7 @@ def transformers_backbone(model: Any) -> Backbone | None:
 
     if not isinstance(model, PreTrainedModel) or model.main_input_name != "pixel_values":
         return None
-    size = _pair(getattr(model.config, "image_size", 224))
+    size = pair(getattr(model.config, "image_size", 224))
     heads = _heads(model)
     if not heads:
         return Backbone(_bare_features, size, 0, None, _embedding)
@@ -53,7 +53,7 @@ def _reset(model: Any, num_classes: int) -> None:
 
 def _options(model: Any, images: Tensor) -> dict[str, Any]:
     # On request only: interpolating where the size fits would not be the identity in every model.
-    default = _pair(getattr(model.config, "image_size", images.shape[-2:]))
+    default = pair(getattr(model.config, "image_size", images.shape[-2:]))
     fits = default == tuple(images.shape[-2:])
     return {"return_dict": True} | ({} if fits else {"interpolate_pos_encoding": True})
 
@@ -81,14 +81,7 @@ def _patches(model: Any, features: Any, images: Tensor) -> tuple[Tensor, int]:
     size = (images.shape[-2], images.shape[-1])
     prefix = 0
     if isinstance(features, Tensor) and features.ndim == 3:
-        patch = _pair(getattr(model.config, "patch_size", 16))
+        patch = pair(getattr(model.config, "patch_size", 16))
         # Hierarchical models (Swin) have far fewer tokens than patches, and no prefix.
         prefix = max(features.shape[1] - (size[0] // patch[0]) * (size[1] // patch[1]), 0)
     return as_map(features, size, prefix, channels_last=False), prefix
-
-
-def _pair(value: Any) -> Grid:
-    if isinstance(value, int):
-        return value, value
-    height, width = value
-    return int(height), int(width)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -272,25 +272,6 @@ def test_moves_as_one() -> None:
     fields = (moved.labels, moved.partner, moved.blend, moved.box)
     assert all(part.device.type == "meta" for part in fields) and moved.patches
     assert not TokenBox(torch.eye(3) > 0).mix_labels(made_up(B)).to("meta").patches
-
-
-class Samples(torch.utils.data.Dataset[Any]):
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> Any:
-        return torch.full((3, 8, 8), float(index)), made_up(8)[index]
-
-
-def collate_and_mix(samples: list[Any]) -> Any:
-    return MixUpOrCutMix()(*default_collate(samples))
-
-
-def test_in_a_loaders_worker() -> None:
-    loader = DataLoader(Samples(), batch_size=4, num_workers=1, collate_fn=collate_and_mix)
-    for images, labels in loader:
-        assert images.shape == (4, 3, 8, 8) and isinstance(labels, MixedLabels)
-        assert labels.label.shape == (4, 2) and soft(labels)[1].shape == (4, N)
 
 
 IMAGES, LABELS = torch.rand(5, 3, 8, 8), made_up(5)

@@ -1,4 +1,4 @@
-"""MixUp and CutMix of a batch of images and, with them, of their labels."""
+"""MixUp and CutMix of a batch: its images, and with them its labels."""
 
 from typing import Literal, get_args
 
@@ -7,17 +7,18 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from ..dataset.targets.token_labels import TokenLabels
-from .mixed import MixedLabels, check_records
-
-__all__ = ["CutMix", "MixUp", "MixUpOrCutMix"]
+from .mixed_labels import MixedLabels, check_records
 
 Mode = Literal["batch", "pair", "elem"]
 
 
 class MixUpOrCutMix(nn.Module):
-    """MixUp or CutMix, drawn anew for each batch, pair or image, as timm's `Mixup` does.
+    """MixUp or CutMix, drawn for each batch, pair or image, as timm's `Mixup` does.
 
-    Called as `images, labels = mix(images, labels)` on the batches of a DataLoader.
+        mix = MixUpOrCutMix(mixup_alpha=0.8, cutmix_alpha=1.0)
+        for images, labels in loader:
+            images, labels = mix(images, labels)
+            criterion(*student(images), labels).backward()
 
     Args:
         mixup_alpha: of MixUp's Beta distribution; 0 leaves CutMix only.
@@ -25,8 +26,8 @@ class MixUpOrCutMix(nn.Module):
         prob: probability of mixing at all.
         switch_prob: probability of CutMix rather than MixUp, where both are on.
         mode: draw once for the "batch", for each "pair" of images (the first and the last of the
-            batch, and so on, mixed with each other), or for each one ("elem"). But for "pair", the
-            partner is the image before in the batch.
+            batch, and so on, are mixed with each other), or for each one ("elem"). The partner is
+            the image before in the batch, except in "pair".
 
     Raises:
         ValueError: an option is out of range.
@@ -142,7 +143,7 @@ class MixUpOrCutMix(nn.Module):
 
 
 def _happens(prob: float, count: int) -> Tensor:
-    """Bool [count]; what is certain takes no random number, as in torchvision."""
+    """Bool [count]. A certain event draws no random number, as in torchvision."""
     return torch.rand(count) < prob if 0 < prob < 1 else torch.full((count,), prob == 1)
 
 
@@ -174,6 +175,11 @@ def _mix_images(images: Tensor, partner: Tensor, blend: Tensor, box: Tensor) -> 
 class MixUp(MixUpOrCutMix):
     """MixUp (Zhang et al., 2018, arXiv 1710.09412) of images and token labels.
 
+        mix = MixUp(0.8)
+        for images, labels in loader:
+            images, labels = mix(images, labels)
+            criterion(*student(images), labels).backward()
+
     Each image becomes `lam * image + (1 - lam) * partner`. For one seed, the images are those of
     torchvision.transforms.v2.MixUp in the mode "batch".
 
@@ -191,6 +197,11 @@ class MixUp(MixUpOrCutMix):
 
 class CutMix(MixUpOrCutMix):
     """CutMix (Yun et al., 2019, arXiv 1905.04899) of images and token labels.
+
+        mix = CutMix()
+        for images, labels in loader:
+            images, labels = mix(images, labels)
+            criterion(*student(images), labels).backward()
 
     A box of the partner is pasted over each image. For one seed, the images are those of
     torchvision.transforms.v2.CutMix in the mode "batch". A patch's target is the mixture of its own

@@ -9,14 +9,17 @@ from torch import Tensor
 
 from ..dataset.targets.token_labels import TokenLabels
 from ..dataset.targets.windows import TokenTargets, TokenWindows
+from .backbones.backbone import Grid, pair
 
-Grid = tuple[int, int]
 _LEAST = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
 class MixedLabels:
     """Labels of B images, each mixed with a partner from the batch: the records, and how they mix.
+
+        images, mixed = MixUpOrCutMix()(images, labels)
+        classes, fractions = mixed.label, mixed.label_probs  # [B, 2] each: own, partner
 
     A patch's target is the mixture of both images' targets there, each counted by its fraction of
     the patch's area times its `weight` (the part of the patch inside image and extent, taken as
@@ -71,13 +74,13 @@ class MixedLabels:
 
         Exact, also where the edges of patches or box cut one another, or pixels.
         """
-        rows, columns = (grid, grid) if isinstance(grid, int) else grid
+        rows, columns = pair(grid)
         x0, y0, x1, y1 = self.box.unsqueeze(-1).unbind(1)
         pasted = _covered(y0, y1, rows).unsqueeze(2) * _covered(x0, x1, columns).unsqueeze(1)
         return self.blend.unsqueeze(1) * (1 - pasted.flatten(1))
 
     def parts(self, grid: int | Grid | None = None) -> list[tuple[TokenWindows, Tensor]]:
-        """The patches' targets, each with its coefficient [B, N]: what `cross_entropy` takes.
+        """The patches' targets, each with its coefficient [B, N], as `cross_entropy` takes them.
 
         Args:
             grid: as for `TokenLabels.targets`.
@@ -106,7 +109,7 @@ class MixedLabels:
         return torch.where(self.label_probs[:, 0] >= 0.5, label, label[self.partner])
 
     def sparse(self, grid: int | Grid | None = None, k: int = 10) -> TokenTargets:
-        """The k most probable classes of each mixed patch and crop. Makes a tensor [B, N, C].
+        """The k most probable classes of each mixed patch and crop. Allocates [B, N, C].
 
         Args:
             grid: as for `TokenLabels.targets`.
