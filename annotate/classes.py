@@ -1,4 +1,4 @@
-"""Ground truth: which class each folder of a split has, and the manifest made of it."""
+"""Ground truth: the class of each folder of a split, and the manifest that stores it."""
 
 import logging
 import re
@@ -12,14 +12,14 @@ import numpy as np
 from ..dataset.format.manifest import Manifest, open_manifest, write_manifest
 from ..dataset.sources.image_source import ImageSource
 
-_BLOCK = 8192
+_BLOCK = 8192  # images
 _WNID = re.compile(r"n\d{8}")
 
 _log = logging.getLogger(__name__)
 
 
 class Classes(NamedTuple):
-    """Ground truth by top-level folder: `ids` of those that have one, and their space."""
+    """Class ids by top-level folder, of those that have one, and the space of these ids."""
 
     ids: dict[str, int]
     space: str
@@ -41,7 +41,7 @@ def build_manifest(
     """
     found, entries = source.classes(), source.scan()
     classes = find_classes(found, names, num_classes)
-    # By the source's numbers; its -1 is the last.
+    # Indexed by the source's own numbers, whose -1, for no class, finds the last element.
     ids = np.array([*(classes.ids.get(name, -1) for name in found), -1], "<i4")
 
     def blocks() -> Iterator[tuple[list[bytes], np.ndarray]]:

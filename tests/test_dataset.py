@@ -1,6 +1,7 @@
 """TokenLabelDataset: data sets and loaders of all sorts, and images that do not match."""
 
 import shutil
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import timm
 import torch
 from timm.data import create_dataset
 from timm.utils import random_seed
@@ -26,6 +28,7 @@ from tokenlabel.dataset import (
 )
 from tokenlabel.dataset.keyed_images import KeyedImages
 from tokenlabel.errors import MissingMapError
+from tokenlabel.supervise import TokenLabelLoss, TokenStudent
 
 GRID = (3, 4)
 
@@ -41,6 +44,24 @@ def labels(sample: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: Non
 @pytest.fixture
 def images(sample: Path) -> Path:
     return sample / "train"
+
+
+def test_the_example_of_the_docstring_trains(
+    images: Path, labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "imagenet").symlink_to(images.parent)
+    (tmp_path / "labels").symlink_to(labels.parent)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {
+        "DataLoader": DataLoader,
+        "TokenLabelDataset": TokenLabelDataset,
+        "TokenLabelLoss": TokenLabelLoss,
+        "train_transform": train_transform,
+        "device": torch.device("cpu"),
+        "student": TokenStudent(timm.create_model("vit_tiny_patch16_224", depth=1)),
+    }
+    exec(textwrap.dedent((TokenLabelDataset.__doc__ or "").split("\n\n")[1]), names)
+    assert names["loss"].isfinite()
 
 
 def transform() -> v2.Compose:
@@ -96,7 +117,7 @@ def test_a_batch_at_a_time_is_the_same(images: Path, labels: Path) -> None:
 
 
 def test_without_transform_the_whole_image_is_the_whole_map(images: Path, labels: Path) -> None:
-    dataset = TokenLabelDataset(images, labels, grid=4, truth="maps")
+    dataset = TokenLabelDataset(images, labels, grid=4, label_source="maps")
     image, record = dataset[0]
     assert isinstance(image, PIL.Image.Image)
     entry = dataset.store[dataset.images.key(0)]
@@ -129,7 +150,12 @@ def test_shrink_and_grid_reach_the_records(images: Path, labels: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"grid": 0}, "grid must be"), ({"shrink": -1.0}, "shrink must"), ({"truth": "x"}, "truth")],
+    [
+        ({"grid": 0}, "grid must be"),
+        ({"shrink": -1.0}, "shrink must"),
+        ({"label_source": "x"}, "label_source must be one of"),
+        ({"missing": "skip"}, "missing must be one of"),
+    ],
 )
 def test_bad_options(images: Path, labels: Path, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -177,20 +203,24 @@ def test_data_sets_of_all_sorts_give_the_same(images: Path, labels: Path) -> Non
         "str": (str(images), None),
     }
     for kind, (source, key) in kinds.items():
-        dataset = TokenLabelDataset(source, LabelStore(labels), grid=GRID, key=key, truth="maps")
+        dataset = TokenLabelDataset(
+            source, LabelStore(labels), grid=GRID, key=key, label_source="maps"
+        )
         assert len(dataset) == 16
         where = {dataset.images.key(index): index for index in range(16)}
         for index in (0, 7, 15):
             mine = dataset[where[names[index]]][1]
             assert same(mine, reference[index][1]), kind
-    dataset = TokenLabelDataset(pairs, labels, key=names.__getitem__, truth="images")
+    dataset = TokenLabelDataset(pairs, labels, key=names.__getitem__, label_source="images")
     assert dataset[3][1].label == 7
 
 
 def test_rows_are_found_whatever_the_order_of_the_images(images: Path, labels: Path) -> None:
     reference = TokenLabelDataset(images, labels, grid=GRID)
     order = [5, 6, 7, 8, 2, 3, 4, 15, 0, 1, 11, 12, 13]  # runs, in which rows are guessed
-    dataset = TokenLabelDataset(Subset(ImageFolder(images), order), labels, grid=GRID, truth="maps")
+    dataset = TokenLabelDataset(
+        Subset(ImageFolder(images), order), labels, grid=GRID, label_source="maps"
+    )
     for index, original in enumerate(order):
         assert same(dataset[index][1], reference[original][1])
 
@@ -242,8 +272,6 @@ def test_sources_that_cannot_be_matched(images: Path, labels: Path) -> None:
     for item, message in cases:
         with pytest.raises(TypeError, match=message):
             TokenLabelDataset([item], labels, key=LabelStore(labels).keys.__getitem__)[0]
-    with pytest.raises(ValueError, match="missing must be one of"):
-        TokenLabelDataset(images, labels, missing="skip")  # type: ignore[arg-type]
 
 
 def test_images_without_a_map(images: Path, labels: Path, tmp_path: Path) -> None:
@@ -334,7 +362,7 @@ def test_samplers(images: Path, labels: Path) -> None:
 
 # torchdata 0.11 calls a function of torch that torch 2.14 wants nobody to call.
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
-def test_a_stateful_loader_goes_on_where_it_stopped(images: Path, labels: Path) -> None:
+def test_a_stateful_loader_resumes(images: Path, labels: Path) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
     dataset = Seeded(TokenLabelDataset(images, labels, transform=transform(), grid=GRID))
     loader = stateful.StatefulDataLoader(dataset, 4, num_workers=1)

@@ -26,7 +26,7 @@ class Manifest(NamedTuple):
         labels: int32 [n], ground truth or -1.
         digest: hex sha256 of keys and labels.
         label_space: "teacher" when labels are class ids of the teacher, else "folders".
-        class_names: names of the teacher's classes; None where they are not known.
+        class_names: names of the teacher's classes; None where unknown.
     """
 
     keys: KeyTable
@@ -41,14 +41,14 @@ def write_manifest(
     blocks: Iterable[tuple[Sequence[bytes], np.ndarray]],
     label_space: str,
     class_names: Sequence[str] | None,
-) -> int:
-    """Store a manifest at `path`; return its number of rows, and store nothing if that is 0.
+) -> None:
+    """Store a manifest at `path`.
 
     Args:
         path: file to write.
-        blocks: keys, sorted by UTF-8 bytes, and the int32 labels of each.
+        blocks: keys, sorted by UTF-8 bytes, and their int32 labels; one row or more in all.
         label_space: as in `Manifest`.
-        class_names: likewise.
+        class_names: as in `Manifest`.
     """
     from .new_file import create, encode_texts
 
@@ -68,21 +68,16 @@ def write_manifest(
         file.attrs["sha256"] = hashlib.sha256(total).hexdigest()
         if class_names:
             file.add("class_names", encode_texts(class_names), gzip=True)
-    return keys.rows
 
 
 def open_manifest(path: Path, verify: bool = False) -> Manifest:
-    """Map a stored manifest.
-
-    Args:
-        path: the file.
-        verify: read it all and compare its checksum.
+    """Map a stored manifest; with `verify`, read all of it and compare its checksum.
 
     Raises:
         FileNotFoundError: it is not there.
         FormatError: it is damaged or of another version.
     """
-    # Not closed: keys and labels are read from it, and it closes with the last of them.
+    # Not closed here: keys and labels are read from it later, and it closes with the last of them.
     file = StoredFile(path, FORMAT, VERSION, "delete it; `annotate` rebuilds it")
     keys = KeyTable(file)
     labels = file.mapped("label", "<i4", (len(keys),))
