@@ -132,11 +132,11 @@ def main() -> None:
             if other.name != split and twin.is_file():
                 check("the same name in another split", decode(twin.read_bytes()))
 
-    print(f"{'candidate':<52} {'images':>6} {'refused':>8} {'named':>8}")
+    print(f"{'candidate':<53} {'images':>6} {'refused':>8} {'named':>8}")
     for name, counts in seen.items():
         total = counts.total()
         named = f"{counts[name] / total:>8.2%}" if name in TURNS.values() else ""
-        print(f"{name:<52} {total:>6} {1 - counts[None] / total:>8.2%} {named}")
+        print(f"{name:<53} {total:>6} {1 - counts[None] / total:>8.2%} {named}")
     for name, spent in seconds.items():
         print(f"{name}: median {statistics.median(spent) * 1e6:.0f} us of CPU time")
 

@@ -129,8 +129,8 @@ def test_the_form_of_the_image_does_not_matter(image: np.ndarray) -> None:
         np.testing.assert_array_equal(thumbprint(form), thumbprint(np.stack([grey] * 3, -1)))
 
 
-def test_the_bytes_of_the_tallest_images_are_exact() -> None:
-    height = 100_003
+@pytest.mark.parametrize("height", [70_005, 70_013])  # where sums in float32 round to other bytes
+def test_the_bytes_of_the_tallest_images_are_exact(height: int) -> None:
     grey = 255 - np.arange(height) % 2  # so that parts of pixels decide how a mean is rounded
     cell, pixel = np.arange(8)[:, None] * height, np.arange(height) * 8
     overlaps = np.minimum(cell + height, pixel + 8) - np.maximum(cell, pixel)
