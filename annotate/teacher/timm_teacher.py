@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import timm
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
-from timm.models import get_pretrained_cfg, is_model, is_model_pretrained
+from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, is_model_pretrained
 from torch import Tensor, nn
 
 from ...errors import TeacherError
@@ -128,7 +128,7 @@ def _settings(name: str) -> Any:
     """What timm knows of a registered model, a `PretrainedCfg`."""
     try:
         if is_model(name):
-            return get_pretrained_cfg(name)
+            return get_pretrained_cfg(name) or PretrainedCfg()  # none: a model of the user's own
         known = timm.list_models()
     except RuntimeError:  # no such tag
         known = timm.list_pretrained(f"{name.partition('.')[0]}.*")
