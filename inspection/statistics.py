@@ -1,11 +1,11 @@
 """Statistics of many maps in constant memory."""
 
-import heapq
+from bisect import insort
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .label_sets import Floats, PatchMap
+from .label_sets import ClassNames, Floats, PatchMap
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _CHART_BINS = 16
@@ -105,6 +105,7 @@ class MapStatistics:
     Args:
         grid: (H, W) of the maps.
         num_classes: of the teacher.
+        names: of its classes.
 
     Attributes:
         mass: histogram of the top-k mass of patches.
@@ -117,7 +118,8 @@ class MapStatistics:
         misses: images whose label is among the top k of none of their patches.
     """
 
-    def __init__(self, grid: tuple[int, int], num_classes: int) -> None:
+    def __init__(self, grid: tuple[int, int], num_classes: int, names: ClassNames) -> None:
+        self._names = names
         self.mass = Histogram.even(1.0)
         self.entropy = Histogram.even(max(float(np.log(num_classes)), 1e-9))
         self.distinct = Histogram.whole(min(grid[0] * grid[1], num_classes))
@@ -146,16 +148,16 @@ class MapStatistics:
             return
         self.misses += 1
         # Of equally clear ones, the first rows are kept: hence -row.
-        suspect = (int(counts.max()) / patches.best.size, -row, label, int(ids[counts.argmax()]))
-        full = len(self._suspects) == SUSPECTS
-        (heapq.heappushpop if full else heapq.heappush)(self._suspects, suspect)
+        fraction = int(counts.max()) / patches.best.size
+        insort(self._suspects, (fraction, -row, label, int(ids[counts.argmax()])))
+        del self._suspects[:-SUSPECTS]
 
     def suspects(self) -> list[tuple[int, int, int, float]]:
         """(row, label, class, fraction) of images without their label: what most patches show.
 
         Those with the largest fraction come first.
         """
-        found = sorted(self._suspects)[::-1]
+        found = reversed(self._suspects)
         return [(-row, label, class_id, fraction) for fraction, row, label, class_id in found]
 
     def frequent(self, count: int) -> list[dict[str, Any]]:
@@ -177,9 +179,10 @@ class MapStatistics:
         return self._classes(order[:count])
 
     def _classes(self, ids: np.ndarray) -> list[dict[str, Any]]:
-        patches = max(int(self.top.sum()), 1)
-        found = [{"class": c, "share": float(self.top[c] / patches)} for c in ids.tolist()]
-        if self.labelled:
-            for entry in found:
-                entry["label_share"] = float(self.labels[entry["class"]] / self.labelled)
+        found = []
+        for class_id in ids.tolist():
+            entry = {"class": class_id, "share": float(self.top[class_id] / self.top.sum())}
+            if self.labelled:
+                entry["label_share"] = float(self.labels[class_id] / self.labelled)
+            found.append({**entry, "name": self._names[class_id]})
         return found

@@ -262,6 +262,16 @@ def test_each_shard_begins_where_the_one_before_it_ends(tmp_path: Path) -> None:
     ]
 
 
+def test_a_name_that_claims_very_many_shards_is_an_error_at_once(tmp_path: Path) -> None:
+    write_split(tmp_path, ["a"], LAYOUT)
+    (tmp_path / shard_name(0, 1)).rename(tmp_path / shard_name(0, 99_999_999_999))
+    with pytest.raises(FormatError, match="99999999998 of 99999999999 shards are missing"):
+        find_shards(tmp_path)
+    result = verify(tmp_path)
+    assert "its name says shard 0 of 99999999999, its header 0 of 1" in result.faults[0].text
+    assert "99999989998 more of 99999999999 shards are missing" in result.notes
+
+
 def test_a_manifest_of_more_images_is_named(tmp_path: Path) -> None:
     write_split(tmp_path, ["a", "b"], LAYOUT)
     rows = [([b"a", b"b", b"c"], np.array([0, 1, 2], "i4"))]

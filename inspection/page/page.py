@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 
 from ...dataset.store import LabelStore
 from ...errors import ConfigError, FormatError, ImageError, TokenLabelError
+from ...terminal import Watch
 from ..pictures.image_files import ImageFiles
 from ..pictures.map_facts import COLOURS, LETTERS, OTHER, VIRIDIS
 from ..pictures.output import output_file
@@ -48,7 +49,7 @@ def save_page(
     *,
     limit: int = 200,
     keys: Sequence[str] | None = None,
-    watch: Callable[[int, int], None] = lambda *_: None,
+    watch: Watch = lambda *_: None,
 ) -> PageReport:
     """Write a page with images and label maps to browse.
 

@@ -12,14 +12,14 @@ from ...dataset.store import LabelStore
 from ..label_sets import ClassNames, Floats, PatchMap, patch_map
 from .augmentations import GRID, Augmentation, augmentations
 from .image_files import ImageFiles
-from .legend import LINE, SMALL, draw_badge, draw_colour_bar, draw_legend
-from .map_facts import LegendEntry, legend
+from .map_facts import OTHER, LegendEntry, legend, viridis
 from .output import output_file
 from .overlay import INK, class_overlay, font, mass_overlay, shortened
 
 _MARGIN, _GAP, _PANEL = 32, 28, 600
 _WIDTH = 2 * _MARGIN + 3 * _PANEL + 2 * _GAP
-_TITLE, _TEXT = 30, 22
+_TITLE, _TEXT, _SMALL = 30, 22, 19
+_LINE = 34  # of the legend
 _TILE = (_PANEL - 8) // 2
 _GREY = (90, 90, 90)
 #: Of the frames of the three augmentations; each is numbered too.
@@ -68,7 +68,7 @@ def _draw_sheet(
     # From top to bottom: two lines of text, three panels, their legends, three pairs of tiles.
     maps = _MARGIN + 2 * _TITLE + 34
     key_top = maps + _TEXT + 14 + size[1] + 16
-    tiles = key_top + max(LINE * -(-(len(entries) + 1) // 2), 2 * LINE) + 30
+    tiles = key_top + max(_LINE * -(-(len(entries) + 1) // 2), 2 * _LINE) + 30
     sheet = Image.new("RGB", (_WIDTH, tiles + 2 * _TEXT + 18 + _TILE + _MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     room = _WIDTH - 2 * _MARGIN
@@ -95,8 +95,8 @@ def _draw_sheet(
     for left, (title, panel) in zip(columns, panels.items(), strict=True):
         draw.text((left, maps), title, INK, font(_TEXT))
         sheet.paste(panel, (left + (_PANEL - size[0]) // 2, maps + _TEXT + 14))
-    draw_legend(draw, names, entries, best.size, (columns[0], key_top), _PANEL + _GAP)
-    draw_colour_bar(draw, columns[2], key_top, _PANEL)
+    _draw_legend(draw, names, entries, best.size, (columns[0], key_top), _PANEL + _GAP)
+    _draw_colour_bar(draw, columns[2], key_top, _PANEL)
     for number, augmentation in enumerate(augmented):
         _draw_pair(sheet, draw, (columns[number], tiles), number, augmentation, entries)
     return sheet
@@ -114,7 +114,7 @@ def _framed(image: Image.Image, augmented: Sequence[Augmentation]) -> Image.Imag
     taken: list[tuple[float, float]] = []
     for number, (outline, colour) in enumerate(zip(outlines, _FRAMES, strict=False)):
         taken.append(_free_corner(outline, image.size, taken))
-        draw_badge(draw, taken[-1], str(number + 1), colour)
+        _draw_badge(draw, taken[-1], str(number + 1), colour)
     return drawn
 
 
@@ -145,7 +145,7 @@ def _draw_pair(
 ) -> None:
     """An augmented image beside its targets."""
     left, top = at
-    draw_badge(draw, (left + 15, top + 13), str(number + 1), _FRAMES[number])
+    _draw_badge(draw, (left + 15, top + 13), str(number + 1), _FRAMES[number])
     mirrored = ", mirrored" if augmentation.mirrored else ""
     title = (
         f"crop of {augmentation.fraction:.0%}{mirrored}, turned "
@@ -160,4 +160,70 @@ def _draw_pair(
     texts = ("augmented", f"its targets, {GRID} x {GRID}")
     for x, drawn, text in zip((left, left + _PANEL - _TILE), (tile, targets), texts, strict=True):
         sheet.paste(drawn, (x, top))
-        draw.text((x, top + _TILE + 8), text, _GREY, font(SMALL))
+        draw.text((x, top + _TILE + 8), text, _GREY, font(_SMALL))
+
+
+def _draw_badge(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, colour: str) -> None:
+    """A disc with a number, its centre at `at`."""
+    draw.ellipse((at[0] - 15, at[1] - 15, at[0] + 15, at[1] + 15), colour, (0, 0, 0), 2)
+    draw.text(at, text, (0, 0, 0), font(_SMALL), anchor="mm")
+
+
+def _draw_legend(
+    draw: ImageDraw.ImageDraw,
+    names: ClassNames,
+    entries: Sequence[LegendEntry],
+    cells: int,
+    at: tuple[int, int],
+    column: int,
+) -> None:
+    """Names of the classes, in two columns.
+
+    Args:
+        draw: of the sheet.
+        names: of the classes.
+        entries: the classes that have a letter and a colour.
+        cells: patches of the map.
+        at: (x, y) of the top left corner.
+        column: distance of the columns in pixels.
+    """
+
+    def patches(count: int) -> str:
+        return f"{count} patch{'' if count == 1 else 'es'}"
+
+    items = []
+    for entry in entries:
+        mean = f"{entry.mean:.2f}" if entry.mean >= 0.005 else "below 0.01"
+        text = f"{names[entry.class_id]}: {patches(entry.patches)}, mean {mean}"
+        items.append((entry.letter, entry.colour, text))
+    others = cells - sum(entry.patches for entry in entries)
+    note = f"other classes: {patches(others)}" if others else "no other classes"
+    items.append(("·", OTHER, f"{note}   (A: 0.5 or more, a: less)"))
+    rows = -(-len(items) // 2)
+    for number, (letter, colour, text) in enumerate(items):
+        left = at[0] + number // rows * column
+        y = at[1] + number % rows * _LINE
+        draw.rectangle((left, y, left + 34, y + 26), colour, INK)
+        draw.text(
+            (left + 17, y + 13),
+            letter,
+            "white",
+            font(_SMALL),
+            anchor="mm",
+            stroke_width=2,
+            stroke_fill="black",
+        )
+        text = shortened(text, _SMALL, column - 74)
+        draw.text((left + 46, y + 13), text, INK, font(_SMALL), anchor="lm")
+
+
+def _draw_colour_bar(draw: ImageDraw.ImageDraw, left: int, top: int, width: int) -> None:
+    """The scale of the mass map's colours."""
+    last = width - 1
+    for x in range(width):
+        draw.line((left + x, top, left + x, top + 22), viridis(x / last))
+    for mark in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x = left + round(mark * last)
+        draw.line((x, top + 22, x, top + 30), INK, 2)
+        anchor = {0.0: "la", 1.0: "ra"}.get(mark, "ma")
+        draw.text((x, top + 34), f"{mark:g}", INK, font(_SMALL), anchor=anchor)
