@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from ...dataset.label_map.path import UNIT_BOX
 from ...dataset.store import LabelStore
-from ..label_sets import ClassNames, Floats, PatchMap, patch_map
+from ..label_sets import ClassNames, Floats, patch_map
 from .augmentations import GRID, Augmentation, augmentations
 from .image_files import ImageFiles
 from .map_facts import OTHER, LegendEntry, legend, viridis
@@ -44,22 +44,10 @@ def save_png(
         ImageError: the image cannot be read, or is not the annotated one.
         OutputError: the file cannot be written.
     """
-    patches = patch_map(store, key)
+    patches, names = patch_map(store, key), ClassNames(store.classes)
     image = ImageFiles(store, images).read(key)
-    sheet = _draw_sheet(store, key, patches, image, augmentations(image, store, key, seed=seed))
-    with output_file(path) as temporary:
-        sheet.save(temporary, "PNG")
-
-
-def _draw_sheet(
-    store: LabelStore,
-    key: str,
-    patches: PatchMap,
-    image: Image.Image,
-    augmented: Sequence[Augmentation],
-) -> Image.Image:
-    entry, names = patches.entry, ClassNames(store.classes)
-    best, probs = patches.best, patches.probs[..., 0]
+    augmented = augmentations(image, store, key, seed=seed)
+    entry, best, probs = patches.entry, patches.best, patches.probs[..., 0]
     entries = legend(best, probs)
     scale = _PANEL / max(image.size)
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
@@ -99,7 +87,8 @@ def _draw_sheet(
     _draw_colour_bar(draw, columns[2], key_top, _PANEL)
     for number, augmentation in enumerate(augmented):
         _draw_pair(sheet, draw, (columns[number], tiles), number, augmentation, entries)
-    return sheet
+    with output_file(path) as temporary:
+        sheet.save(temporary, "PNG")
 
 
 def _framed(image: Image.Image, augmented: Sequence[Augmentation]) -> Image.Image:
@@ -125,14 +114,13 @@ def _free_corner(
 
     Farther along the frame's upper side where other numbers are in the way.
     """
-    spots = []
     for step in (0.0, 0.2, 0.4, 0.6, 0.8):
         corner = outline[0] + step * (outline[1] - outline[0])
         point = corner * 0.9 + outline.mean(0) * 0.1
         x, y = np.clip(point, 18, np.maximum(np.array(size) - 18, 18)).tolist()
-        spots.append((x, y))
-    free = (spot for spot in spots if all(math.dist(spot, other) > 34 for other in taken))
-    return next(free, spots[-1])
+        if all(math.dist((x, y), other) > 34 for other in taken):
+            break
+    return x, y
 
 
 def _draw_pair(
@@ -177,16 +165,7 @@ def _draw_legend(
     at: tuple[int, int],
     column: int,
 ) -> None:
-    """Names of the classes, in two columns.
-
-    Args:
-        draw: of the sheet.
-        names: of the classes.
-        entries: the classes that have a letter and a colour.
-        cells: patches of the map.
-        at: (x, y) of the top left corner.
-        column: distance of the columns in pixels.
-    """
+    """Names of the classes of a map of `cells` patches, in two columns from the top left `at`."""
 
     def patches(count: int) -> str:
         return f"{count} patch{'' if count == 1 else 'es'}"
