@@ -185,7 +185,7 @@ def _verify(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -> N
     from .label_sets import split_images
     from .verify.verify import repair, verify
 
-    workers = options["workers"] if options["workers"] is not None else cpu_count() or 1
+    workers = options["workers"] or cpu_count() or 1
     checks = []
     for split in splits:
         images = options["images"] and split_images(split, options["images"])

@@ -7,7 +7,7 @@ import numpy as np
 
 from .label_sets import ClassNames, Floats, PatchMap
 
-_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_PERCENTS = (5, 25, 50, 75, 95)
 _CHART_BINS = 16
 #: Of a probability, so that KL stays finite where one side has no mass at all.
 _FLOOR = 1e-12
@@ -77,23 +77,19 @@ class Histogram:
     def quantile(self, fraction: float) -> float:
         """The value below which this fraction of all values are."""
         total = np.cumsum(self._counts)
-        last = len(total) - 1
-        return float(self._values[min(int(np.searchsorted(total, fraction * total[-1])), last)])
+        return float(self._values[np.searchsorted(total, fraction * total[-1])])
 
     def facts(self) -> dict[str, float] | None:
         """Mean and quantiles, JSON-able; None of no values."""
         if not (count := int(self._counts.sum())):
             return None
-        quantiles = {
-            f"p{round(100 * fraction)}": self.quantile(fraction) for fraction in _QUANTILES
-        }
+        quantiles = {f"p{percent}": self.quantile(percent / 100) for percent in _PERCENTS}
         return {"mean": self._sum / count, **quantiles}
 
     def chart(self, trimmed: bool = False) -> dict[str, list[float]]:
         """Edges and counts of fewer, wider bins, JSON-able; `trimmed` to the highest value met."""
-        used = len(self._counts)
-        if trimmed:
-            used = int(np.flatnonzero(self._counts).max(initial=0)) + 1
+        highest = np.flatnonzero(self._counts).max(initial=0)
+        used = int(highest) + 1 if trimmed else len(self._counts)
         starts = np.linspace(0, used, min(_CHART_BINS, used) + 1).astype(int)
         counts = np.add.reduceat(self._counts[:used], starts[:-1])
         return {"edges": self._edges[starts].tolist(), "counts": counts.tolist()}
@@ -114,7 +110,7 @@ class MapStatistics:
         top: patches with each class on top.
         labels: images with each label.
         listed: whether each class is among the top k of any patch.
-        labelled: images with a label; of their `labelled_patches`, `hits` have it on top.
+        labelled: images with a label; `hits` of their patches have it on top.
         misses: images whose label is among the top k of none of their patches.
     """
 
@@ -126,7 +122,7 @@ class MapStatistics:
         self.top = np.zeros(num_classes, np.int64)
         self.labels = np.zeros(num_classes, np.int64)
         self.listed = np.zeros(num_classes, bool)
-        self.labelled = self.labelled_patches = self.hits = self.misses = 0
+        self.labelled = self.hits = self.misses = 0
         self._suspects: list[tuple[float, int, int, int]] = []
 
     def add(self, row: int, patches: PatchMap) -> None:
@@ -141,7 +137,6 @@ class MapStatistics:
         if not 0 <= label < len(self.labels):
             return
         self.labelled += 1
-        self.labelled_patches += patches.best.size
         self.hits += int((patches.best == label).sum())
         self.labels[label] += 1
         if (patches.classes == label).any():
@@ -168,9 +163,8 @@ class MapStatistics:
     def overpredicted(self, times: float, count: int) -> list[dict[str, Any]]:
         """Classes on top `times` as often as they should be; the most patches first.
 
-        They should be as often as images have the label, or as if all classes were equally
-        frequent, whichever is more. Classes on top of less than one patch in a thousand are left
-        out.
+        They should be as often as images have the label, or as all classes on average, whichever
+        is more. Classes on top of less than one patch in a thousand are left out.
         """
         expected = np.maximum(self.labels / max(self.labelled, 1), 1 / len(self.labels))
         fraction = self.top / max(int(self.top.sum()), 1)

@@ -1,6 +1,7 @@
 """Facts about a split, and about a single map, as JSON-able values."""
 
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -20,7 +21,6 @@ SAMPLE_IMAGES = 5000
 #: A class is over-predicted when it is on top this many times as often as images have the label.
 TIMES = 5.0
 _LISTED = 10
-_MOST_CLASSES = 1 << 24  # a damaged header must not ask for all memory
 _COUNTS = ("labelled", "top1", "top5", "mass", "errors")
 #: Attributes that differ from shard to shard, or that are facts of their own.
 _OWN = ("first_row", "shard", "sha256", "format", "version", "class_names", *_COUNTS)
@@ -44,8 +44,6 @@ def summarise(
         FormatError: the split is damaged or incomplete, or lacks the statistics of its shards.
     """
     store = LabelStore(root)
-    if store.num_classes > _MOST_CLASSES:
-        raise FormatError(f"{root}: at most {_MOST_CLASSES} classes, got {store.num_classes}")
     totals, reasons = _headers(store)
     labelled, failed, names = totals["labelled"], store.failed, ClassNames(store.classes)
     picked = good = np.flatnonzero(~failed)
@@ -83,7 +81,7 @@ def summarise(
         "bytes_per_image": nbytes / len(store),
         "sampled": len(picked),
         "patches_with_label_on_top": (
-            found.hits / found.labelled_patches if found.labelled_patches else None
+            found.hits / (found.labelled * math.prod(store.grid)) if found.labelled else None
         ),
         "topk_mass_of_patches": found.mass.facts(),
         "topk_mass_histogram": found.mass.chart(),
