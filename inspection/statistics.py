@@ -112,6 +112,8 @@ class MapStatistics:
         listed: whether each class is among the top k of any patch.
         labelled: images with a label; `hits` of their patches have it on top.
         misses: images whose label is among the top k of none of their patches.
+        suspects: the clearest of these, ascending: (fraction, -row, facts), the fraction being that
+            of the patches which show the class that most of them show.
     """
 
     def __init__(self, grid: tuple[int, int], num_classes: int, names: ClassNames) -> None:
@@ -123,7 +125,7 @@ class MapStatistics:
         self.labels = np.zeros(num_classes, np.int64)
         self.listed = np.zeros(num_classes, bool)
         self.labelled = self.hits = self.misses = 0
-        self._suspects: list[tuple[float, int, int, int]] = []
+        self.suspects: list[tuple[float, int, dict[str, Any]]] = []
 
     def add(self, row: int, patches: PatchMap) -> None:
         """Count a map, and remember its row if it never contains its label."""
@@ -142,18 +144,17 @@ class MapStatistics:
         if (patches.classes == label).any():
             return
         self.misses += 1
+        fraction, shown = int(counts.max()) / patches.best.size, int(ids[counts.argmax()])
+        facts = {
+            "label": label,
+            "label_name": self._names[label],
+            "class": shown,
+            "name": self._names[shown],
+            "share": fraction,
+        }
         # Of equally clear ones, the first rows are kept: hence -row.
-        fraction = int(counts.max()) / patches.best.size
-        insort(self._suspects, (fraction, -row, label, int(ids[counts.argmax()])))
-        del self._suspects[:-SUSPECTS]
-
-    def suspects(self) -> list[tuple[int, int, int, float]]:
-        """(row, label, class, fraction) of images without their label: what most patches show.
-
-        Those with the largest fraction come first.
-        """
-        found = reversed(self._suspects)
-        return [(-row, label, class_id, fraction) for fraction, row, label, class_id in found]
+        insort(self.suspects, (fraction, -row, facts))
+        del self.suspects[:-SUSPECTS]
 
     def frequent(self, count: int) -> list[dict[str, Any]]:
         """The classes most often on top, with their fraction of the patches."""

@@ -100,15 +100,7 @@ def summarise(
         "sampled_with_label": found.labelled,
         "images_without_their_label": found.misses,
         "images_without_their_label_list": [
-            {
-                "key": store.keys[row],
-                "label": label,
-                "label_name": names[label],
-                "class": class_id,
-                "name": names[class_id],
-                "share": fraction,
-            }
-            for row, label, class_id, fraction in found.suspects()
+            {"key": store.keys[-row], **facts} for _, row, facts in reversed(found.suspects)
         ],
     }
 

@@ -20,8 +20,7 @@ from tokenlabel.dataset import LabelStore
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.errors import ConfigError, FormatError, ImageError, MissingMapError, OutputError
 from tokenlabel.inspection.label_sets import ClassNames, patch_map
-from tokenlabel.inspection.page.data import IMAGE_BYTES, SplitData, jpeg
-from tokenlabel.inspection.page.page import PageReport, save_page
+from tokenlabel.inspection.page.page import IMAGE_BYTES, PageReport, SplitData, jpeg, save_page
 from tokenlabel.inspection.pictures.map_facts import viridis
 
 playwright = pytest.importorskip("playwright.sync_api")

@@ -174,10 +174,6 @@ def put(name: str, index: object, value: object) -> Change:
     return lambda arrays: arrays[name].__setitem__(index, value)
 
 
-def repeated_class(arrays: dict[str, Any]) -> None:
-    arrays["classes"][7, 0, :2, 0, 0] = 5
-
-
 def class_of_no_code(arrays: dict[str, Any]) -> None:
     arrays["codes"][4, 0, 3, 0, 0], arrays["classes"][4, 0, 3, 0, 0] = 255, 999
 
@@ -189,7 +185,7 @@ def class_of_no_code(arrays: dict[str, Any]) -> None:
         (put("codes", (3, 0, 3, 1, 2), 0), 3, "the codes of a cell must not descend"),
         (put("level", (5, 0, 0, 0), np.inf), 5, "level must be finite"),
         (put("classes", (6, 0, 0, 0, 0), 1000), 6, "class ids must be below 1000"),
-        (repeated_class, 7, "classes of a cell must be different"),
+        (put("classes", (7, 0, slice(2), 0, 0), 5), 7, "classes of a cell must be different"),
         (class_of_no_code, 4, "dropped classes must be stored as 0"),
         (put("residual_classes", (6, 0, 5), 1001), 6, "residual classes must be below 1000"),
         (put("residual_classes", (6, 0, 5), 0), 6, "residual classes must ascend"),

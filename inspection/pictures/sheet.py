@@ -134,12 +134,7 @@ def _draw_pair(
     """An augmented image beside its targets."""
     left, top = at
     _draw_badge(draw, (left + 15, top + 13), str(number + 1), _FRAMES[number])
-    mirrored = ", mirrored" if augmentation.mirrored else ""
-    title = (
-        f"crop of {augmentation.fraction:.0%}{mirrored}, turned "
-        f"{abs(augmentation.angle):.0f} degrees {'left' if augmentation.angle >= 0 else 'right'}"
-    )
-    draw.text((left + 42, top), title, INK, font(_TEXT))
+    draw.text((left + 42, top), augmentation.title, INK, font(_TEXT))
     top += _TEXT + 14
     tile = augmentation.image.resize((_TILE, _TILE), Image.Resampling.LANCZOS)
     targets = class_overlay(
