@@ -10,6 +10,9 @@ from rich.console import Console
 
 from .errors import visible
 
+#: Called with (done, total) as work goes on.
+Watch = Callable[[int, int], None]
+
 
 def console(stderr: bool = False) -> Console:
     """A console that prints text as it is: no emoji codes, no highlighting."""
@@ -35,18 +38,13 @@ class VisibleFormatter(logging.Formatter):
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A function to call with (done, total); shows a bar on stderr if that is a terminal."""
+def progress_bar(what: str) -> Iterator[Watch]:
+    """A function that shows a bar on stderr, if that is a terminal."""
     stderr = console(stderr=True)
     if not stderr.is_terminal:
         yield lambda done, total: None
         return
-    columns = (
-        rp.TextColumn(what),
-        rp.BarColumn(),
-        rp.MofNCompleteColumn(),
-        rp.TimeRemainingColumn(),
-    )
+    columns = rp.TextColumn(what), rp.BarColumn(), rp.MofNCompleteColumn(), rp.TimeRemainingColumn()
     with rp.Progress(*columns, console=stderr, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

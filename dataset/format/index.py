@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 from bisect import bisect_right
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,14 +109,15 @@ def find_shards(root: Path) -> list[Path]:
             f"{root} mixes shards of splits of {' and '.join(map(str, totals))} shards. "
             "Remedy: keep one set, move the others away"
         )
-    present = {shard for (shard, _), _ in found}
-    missing = [shard for shard in range(totals[0]) if shard not in present]
-    if missing:
-        names = ", ".join(shard_name(shard, totals[0]) for shard in missing[:3])
+    present, total = {shard for (shard, _), _ in found}, totals[0]
+    if missing := total - sum(shard < total for shard in present):
+        # Not counted one by one: the total is only what the name of a file says.
+        first = islice((shard for shard in range(total) if shard not in present), 3)
+        names = ", ".join(shard_name(shard, total) for shard in first)
         raise FormatError(
-            f"{root} is incomplete: {len(missing)} of {totals[0]} shards are missing ({names}"
-            f"{', …' if len(missing) > 3 else ''}). Remedy: wait for the job that makes them, or "
-            "run the same `annotate` again"
+            f"{root} is incomplete: {missing} of {total} shards are missing ({names}"
+            f"{', …' if missing > 3 else ''}). Remedy: wait for the job that makes them, or run "
+            "the same `annotate` again"
         )
     return [Path(path) for _, path in found]
 
