@@ -188,7 +188,7 @@ def load_config(source: str | None, overrides: dict[str, Any] | None = None) -> 
     given = overrides or {}
     values = _read(source) if source else {}
     try:
-        return AnnotateConfig(**{**values, **given})
+        return AnnotateConfig.model_validate({**values, **given})
     except ValidationError as error:
         lines = [_explain(dict(fault), source, given) for fault in error.errors()]
         raise ConfigError("\n".join(lines)) from None
@@ -217,7 +217,7 @@ def _read(source: str) -> dict[str, Any]:
         ) from error
     if root is None:
         return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not isinstance(values, dict):
         raise ConfigError(f"{source}: must be `key: value` lines, got a {type(values).__name__}")
     # YAML itself takes the last of equal keys without a word.
     keys = [key.value for key, _ in root.value]
@@ -231,7 +231,7 @@ def _explain(fault: dict[str, Any], source: str | None, given: dict[str, Any]) -
     where = f"{source}: {key}" if source and key not in given else f"option {key}"
     fields = AnnotateConfig.model_fields
     rule = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
+    if key and key not in fields:
         near = difflib.get_close_matches(key, fields, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(fields)}"
         return f"{where}: unknown key (value {got}). Remedy: {hint}"

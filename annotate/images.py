@@ -50,7 +50,7 @@ def decode_batch(
     Raises:
         StorageError: an image cannot be read for a reason that is not its own.
     """
-    batch = failed_batch(keys, sizes, "")
+    batch = failed_batch(len(keys), sizes, "")
     resample = Image.Resampling[interpolation.upper()]
     for row, data in enumerate(source.read(keys)):
         try:
@@ -58,18 +58,16 @@ def decode_batch(
                 raise data
             batch.digests[row] = file_digest(data)
             image = decode_image(data)
-            squashed = [np.asarray(image.resize((w, h), resample)) for h, w in sizes]
             batch.sizes[row] = image.size
-            for images, pixels in zip(batch.images, squashed, strict=True):
-                images[row] = pixels
+            for images, (h, w) in zip(batch.images, sizes, strict=True):
+                images[row] = np.asarray(image.resize((w, h), resample))
         except ImageError as error:
             batch.errors[row] = str(error)
     return batch
 
 
-def failed_batch(keys: Sequence[str], sizes: Sequence[tuple[int, int]], error: str) -> DecodedBatch:
+def failed_batch(count: int, sizes: Sequence[tuple[int, int]], error: str) -> DecodedBatch:
     """A batch of images that could not even be tried, all with the same `error`."""
-    count = len(keys)
     return DecodedBatch(
         tuple(np.zeros((count, *size, 3), np.uint8) for size in sizes),
         np.zeros((count, 2), np.int32),

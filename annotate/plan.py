@@ -9,7 +9,7 @@ from typing import Any
 
 from ..dataset.format.files import TEMPORARY
 from ..dataset.format.manifest import NAME as MANIFEST
-from ..dataset.format.manifest import Manifest, open_manifest, shard_count
+from ..dataset.format.manifest import Manifest, open_manifest
 from ..dataset.format.score_map import MapLayout
 from ..dataset.format.shard import Shard, parse_shard_name, shard_name
 from ..dataset.sources.image_source import ImageSource
@@ -67,7 +67,6 @@ class Plan:
         layout: shapes and dtypes of the maps.
         fingerprint: of the settings.
         attrs: root attributes that all shards share.
-        label_space: "teacher" or "folders".
     """
 
     folder: Path
@@ -78,7 +77,6 @@ class Plan:
     layout: MapLayout
     fingerprint: str
     attrs: dict[str, Any]
-    label_space: str
 
 
 def split_manifest(config: AnnotateConfig, source: ImageSource, identity: Identity) -> Manifest:
@@ -143,8 +141,8 @@ def make_plan(config: AnnotateConfig, run: str, manifest: Manifest, teacher: Ide
         "batch_size": config.batch_size,
         "shard_size": config.shard_size,
     }
-    rows = len(manifest.keys)
-    fingerprint = _digest(settings)
+    rows, fingerprint = len(manifest.keys), _digest(settings)
+    shards = -(-rows // config.shard_size)
     attrs = {
         "teacher": teacher.model,
         "weights_digest": teacher.weights_digest,
@@ -156,20 +154,11 @@ def make_plan(config: AnnotateConfig, run: str, manifest: Manifest, teacher: Ide
         "settings": _json(settings),
         "fingerprint": fingerprint,
         "libraries": _json(teacher.libraries),
-        "shards": shard_count(rows, config.shard_size),
+        "shards": shards,
         "split_rows": rows,
     }
-    return Plan(
-        folder=config.folder.absolute(),
-        run=run,
-        rows=rows,
-        shards=shard_count(rows, config.shard_size),
-        shard_size=config.shard_size,
-        layout=layout,
-        fingerprint=fingerprint,
-        attrs=attrs,
-        label_space=manifest.label_space,
-    )
+    folder = config.folder.absolute()
+    return Plan(folder, run, rows, shards, config.shard_size, layout, fingerprint, attrs)
 
 
 def unfinished(plan: Plan) -> list[int]:

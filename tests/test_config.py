@@ -66,7 +66,7 @@ def test_what_is_stored() -> None:
         ("k: 1\n---\nk: 2", "not valid YAML: expected a single document"),
         ("k: 9999-99-99", "not valid YAML: month must be in 1..12"),
         ("? [a, b]\n: 1", "not valid YAML: while constructing a mapping"),
-        ("7: 1", "must be `key: value` lines"),
+        ("7: 1", "7: unknown key (value 7). Remedy: one of data, split"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML: could not determine"),
     ],
 )

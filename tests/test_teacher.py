@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import tokenlabel
 from tokenlabel.annotate.config import AnnotateConfig
 from tokenlabel.annotate.teacher.annotator import Annotator, TeacherOutput
 from tokenlabel.annotate.teacher.dense import AUX_MODE, HEAD_MODE, MEAN_MODE, TOKEN_MODE
 from tokenlabel.annotate.teacher.encode import encode
+from tokenlabel.annotate.teacher.identity import libraries
 from tokenlabel.annotate.teacher.passes import onto
 from tokenlabel.annotate.teacher.teacher import PatchHead
 from tokenlabel.annotate.teacher.timm_teacher import TimmTeacher, build_model
@@ -295,7 +298,7 @@ def test_later_passes_are_read_onto_the_first_grid_and_averaged() -> None:
     )
     tutor = annotator(input_sizes=tuple(sizes))
     assert tutor.input_sizes == tuple(sizes) and tutor.grid == (3, 5)
-    assert tutor.preprocessing()["tiles"] == [[1, 1], [1, 1]]
+    assert tutor.preprocessing["tiles"] == [[1, 1], [1, 1]]
     assert two.shape[1:3] == (4, 6)
     logits = tutor.logits(batches)
     torch.testing.assert_close(logits, (one + onto(two, (3, 5))) / 2, rtol=1e-4, atol=1e-5)
@@ -309,7 +312,7 @@ def test_later_passes_are_read_onto_the_first_grid_and_averaged() -> None:
 def test_a_network_of_one_size_looks_at_tiles_of_it() -> None:
     larger = (160, 288)
     tutor = annotator_of(family("vit"), input_sizes=[SIZE, larger])
-    assert tutor.preprocessing()["tiles"] == [[1, 1], [2, 2]]
+    assert tutor.preprocessing["tiles"] == [[1, 1], [2, 2]]
     assert tutor.grid == (6, 10)
     batches = [images_of(2, size) for size in (SIZE, larger)]
     alone = annotator_of(family("vit"), input_sizes=[SIZE])
@@ -466,7 +469,7 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 def test_preprocessing_and_names_come_from_the_model(tmp_path: Path) -> None:
     net = build("test_vit", img_size=SIZE)
     tutor = Annotator(TimmTeacher(net))
-    assert tutor.preprocessing() == {
+    assert tutor.preprocessing == {
         "resize": "squash",
         "input_size": [list(SIZE)],
         "interpolation": "bicubic",
@@ -474,7 +477,7 @@ def test_preprocessing_and_names_come_from_the_model(tmp_path: Path) -> None:
         "std": [0.5, 0.5, 0.5],
         "tiles": [[1, 1]],
     }
-    assert json.loads(json.dumps(tutor.preprocessing())) == tutor.preprocessing()
+    assert json.loads(json.dumps(tutor.preprocessing)) == tutor.preprocessing
     assert tutor.class_names is None and tutor.num_classes == CLASSES
     assert tutor.name == "test_vit" and tutor.grid == (6, 10)
     assert not any(p.requires_grad for p in net.parameters()) and not net.training
@@ -531,3 +534,18 @@ def test_the_sample_teacher_knows_the_sample_photographs() -> None:
     # Where the image as a whole is known, most patches know it too.
     classes = out.planes["classes"][:, 0].int()
     assert (classes == truth[:, None, None, None]).any(1).float().mean() > 0.4
+
+
+def test_the_versions_need_no_installed_tokenlabel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node of a cluster may have it as the code that came with the job."""
+    found = metadata.version
+
+    def version(name: str) -> str:
+        if name == "tokenlabel":
+            raise metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    versions = libraries(torch.device("cpu"))
+    assert versions["tokenlabel"] == tokenlabel.__version__
+    assert versions["torch"] == found("torch")

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 import ray.exceptions as rx
@@ -42,18 +42,12 @@ class _Actor:
     lag: float = float("inf")  # upper bound of this process's clock minus the actor's
 
 
-class _Ended(NamedTuple):
-    """An attempt at a shard: the shard's sha256 or why it failed, and whether its actor died."""
-
-    shard: int
-    outcome: str | Exception
-    died: bool = False
+#: An attempt at a shard: its number, its sha256 or why it failed, and whether its actor died.
+_Ended = tuple[int, str | Exception, bool]
 
 
 class Pool:
-    """Teacher actors that are replaced when they die.
-
-    A context manager: leaving it kills the actors.
+    """Teacher actors that are replaced when they die. Leaving the context kills them all.
 
     Args:
         arguments: of the actors: config, image source, threads.
@@ -119,7 +113,7 @@ class Pool:
             plan: of the run.
             todo: numbers of shards.
             retries: further attempts per shard.
-            tally: updated while the run goes on, and valid after an exception too.
+            tally: updated while it runs, and valid after an exception too.
             report: called some times a second.
 
         Raises:
@@ -131,11 +125,14 @@ class Pool:
         while left := len(queue) + len(suspects) + sum(len(actor.shards) for actor in self._actors):
             self._start(left)
             for actor in self._actors:
-                if actor.starting is None:
-                    while queue and len(actor.shards) < SHARDS_AT_ONCE:
-                        self._submit(actor, plan, queue.popleft())
-                    if suspects and not queue and not actor.shards:
-                        self._submit(actor, plan, suspects.popleft())
+                while actor.starting is None:
+                    if queue and len(actor.shards) < SHARDS_AT_ONCE:
+                        shard = queue.popleft()
+                    elif suspects and not queue and not actor.shards:
+                        shard = suspects.popleft()
+                    else:
+                        break
+                    actor.shards[actor.handle.annotate.remote(plan, shard)] = shard
             for shard, outcome, died in self._wait():
                 if isinstance(outcome, str):
                     tally.written[shard] = outcome
@@ -165,9 +162,6 @@ class Pool:
             handle = self._class.options(scheduling_strategy=where).remote(*self._arguments)
             self._actors.append(_Actor(handle, handle.ready.remote(), node))
 
-    def _submit(self, actor: _Actor, plan: Plan, shard: int) -> None:
-        actor.shards[actor.handle.annotate.remote(plan, shard)] = shard
-
     def _wait(self) -> list[_Ended]:
         """Wait a moment for a call to end; the attempts at shards that have ended."""
         self._list_nodes()
@@ -188,14 +182,14 @@ class Pool:
                 if call is actor.starting:
                     ended += self._on_death(actor, cause)
                 else:
-                    ended.append(_Ended(actor.shards.pop(call), cause))
+                    ended.append((actor.shards.pop(call), cause, False))
             except rx.RayError as error:
                 ended += self._on_death(actor, error)
             else:
                 if call is actor.starting:
                     self._on_ready(actor, result)
                 else:
-                    ended.append(_Ended(actor.shards.pop(call), result))
+                    ended.append((actor.shards.pop(call), result, False))
         return ended
 
     def _list_nodes(self) -> None:
@@ -253,7 +247,7 @@ class Pool:
             self._dead.append(actor.last)
         if actor.starting is None:
             self._lost += 1
-            return [_Ended(shard, error, died=True) for shard in actor.shards.values()]
+            return [(shard, error, True) for shard in actor.shards.values()]
         self._failed_starts += 1
         if self._failed_starts >= _STARTS:
             if not any(other.starting is None for other in self._actors):
@@ -277,9 +271,16 @@ class Pool:
         pending = {actor.progress: actor for actor in self._actors if actor.progress is not None}
         if pending:
             for call in ray.wait(list(pending), num_returns=len(pending), timeout=wait)[0]:
+                actor = pending[call]
+                actor.progress = None
                 with suppress(rx.RayError):  # the calls for its shards report the death
-                    _record(pending[call], ray.get(call))
-                pending[call].progress = None
+                    last: Progress = ray.get(call)
+                    # Monotonic clocks of two machines differ by a constant, of which each answer
+                    # gives an upper bound: it was on its way for some time.
+                    actor.lag = min(actor.lag, time.monotonic() - last.now)
+                    actor.last = last._replace(
+                        since=last.since + actor.lag, until=last.until + actor.lag
+                    )
         seen = [*self._dead, *(actor.last for actor in self._actors if actor.last)]
         seen = [last for last in seen if last.images]
         tally.images = sum(last.images for last in seen)
@@ -290,17 +291,6 @@ class Pool:
         tally.rate = tally.images / wall if wall > 0 else None
         tally.teachers = sum(actor.starting is None for actor in self._actors)
         tally.lost_actors = self._lost
-
-
-def _record(actor: _Actor, progress: Progress) -> None:
-    """Keep an actor's progress, in this process's time.
-
-    Wall clocks differ between machines and jump; monotonic clocks only differ, by a constant of
-    which each answer gives an upper bound: it was on its way for some time.
-    """
-    actor.lag = min(actor.lag, time.monotonic() - progress.now)
-    since, until = progress.since + actor.lag, progress.until + actor.lag
-    actor.last = progress._replace(since=since, until=until)
 
 
 def _text(error: Exception) -> str:

@@ -63,7 +63,7 @@ class DecodeWindow:
                 _log.warning("decoding %d images again, one by one: %s", len(keys), type(error))
             elif isinstance(error, rx.WorkerCrashedError | rx.OutOfMemoryError):
                 _log.warning("%s: the decoder crashed on it: %s", keys[0], error)
-                return failed_batch(keys, self._sizes, "the decoder crashed or ran out of memory")
+                return failed_batch(1, self._sizes, "the decoder crashed or ran out of memory")
             else:
                 raise
         single = [([key], self._decode([key])) for key in keys]

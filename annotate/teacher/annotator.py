@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from ...dataset.format.score_map import MapLayout
 from ...errors import TeacherError
 from .encode import encode
 from .passes import Pass
-from .preprocess import Images, Preprocessing
+from .preprocess import Images, check_channels, check_interpolation, normalise
 from .teacher import TOLERANCE, PatchHead, Teacher
 from .weights import weights_digest
 
@@ -62,6 +62,7 @@ class Annotator:
         input_sizes: (h, w) of the images of each pass.
         grid: (H, W) of the map.
         head: The classifier of the first pass.
+        preprocessing: How images are prepared, as JSON-able values; `tiles` of each pass.
         weights_digest: Hex SHA-256 of the weights and of `code`.
 
     Raises:
@@ -87,8 +88,7 @@ class Annotator:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self.device = torch.device(device)
-            torch.empty(0, device=self.device)
+            self.device = torch.empty(0, device=device).device
         except Exception as error:  # torch asserts for a missing CUDA, raises for a bad name
             rule = f"one that is there ({error})"
             raise _wrong("device", rule, device, "device: auto") from error
@@ -96,15 +96,15 @@ class Annotator:
         self.name, self.num_classes = teacher.name, teacher.num_classes
         self.class_names = teacher.class_names
         self.weights_digest = weights_digest(teacher.network, code)
-        self._preprocessing = Preprocessing(
-            input_sizes or [teacher.input_size],
-            interpolation or teacher.interpolation,
-            teacher.mean if mean is None else mean,
-            teacher.std if std is None else std,
-            self.device,
-        )
-        self.input_sizes = self._preprocessing.input_sizes
-        self.interpolation = self._preprocessing.interpolation
+        self.input_sizes = tuple(input_sizes or [teacher.input_size])
+        self.interpolation = check_interpolation(interpolation or teacher.interpolation)
+        channels = {
+            "mean": check_channels("mean", teacher.mean if mean is None else mean),
+            "std": check_channels("std", teacher.std if std is None else std),
+        }
+        self._channels = [
+            torch.tensor(values, device=self.device)[:, None, None] for values in channels.values()
+        ]
 
         self._memory = torch.channels_last if channels_last else torch.contiguous_format
         network: Any = teacher.network.eval().requires_grad_(False)
@@ -112,6 +112,14 @@ class Annotator:
         self.head = self._patch_head(self.input_sizes[0])
         self.grid = self.head.grid
         self._later = [self._later_pass(size) for size in self.input_sizes[1:]]
+        self.preprocessing: dict[str, Any] = {
+            "resize": "squash",
+            "input_size": [list(size) for size in self.input_sizes],
+            "interpolation": self.interpolation,
+            "mean": list(channels["mean"]),
+            "std": list(channels["std"]),
+            "tiles": [[1, 1], *(list(later.tiles) for later in self._later)],
+        }
         self._extract = teacher.features
         if compile:
             # A graph for each batch size. With dynamic shapes, the batches before would decide
@@ -133,7 +141,7 @@ class Annotator:
         Raises:
             ValueError: `images` are not one for each pass, or have another dtype or shape.
         """
-        return self._look(self._preprocessing.normalise(images))[0]
+        return self._look(self._normalised(images))[0]
 
     @torch.inference_mode()
     def annotate(
@@ -147,9 +155,9 @@ class Annotator:
             floor: classes less probable than this in a patch are dropped there.
 
         Raises:
-            ValueError: `images` are not one for each pass, or have another dtype or shape.
+            ValueError: as `logits`.
         """
-        pixels = self._preprocessing.normalise(images)
+        pixels = self._normalised(images)
         logits, pooled = self._look(pixels)
         views = [encode(logits, layout, floor)]
         if "hflip" in layout.views:
@@ -168,7 +176,7 @@ class Annotator:
         Raises:
             TeacherError: Logits are not finite, or the two differ although the head is exact.
         """
-        features = self._features(self._preprocessing.normalise(images)[0])
+        features = self._features(self._normalised(images)[0])
         pooled = self.head.pooled_logits(features)
         error = float((self.head.patch_logits(features).mean((1, 2)) - pooled).abs().max())
         scale = float(pooled.abs().max())
@@ -185,17 +193,6 @@ class Annotator:
             )
         return error
 
-    def preprocessing(self) -> dict[str, Any]:
-        """Return how images are prepared, as JSON-able values; `tiles` of each pass."""
-        return {
-            "resize": "squash",
-            "input_size": [list(size) for size in self.input_sizes],
-            "interpolation": self.interpolation,
-            "mean": list(self._preprocessing.mean),
-            "std": list(self._preprocessing.std),
-            "tiles": [[1, 1], *(list(later.tiles) for later, _ in self._later)],
-        }
-
     def _patch_head(self, size: tuple[int, int]) -> PatchHead:
         """The teacher's classifier for one size; runs it once on an empty image of that size."""
         try:
@@ -209,11 +206,10 @@ class Annotator:
             ) from error
         return self.teacher.patch_head(features, size)
 
-    def _later_pass(self, size: tuple[int, int]) -> tuple[Pass, Callable[[Tensor], Tensor]]:
-        """A pass at another size, and the look at a tile that it needs.
+    def _later_pass(self, size: tuple[int, int]) -> Pass:
+        """A pass at another size, by tiles of the first one's if the teacher does not take it.
 
-        A teacher that does not take the size looks at tiles of the first one's. Whether it does is
-        found by asking it: there is no list of models.
+        Whether it does is found by asking it: there is no list of models.
         """
         tile, head = self.input_sizes[0], self.head
         try:
@@ -227,14 +223,17 @@ class Annotator:
         def look(part: Tensor) -> Tensor:
             return head.patch_logits(self._features(part))
 
-        return Pass(size, tile, head.grid, self.grid, self.device), look
+        return Pass(look, size, tile, head.grid, self.grid, self.device)
+
+    def _normalised(self, images: Sequence[Images]) -> list[Tensor]:
+        return normalise(images, self.input_sizes, *self._channels)
 
     def _look(self, pixels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits of the patches [B, H, W, C], and pooled logits of the first pass [B, C]."""
         features = self._features(pixels[0])
         logits, pooled = self.head.patch_logits(features), self.head.pooled_logits(features)
-        for batch, (later, look) in zip(pixels[1:], self._later, strict=True):
-            logits = logits + later(batch, look)
+        for batch, later in zip(pixels[1:], self._later, strict=True):
+            logits = logits + later(batch)
         return logits / len(pixels), pooled
 
     def _features(self, pixels: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 import platform
 import re
 from contextlib import suppress
-from importlib.metadata import version
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 
 import torch
 
+from ... import __version__
 from ...dataset.sources.image_source import ImageSource
 from ...errors import StorageError, TeacherError
 from ..config import AnnotateConfig
@@ -22,7 +23,7 @@ from .weights import PRETRAINED
 
 #: Images on which the patch logits are compared with the pooled ones at start-up.
 _CHECKED = 8
-_LIBRARIES = ("tokenlabel", "torch", "timm", "numpy", "pillow", "h5py")
+_LIBRARIES = ("torch", "timm", "numpy", "pillow", "h5py")
 
 
 def build_teacher(config: AnnotateConfig) -> Annotator:
@@ -120,7 +121,7 @@ def identify(annotator: Annotator, source: ImageSource) -> Identity:
     return Identity(
         model=annotator.name,
         weights_digest=annotator.weights_digest,
-        preprocessing=annotator.preprocessing(),
+        preprocessing=annotator.preprocessing,
         grid=annotator.grid,
         num_classes=annotator.num_classes,
         class_names=list(annotator.class_names) if annotator.class_names else None,
@@ -138,7 +139,9 @@ def libraries(device: torch.device) -> dict[str, str]:
     `processor` is what computes: a GPU's name; a CPU's, its vector instructions and the threads in
     use.
     """
-    versions = {name: version(name) for name in _LIBRARIES}
+    # A node of a cluster may have tokenlabel as the code that the job brought along, not installed.
+    versions = {"tokenlabel": __version__}
+    versions |= {name: metadata.version(name) for name in _LIBRARIES}
     if device.type == "cuda":
         return {**versions, "processor": torch.cuda.get_device_name(device)}
     name = platform.processor() or platform.machine()

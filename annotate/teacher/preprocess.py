@@ -1,4 +1,4 @@
-"""How images are prepared for a teacher, and how a batch of them becomes its input."""
+"""How a batch of images becomes a teacher's input, and the checks of what it is prepared with."""
 
 from collections.abc import Sequence
 
@@ -13,79 +13,60 @@ from ...errors import TeacherError
 Images = npt.NDArray[np.uint8] | Tensor
 
 
-class Preprocessing:
-    """How images are prepared for a teacher on its device.
+def normalise(
+    images: Sequence[Images], sizes: Sequence[tuple[int, int]], mean: Tensor, std: Tensor
+) -> list[Tensor]:
+    """Send squashed images to the device and normalise them there.
 
     Args:
-        input_sizes: (h, w) in pixels of each pass, to which the whole image is squashed.
-        interpolation: Pillow's name of the resampling filter, in lower case.
-        mean: Mean of the three colour channels, as a fraction of white.
-        std: Their standard deviation, likewise.
-        device: Where the teacher is.
+        images: uint8 [B, h, w, 3] RGB of each pass; read-only arrays are fine.
+        sizes: (h, w) of each pass.
+        mean: float32 [3, 1, 1] of the colour channels, as fractions of white; on the device
+            already, since to send it with each batch would wait for a GPU.
+        std: likewise.
+
+    Returns:
+        float32 [B, 3, h, w] of each pass, on the device of `mean`.
 
     Raises:
-        TeacherError: A value that no image can be prepared with.
+        ValueError: `images` are not one for each pass, or have another dtype or shape.
     """
-
-    def __init__(
-        self,
-        input_sizes: Sequence[tuple[int, int]],
-        interpolation: str,
-        mean: Sequence[float],
-        std: Sequence[float],
-        device: torch.device,
-    ) -> None:
-        filters = [resampling.name.lower() for resampling in Image.Resampling]
-        if interpolation not in filters:
-            raise TeacherError(
-                f"interpolation must be one of {', '.join(filters)}; got {interpolation!r}. "
-                "Remedy: name one of these."
-            )
-        self.input_sizes, self.interpolation = tuple(input_sizes), interpolation
-        self.mean, self.std = _channels("mean", mean), _channels("std", std)
-        # On the device already: to send them with each batch would wait for the GPU.
-        self._mean = torch.tensor(self.mean, device=device)[:, None, None]
-        self._std = torch.tensor(self.std, device=device)[:, None, None]
-
-    def normalise(self, images: Sequence[Images]) -> list[Tensor]:
-        """Send squashed images to the device and normalise them there.
-
-        Args:
-            images: uint8 [B, h, w, 3] RGB of each pass; read-only arrays are fine.
-
-        Returns:
-            float32 [B, 3, h, w] of each pass.
-
-        Raises:
-            ValueError: `images` are not one for each pass, or have another dtype or shape.
-        """
-        device, pixels = self._mean.device, []
-        if len(images) != len(self.input_sizes):
-            raise ValueError(
-                f"images must be one array for each pass, {len(self.input_sizes)} here; "
-                f"got {len(images)}"
-            )
-        for batch, (h, w) in zip(images, self.input_sizes, strict=True):
-            kind = getattr(batch, "dtype", type(batch).__name__)
-            if not isinstance(batch, np.ndarray | Tensor) or kind not in (np.uint8, torch.uint8):
-                raise ValueError(f"images must be a uint8 array or tensor; got {kind}")
-            shape = tuple(batch.shape)
-            if len(shape) != 4 or shape[1:] != (h, w, 3) or not shape[0]:
-                raise ValueError(
-                    f"images must be [B, h, w, 3] = [1 or more, {h}, {w}, 3]; got {shape}"
-                )
-            if isinstance(batch, np.ndarray):
-                # A copy: torch warns of read-only arrays, and only pinned memory is sent while the
-                # host goes on.
-                host = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-                host.numpy()[...] = batch
-                batch = host
-            sent = batch.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
-            pixels.append(sent.div_(255).sub_(self._mean).div_(self._std))
-        return pixels
+    pixels = []
+    if len(images) != len(sizes):
+        raise ValueError(
+            f"images must be one array for each pass, {len(sizes)} here; got {len(images)}"
+        )
+    for batch, (h, w) in zip(images, sizes, strict=True):
+        kind = getattr(batch, "dtype", type(batch).__name__)
+        if not isinstance(batch, np.ndarray | Tensor) or kind not in (np.uint8, torch.uint8):
+            raise ValueError(f"images must be a uint8 array or tensor; got {kind}")
+        shape = tuple(batch.shape)
+        if len(shape) != 4 or shape[1:] != (h, w, 3) or not shape[0]:
+            raise ValueError(f"images must be [B, h, w, 3] = [1 or more, {h}, {w}, 3]; got {shape}")
+        if isinstance(batch, np.ndarray):
+            # A copy: torch warns of read-only arrays, and only pinned memory is sent while the
+            # host goes on.
+            host = torch.empty(shape, dtype=torch.uint8, pin_memory=mean.device.type == "cuda")
+            host.numpy()[...] = batch
+            batch = host
+        sent = batch.to(mean.device, non_blocking=True).permute(0, 3, 1, 2).float()
+        pixels.append(sent.div_(255).sub_(mean).div_(std))
+    return pixels
 
 
-def _channels(name: str, values: Sequence[float]) -> tuple[float, ...]:
+def check_interpolation(name: str) -> str:
+    """Pillow's name of a resampling filter, in lower case; TeacherError for any other."""
+    filters = [resampling.name.lower() for resampling in Image.Resampling]
+    if name not in filters:
+        raise TeacherError(
+            f"interpolation must be one of {', '.join(filters)}; got {name!r}. "
+            "Remedy: name one of these."
+        )
+    return name
+
+
+def check_channels(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    """The mean or std of the three colour channels; TeacherError for what no image can have."""
     try:
         channels = tuple(float(value) for value in values)
     except (TypeError, ValueError):

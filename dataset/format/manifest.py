@@ -98,8 +98,3 @@ def open_manifest(path: Path, verify: bool = False) -> Manifest:
 def shard_rows(rows: int, shard_size: int, shard: int) -> range:
     """Rows of shard number `shard`."""
     return range(shard * shard_size, min((shard + 1) * shard_size, rows))
-
-
-def shard_count(rows: int, shard_size: int) -> int:
-    """How many shards a split of `rows` images has."""
-    return -(-rows // shard_size)
