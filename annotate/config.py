@@ -159,12 +159,7 @@ class AnnotateConfig(BaseModel):
         return self
 
     def layout(self, grid: tuple[int, int], num_classes: int) -> MapLayout:
-        """Shapes and dtypes of what is stored of a teacher's maps.
-
-        Args:
-            grid: (H, W) of the maps in cells.
-            num_classes: of the teacher; no more of them can be stored.
-        """
+        """Shapes and dtypes of what is stored of a teacher's maps, of `grid` (H, W) in cells."""
         k, residual = min(self.k, num_classes), min(self.residual, num_classes)
         views = tuple(self.views)
         return MapLayout(views, grid, k, num_classes, residual, self.step, self.level)

@@ -29,7 +29,7 @@ class DecodedBatch(NamedTuple):
         images: uint8 [B, h, w, 3] RGB of each pass, whole images squashed to the teacher's input;
             black where the image could not be read.
         sizes: int32 [B, 2], (width, height) of the image in its file, 0 where unknown.
-        digests: uint64 [B], the first 8 bytes of the BLAKE2b-64 of the file, little-endian.
+        digests: uint64 [B], `file_digest` of each.
         errors: B texts, empty where the image was read.
     """
 
@@ -87,7 +87,7 @@ def join_batches(parts: Sequence[DecodedBatch]) -> DecodedBatch:
 
 
 def file_digest(data: bytes) -> int:
-    """The 64-bit digest of a file's bytes that shards hold."""
+    """The digest that shards hold of a file's bytes: its BLAKE2b-64 as a little-endian number."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 

@@ -1,7 +1,6 @@
 """A job's output folder: errors of its storage, unfinished files, and the list of checksums."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,9 +13,6 @@ from ..dataset.format.sums import file_sha256, read_sums, write_sums
 from ..errors import FormatError, JobError, output_error
 from .plan import Plan
 from .report import Tally
-
-#: Files hashed at a time: storage across a network answers several at once.
-_HASHED_AT_ONCE = 4
 
 
 @contextmanager
@@ -88,15 +84,10 @@ def _listed_sums(folder: Path) -> dict[str, str]:
 def complete_sums(plan: Plan) -> None:
     """Write SHA256SUMS with a line for each shard that is there, the manifest and the index."""
     listed = _listed_sums(plan.folder)
-    names = [shard_name(number, plan.shards) for number in range(plan.shards)]
-    sums = {name: listed[name] for name in names if name in listed}
-    missing = [
-        name
-        for name in (*names, MANIFEST, INDEX)
-        if name not in sums and (plan.folder / name).is_file()
-    ]
-    with ThreadPoolExecutor(_HASHED_AT_ONCE) as threads:
-        digests = threads.map(file_sha256, (plan.folder / name for name in missing))
-        sums |= dict(zip(missing, digests, strict=True))
+    shards = [shard_name(number, plan.shards) for number in range(plan.shards)]
+    sums = {name: listed[name] for name in shards if name in listed}
+    for name in (*shards, MANIFEST, INDEX):
+        if name not in sums and (plan.folder / name).is_file():
+            sums[name] = file_sha256(plan.folder / name)
     if sums != listed:
         write_sums(plan.folder, sums)

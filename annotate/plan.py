@@ -26,19 +26,16 @@ class Identity:
     """What the driver must know of a teacher without loading it.
 
     Attributes:
-        model: its name.
         weights_digest: hex sha256 of the weights.
         preprocessing: input size, mean, std, interpolation.
         grid: (H, W) of its maps.
-        num_classes: number of classes.
-        class_names: their names, None if unknown.
         device: "cpu" or "cuda".
         head_mode: how the patch logits are computed.
         exact: whether their mean must equal the pooled logits, and `pooled_error` the largest
             difference on the first images.
         notes: warnings from building the teacher, for the user.
-        libraries: versions of the libraries on its node, and its `processor`. Other ones give
-            codes that differ by one in rare cells, so shards record them; they are not in the
+        libraries: versions of the libraries on its node, and its `processor`. Other ones give codes
+            that differ by one in rare cells, so shards record them; they are not in the
             fingerprint, so a job may resume on another machine.
     """
 
@@ -65,8 +62,7 @@ class Plan:
         run: id that the folder's lock must show.
         rows, shards, shard_size: of the split, in images and shards.
         layout: shapes and dtypes of the maps.
-        fingerprint: of the settings.
-        attrs: root attributes that all shards share.
+        attrs: root attributes that all shards share; `fingerprint` is one.
     """
 
     folder: Path

@@ -47,7 +47,7 @@ _Ended = tuple[int, str | Exception, bool]
 
 
 class Pool:
-    """Teacher actors that are replaced when they die. Leaving the context kills them all.
+    """Teacher actors that are replaced when they die; leaving the context kills them all.
 
     Args:
         arguments: of the actors: config, image source, threads.

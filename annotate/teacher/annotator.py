@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ...dataset.format.score_map import MapLayout
 from ...errors import TeacherError
 from .encode import encode
 from .passes import Pass
-from .preprocess import Images, check_channels, check_interpolation, normalise
+from .preprocess import Images, normalise
 from .teacher import TOLERANCE, PatchHead, Teacher
 from .weights import weights_digest
 
@@ -54,12 +55,10 @@ class Annotator:
         channels_last: Whether images and weights are laid out channels last.
         compile: Whether what gives the features is compiled.
         device: A torch device, or "auto": CUDA where there is one.
-        interpolation: How images are resized (Pillow's name); default: the teacher's own.
-        mean, std: Of the colour channels, as a fraction of white; default: the teacher's own.
+        interpolation, mean, std: How images are resized and normalised; default: as in `Teacher`.
 
     Attributes:
         name, num_classes, class_names: As in `Teacher`.
-        input_sizes: (h, w) of the images of each pass.
         grid: (H, W) of the map.
         head: The classifier of the first pass.
         preprocessing: How images are prepared, as JSON-able values; `tiles` of each pass.
@@ -97,14 +96,15 @@ class Annotator:
         self.class_names = teacher.class_names
         self.weights_digest = weights_digest(teacher.network, code)
         self.input_sizes = tuple(input_sizes or [teacher.input_size])
-        self.interpolation = check_interpolation(interpolation or teacher.interpolation)
-        channels = {
-            "mean": check_channels("mean", teacher.mean if mean is None else mean),
-            "std": check_channels("std", teacher.std if std is None else std),
-        }
-        self._channels = [
-            torch.tensor(values, device=self.device)[:, None, None] for values in channels.values()
-        ]
+        self.interpolation = interpolation or teacher.interpolation
+        filters = [resampling.name.lower() for resampling in Image.Resampling]
+        if self.interpolation not in filters:
+            rule = f"one of {', '.join(filters)}"
+            raise _wrong("interpolation", rule, self.interpolation, "name one of these")
+        mean = _three("mean", teacher.mean if mean is None else mean)
+        std = _three("std", teacher.std if std is None else std)
+        # On the device already: to send them with each batch would wait for a GPU.
+        self._channels = [torch.tensor(c, device=self.device)[:, None, None] for c in (mean, std)]
 
         self._memory = torch.channels_last if channels_last else torch.contiguous_format
         network: Any = teacher.network.eval().requires_grad_(False)
@@ -116,8 +116,8 @@ class Annotator:
             "resize": "squash",
             "input_size": [list(size) for size in self.input_sizes],
             "interpolation": self.interpolation,
-            "mean": list(channels["mean"]),
-            "std": list(channels["std"]),
+            "mean": mean,
+            "std": std,
             "tiles": [[1, 1], *(list(later.tiles) for later in self._later)],
         }
         self._extract = teacher.features
@@ -150,12 +150,9 @@ class Annotator:
         """Label every patch of a batch of whole images; does not wait for a GPU to finish.
 
         Args:
-            images: as for `logits`.
+            images: as for `logits`, which raises the same errors.
             layout: what to store, of which views; its grid must be the annotator's.
             floor: classes less probable than this in a patch are dropped there.
-
-        Raises:
-            ValueError: as `logits`.
         """
         pixels = self._normalised(images)
         logits, pooled = self._look(pixels)
@@ -168,10 +165,7 @@ class Annotator:
 
     @torch.inference_mode()
     def check(self, images: Sequence[Images]) -> float:
-        """Return how far the mean of the first pass's map is from its pooled logits, at most.
-
-        Args:
-            images: as for `logits`.
+        """How far the mean of the first pass's map is from its pooled logits, at most.
 
         Raises:
             TeacherError: Logits are not finite, or the two differ although the head is exact.
@@ -242,6 +236,19 @@ class Annotator:
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             features = self._extract(pixels)
         return features.float()
+
+
+def _three(name: str, values: Sequence[float]) -> list[float]:
+    """The mean or std of the colour channels."""
+    try:
+        channels = [float(value) for value in values]
+    except (TypeError, ValueError):
+        channels = []
+    least, kind = (1e-9, "positive") if name == "std" else (0, "non-negative")
+    if len(channels) != 3 or not all(least <= channel < math.inf for channel in channels):
+        rule = f"three {kind} numbers, one for each colour channel"
+        raise _wrong(name, rule, values, "leave it out for the model's own")
+    return channels
 
 
 def _wrong(option: str, rule: str, value: object, remedy: str) -> TeacherError:

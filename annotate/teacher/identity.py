@@ -47,16 +47,14 @@ def build_teacher(config: AnnotateConfig) -> Annotator:
         device=config.device,
         interpolation=config.interpolation,
     )
-    names = annotator.class_names
-    source = f"those of {annotator.name} are"
+    names, source = annotator.class_names, f"those of {annotator.name} are"
     if config.class_names:
         source = f"{config.class_names} has"
         try:
             names = Path(config.class_names).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise TeacherError(
-                f"class_names: {config.class_names} cannot be read: {error}"
-            ) from error
+            unreadable = f"class_names: {config.class_names} cannot be read: {error}"
+            raise TeacherError(unreadable) from error
     count = annotator.num_classes
     different = {name for name in names or () if isinstance(name, str) and name}
     if names is not None and not len(names) == len(different) == count:
@@ -75,16 +73,13 @@ def load_teacher(
     num_classes: int | None = None,
     input_size: tuple[int, int] | None = None,
 ) -> tuple[Teacher, bytes]:
-    """A teacher of any family, by its name.
+    """A teacher of any family, and the bytes of its file: none of timm's.
 
     Args:
         model: timm's name of a model, or `FILE.py:FUNCTION` of somebody's own.
         weights: as `build_model` takes it; for timm only, like what follows.
         num_classes: likewise.
         input_size: likewise.
-
-    Returns:
-        The teacher, and the bytes of its file, which belong to its digest; none of timm's.
 
     Raises:
         TeacherError: it cannot be built.
@@ -136,8 +131,7 @@ def identify(annotator: Annotator, source: ImageSource) -> Identity:
 def libraries(device: torch.device) -> dict[str, str]:
     """Everything but the settings that decides the last bits of a score here: name to value.
 
-    `processor` is what computes: a GPU's name; a CPU's, its vector instructions and the threads in
-    use.
+    `processor` is a GPU's name, or a CPU's with its vector instructions and the threads in use.
     """
     # A node of a cluster may have tokenlabel as the code that the job brought along, not installed.
     versions = {"tokenlabel": __version__}

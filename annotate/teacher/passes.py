@@ -77,15 +77,9 @@ def _reading(
 ) -> list[Tensor]:
     """Matrices [count, cells] that read maps of parts of an axis onto `count` cells of all of it.
 
-    Args:
-        count: cells to read onto.
-        cells: of each part's map.
-        parts: where each begins and ends, as fractions of the axis.
-        device: of the matrices.
-
-    Returns:
-        One for each part; together each row sums to 1. Where parts overlap, one counts the less the
-        nearer its end is, for beyond it the teacher saw nothing.
+    `parts` are where each begins and ends, as fractions of the axis. The rows of all matrices
+    together sum to 1. Where parts overlap, one counts the less the nearer its end is, for beyond it
+    the teacher saw nothing.
     """
     edges = np.linspace(0, 1, count + 1)
     found, weights = [], []

@@ -1,14 +1,11 @@
-"""How a batch of images becomes a teacher's input, and the checks of what it is prepared with."""
+"""How a batch of images becomes a teacher's input."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
-
-from ...errors import TeacherError
 
 Images = npt.NDArray[np.uint8] | Tensor
 
@@ -21,8 +18,7 @@ def normalise(
     Args:
         images: uint8 [B, h, w, 3] RGB of each pass; read-only arrays are fine.
         sizes: (h, w) of each pass.
-        mean: float32 [3, 1, 1] of the colour channels, as fractions of white; on the device
-            already, since to send it with each batch would wait for a GPU.
+        mean: float32 [3, 1, 1] of the colour channels, as fractions of white.
         std: likewise.
 
     Returns:
@@ -52,29 +48,3 @@ def normalise(
         sent = batch.to(mean.device, non_blocking=True).permute(0, 3, 1, 2).float()
         pixels.append(sent.div_(255).sub_(mean).div_(std))
     return pixels
-
-
-def check_interpolation(name: str) -> str:
-    """Pillow's name of a resampling filter, in lower case; TeacherError for any other."""
-    filters = [resampling.name.lower() for resampling in Image.Resampling]
-    if name not in filters:
-        raise TeacherError(
-            f"interpolation must be one of {', '.join(filters)}; got {name!r}. "
-            "Remedy: name one of these."
-        )
-    return name
-
-
-def check_channels(name: str, values: Sequence[float]) -> tuple[float, ...]:
-    """The mean or std of the three colour channels; TeacherError for what no image can have."""
-    try:
-        channels = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        channels = ()
-    positive = name == "std"
-    if len(channels) != 3 or not all(positive * 1e-9 <= c < float("inf") for c in channels):
-        raise TeacherError(
-            f"{name} must be three {'positive' if positive else 'non-negative'} numbers, one for "
-            f"each colour channel; got {values!r}. Remedy: leave it out for the model's own."
-        )
-    return channels

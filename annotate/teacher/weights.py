@@ -51,14 +51,11 @@ def load_weights(model: nn.Module, weights: str) -> None:
 
 
 def weights_digest(model: nn.Module, code: bytes = b"") -> str:
-    """Return the hex SHA-256 of a model's parameters and persistent buffers.
+    """Hex SHA-256 of a model's parameters and persistent buffers, and of `code`.
 
     It covers name, dtype, shape and little-endian bytes of each tensor, sorted by name, so it does
-    not depend on the file format the weights came in, nor on device or memory format.
-
-    Args:
-        model: Any network.
-        code: Bytes that belong to it: of the file that defines it, where that is somebody's own.
+    not depend on the file format the weights came in, nor on device or memory format. `code` is the
+    file that defines a network of somebody's own.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

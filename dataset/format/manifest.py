@@ -41,15 +41,8 @@ def write_manifest(
     blocks: Iterable[tuple[Sequence[bytes], np.ndarray]],
     label_space: str,
     class_names: Sequence[str] | None,
-) -> int:
-    """Store a manifest at `path`; return its number of rows, and store nothing if that is 0.
-
-    Args:
-        path: file to write.
-        blocks: keys, sorted by UTF-8 bytes, and the int32 labels of each.
-        label_space: as in `Manifest`.
-        class_names: likewise.
-    """
+) -> None:
+    """Store a manifest of `blocks`: keys, sorted by UTF-8 bytes, and the int32 labels of each."""
     from .new_file import create, encode_texts
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,15 +61,10 @@ def write_manifest(
         file.attrs["sha256"] = hashlib.sha256(total).hexdigest()
         if class_names:
             file.add("class_names", encode_texts(class_names), gzip=True)
-    return keys.rows
 
 
 def open_manifest(path: Path, verify: bool = False) -> Manifest:
-    """Map a stored manifest.
-
-    Args:
-        path: the file.
-        verify: read it all and compare its checksum.
+    """Map a stored manifest; with `verify`, read it all and compare its checksum.
 
     Raises:
         FileNotFoundError: it is not there.
