@@ -190,13 +190,13 @@ def load_config(source: str | None, overrides: dict[str, Any] | None = None) -> 
 
 
 def _read(source: str) -> dict[str, Any]:
-    shipped = {entry.name: entry for entry in resources.files(configs).iterdir()}
-    name = f"{source.removesuffix('.yaml')}.yaml"
-    file = Path(source) if Path(source).is_file() else shipped.get(name)
+    files = resources.files(configs).iterdir()
+    shipped = {f.name.removesuffix(".yaml"): f for f in files if f.name.endswith(".yaml")}
+    file = Path(source) if Path(source).is_file() else shipped.get(source.removesuffix(".yaml"))
     if file is None:
-        names = sorted(name.removesuffix(".yaml") for name in shipped if name.endswith(".yaml"))
         raise ConfigError(
-            f"no configuration {source!r}: neither a file nor a shipped one ({', '.join(names)})"
+            f"no configuration {source!r}: neither a file nor a shipped one "
+            f"({', '.join(sorted(shipped))})"
         )
     try:
         text = file.read_text(encoding="utf-8")

@@ -71,7 +71,6 @@ class Plan:
     shards: int
     shard_size: int
     layout: MapLayout
-    fingerprint: str
     attrs: dict[str, Any]
 
 
@@ -137,7 +136,7 @@ def make_plan(config: AnnotateConfig, run: str, manifest: Manifest, teacher: Ide
         "batch_size": config.batch_size,
         "shard_size": config.shard_size,
     }
-    rows, fingerprint = len(manifest.keys), _digest(settings)
+    rows, folder = len(manifest.keys), config.folder.absolute()
     shards = -(-rows // config.shard_size)
     attrs = {
         "teacher": teacher.model,
@@ -148,13 +147,12 @@ def make_plan(config: AnnotateConfig, run: str, manifest: Manifest, teacher: Ide
         "extent": [0.0, 0.0, 1.0, 1.0],
         "label_space": manifest.label_space,
         "settings": _json(settings),
-        "fingerprint": fingerprint,
+        "fingerprint": _digest(settings),
         "libraries": _json(teacher.libraries),
         "shards": shards,
         "split_rows": rows,
     }
-    folder = config.folder.absolute()
-    return Plan(folder, run, rows, shards, config.shard_size, layout, fingerprint, attrs)
+    return Plan(folder, run, rows, shards, config.shard_size, layout, attrs)
 
 
 def unfinished(plan: Plan) -> list[int]:
@@ -170,20 +168,19 @@ def unfinished(plan: Plan) -> list[int]:
             continue
         with Shard(path) as shard:
             attrs = shard.attrs
-        if (found := attrs.get("fingerprint")) != plan.fingerprint:
+        if (found := attrs.get("fingerprint")) != plan.attrs["fingerprint"]:
             try:
-                old = json.loads(attrs["settings"])
-            except (KeyError, TypeError, ValueError) as error:
+                old, new = json.loads(attrs["settings"]), json.loads(plan.attrs["settings"])
+                differ = [
+                    f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+                    for key in sorted(old.keys() | new.keys())
+                    if old.get(key) != new.get(key)
+                ]
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise FormatError(f"{path} does not say how it was made: {error}") from error
-            new = json.loads(plan.attrs["settings"])
-            differ = [
-                f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
-                for key in sorted(old.keys() | new.keys())
-                if old.get(key) != new.get(key)
-            ]
             raise FingerprintError(
                 f"{plan.folder} holds finished shards of another run: {path.name} has fingerprint "
-                f"{found}, this job {plan.fingerprint}.\n  "
+                f"{found}, this job {plan.attrs['fingerprint']}.\n  "
                 + "\n  ".join(differ or ["the settings are equal, so the header was changed"])
                 + "\nRemedy: annotate into another folder with `out`, go back to the old settings, "
                 "or delete the folder to start over"

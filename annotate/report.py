@@ -141,7 +141,7 @@ def make_report(
     return Report(
         folder=str(plan.folder),
         teacher=identity.model,
-        fingerprint=plan.fingerprint,
+        fingerprint=plan.attrs["fingerprint"],
         grid=plan.layout.grid,
         k=plan.layout.k,
         views=list(plan.layout.views),

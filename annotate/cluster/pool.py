@@ -235,7 +235,7 @@ class Pool:
         elif identity.device != self._identity.device:
             notes = " ".join((*self._identity.notes, *identity.notes))
             raise JobError(
-                f"all teachers must compute on the same device, or scores differ in their last "
+                "all teachers must compute on the same device, or scores differ in their last "
                 f"bits; one has {self._identity.device}, one {identity.device}. {notes}"
             )
 
@@ -264,24 +264,24 @@ class Pool:
     def _count(self, tally: Tally, wait: float = 0) -> None:
         """Update the tally with the progress that has arrived, or arrives within `wait` seconds."""
         self._counted = time.monotonic()
-        for actor in self._actors:
+        ready = [actor for actor in self._actors if actor.starting is None]
+        for actor in ready:
             # A pending call may have been answered before the last batch: with `wait`, ask again.
-            if actor.starting is None and (wait or actor.progress is None):
+            if wait or actor.progress is None:
                 actor.progress = actor.handle.progress.remote()
-        pending = {actor.progress: actor for actor in self._actors if actor.progress is not None}
-        if pending:
-            for call in ray.wait(list(pending), num_returns=len(pending), timeout=wait)[0]:
-                actor = pending[call]
-                actor.progress = None
-                with suppress(rx.RayError):  # the calls for its shards report the death
-                    last: Progress = ray.get(call)
-                    # Monotonic clocks of two machines differ by a constant, of which each answer
-                    # gives an upper bound: it was on its way for some time.
-                    actor.lag = min(actor.lag, time.monotonic() - last.now)
-                    actor.last = last._replace(
-                        since=last.since + actor.lag, until=last.until + actor.lag
-                    )
-        seen = [*self._dead, *(actor.last for actor in self._actors if actor.last)]
+        calls = {actor.progress: actor for actor in ready}
+        for call in ray.wait(list(calls), num_returns=len(calls), timeout=wait)[0] if calls else ():
+            actor = calls[call]
+            actor.progress = None
+            with suppress(rx.RayError):  # the calls for its shards report the death
+                last: Progress = ray.get(call)
+                # Monotonic clocks of two machines differ by a constant, of which each answer gives
+                # an upper bound: it was on its way for some time.
+                actor.lag = min(actor.lag, time.monotonic() - last.now)
+                actor.last = last._replace(
+                    since=last.since + actor.lag, until=last.until + actor.lag
+                )
+        seen = [*self._dead, *(actor.last for actor in ready if actor.last)]
         seen = [last for last in seen if last.images]
         tally.images = sum(last.images for last in seen)
         tally.errors = sum(last.errors for last in seen)
@@ -289,8 +289,7 @@ class Pool:
         tally.span = sum(last.until - last.since for last in seen)
         wall = max((x.until for x in seen), default=0) - min((x.since for x in seen), default=0)
         tally.rate = tally.images / wall if wall > 0 else None
-        tally.teachers = sum(actor.starting is None for actor in self._actors)
-        tally.lost_actors = self._lost
+        tally.teachers, tally.lost_actors = len(ready), self._lost
 
 
 def _text(error: Exception) -> str:

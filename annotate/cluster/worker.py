@@ -29,7 +29,7 @@ from ..plan import Identity, Plan
 from ..report import Progress
 from ..teacher.annotator import TeacherOutput
 from ..teacher.identity import build_teacher, identify
-from .window import DecodeWindow
+from .window import decode_ahead
 
 #: A batch on its way through the device and back, what shows that it is back, and when it left.
 _Pending = tuple[DecodedBatch, TeacherOutput, torch.cuda.Event | None, float]
@@ -89,7 +89,7 @@ class Worker:
         labels = manifest.labels[rows.start : rows.stop]
         sizes, interpolation = self._teacher.input_sizes, self._teacher.interpolation
         size = self._config.batch_size
-        window = DecodeWindow(
+        decoded = decode_ahead(
             lambda keys: self._decode.remote(self._source, keys, sizes, interpolation),
             [keys[start : start + size] for start in range(0, len(keys), size)],
             sizes,
@@ -102,7 +102,7 @@ class Worker:
             counts = {"labelled": 0, "top1": 0, "top5": 0, "mass": 0.0}
             truth = labels if plan.attrs["label_space"] == "teacher" else np.full_like(labels, -1)
             with self._device:
-                for batch, output in self._annotated(window, plan.layout):
+                for batch, output in self._annotated(decoded, plan.layout):
                     planes = {name: plane.numpy() for name, plane in output.planes.items()}
                     writer.append(planes, batch.sizes, batch.digests, batch.errors)
                     _count(counts, truth[: len(batch.errors)], batch, output, plan.layout)
@@ -118,12 +118,12 @@ class Worker:
         return file_sha256(path)  # just written, so still in the page cache
 
     def _annotated(
-        self, window: DecodeWindow, layout: MapLayout
+        self, decoded: Iterator[DecodedBatch], layout: MapLayout
     ) -> Iterator[tuple[DecodedBatch, TeacherOutput]]:
         """Batches with their results; a GPU computes the next batch while one is written."""
         ahead = 1 if self._teacher.device.type == "cuda" else 0
         pending: deque[_Pending] = deque()
-        for batch in window:
+        for batch in decoded:
             pending.append(self._start(batch, layout))
             if len(pending) > ahead:
                 yield self._finish(*pending.popleft())
