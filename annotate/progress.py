@@ -4,11 +4,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import rich.progress as rp
 from rich.console import Console
 from rich.table import Table
 
-from ..terminal import escape
+from ..terminal import escape, progress_bar
 from .report import Report, Tally
 
 #: Seconds between two lines in a log.
@@ -19,15 +18,7 @@ _MOST_LISTED = 10  # errors and failed shards
 @contextmanager
 def progress_display(console: Console) -> Iterator[Callable[[Tally, int, int], None]]:
     """A function to call with the run's tally, its number of images and the split's."""
-    columns = (rp.TextColumn("{task.description}"), rp.BarColumn(), rp.MofNCompleteColumn())
-    bar = rp.Progress(
-        *columns,
-        rp.TimeRemainingColumn(),
-        console=console,
-        speed_estimate_period=120,
-        disable=not console.is_terminal,
-    )
-    task, printed = bar.add_task("starting", total=None), time.monotonic()
+    printed = time.monotonic()
 
     def show(tally: Tally, images: int, split: int) -> None:
         nonlocal printed
@@ -36,7 +27,7 @@ def progress_display(console: Console) -> Iterator[Callable[[Tally, int, int], N
             f"{tally.teachers} teacher{'s' * (tally.teachers != 1)}, "
             f"{tally.rate or 0:.1f} images/s, {tally.errors} errors"
         )
-        bar.update(task, description=state, total=images, completed=done)
+        update(done, images, state)
         if not console.is_terminal and time.monotonic() - printed >= LOG_SECONDS:
             printed = time.monotonic()
             left = f"{(images - done) / tally.rate:.0f} s left" if tally.rate else "…"
@@ -45,7 +36,7 @@ def progress_display(console: Console) -> Iterator[Callable[[Tally, int, int], N
                 soft_wrap=True,
             )
 
-    with bar:
+    with progress_bar("starting") as update:
         yield show
 
 

@@ -1,7 +1,6 @@
 """TokenLabelDataset: data sets and loaders of all sorts, and images that do not match."""
 
 import shutil
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-import timm
 import torch
 from timm.data import create_dataset
 from timm.utils import random_seed
@@ -28,7 +26,6 @@ from tokenlabel.dataset import (
 )
 from tokenlabel.dataset.keyed_images import KeyedImages
 from tokenlabel.errors import MissingMapError
-from tokenlabel.supervise import TokenLabelLoss, TokenStudent
 
 GRID = (3, 4)
 
@@ -44,24 +41,6 @@ def labels(sample: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: Non
 @pytest.fixture
 def images(sample: Path) -> Path:
     return sample / "train"
-
-
-def test_the_example_of_the_docstring_trains(
-    images: Path, labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "imagenet").symlink_to(images.parent)
-    (tmp_path / "labels").symlink_to(labels.parent)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {
-        "DataLoader": DataLoader,
-        "TokenLabelDataset": TokenLabelDataset,
-        "TokenLabelLoss": TokenLabelLoss,
-        "train_transform": train_transform,
-        "device": torch.device("cpu"),
-        "student": TokenStudent(timm.create_model("vit_tiny_patch16_224", depth=1)),
-    }
-    exec(textwrap.dedent((TokenLabelDataset.__doc__ or "").split("\n\n")[1]), names)
-    assert names["loss"].isfinite()
 
 
 def transform() -> v2.Compose:

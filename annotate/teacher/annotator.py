@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,10 +15,10 @@ from ...dataset.format.score_map import MapLayout
 from ...errors import TeacherError
 from .encode import encode
 from .passes import Pass
-from .preprocess import Images, normalise
 from .teacher import TOLERANCE, PatchHead, Teacher
 from .weights import weights_digest
 
+Images = npt.NDArray[np.uint8] | Tensor
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _log = logging.getLogger(__name__)
@@ -104,7 +106,8 @@ class Annotator:
         mean = _three("mean", teacher.mean if mean is None else mean)
         std = _three("std", teacher.std if std is None else std)
         # On the device already: to send them with each batch would wait for a GPU.
-        self._channels = [torch.tensor(c, device=self.device)[:, None, None] for c in (mean, std)]
+        self._mean = torch.tensor(mean, device=self.device)[:, None, None]
+        self._std = torch.tensor(std, device=self.device)[:, None, None]
 
         self._memory = torch.channels_last if channels_last else torch.contiguous_format
         network: Any = teacher.network.eval().requires_grad_(False)
@@ -220,7 +223,32 @@ class Annotator:
         return Pass(look, size, tile, head.grid, self.grid, self.device)
 
     def _normalised(self, images: Sequence[Images]) -> list[Tensor]:
-        return normalise(images, self.input_sizes, *self._channels)
+        """float32 [B, 3, h, w] of each pass, on the device; does not wait for a GPU."""
+        pixels = []
+        if len(images) != len(self.input_sizes):
+            raise ValueError(
+                f"images must be one array for each pass, {len(self.input_sizes)} here; "
+                f"got {len(images)}"
+            )
+        for batch, (h, w) in zip(images, self.input_sizes, strict=True):
+            kind = getattr(batch, "dtype", type(batch).__name__)
+            if not isinstance(batch, np.ndarray | Tensor) or kind not in (np.uint8, torch.uint8):
+                raise ValueError(f"images must be a uint8 array or tensor; got {kind}")
+            shape = tuple(batch.shape)
+            if len(shape) != 4 or shape[1:] != (h, w, 3) or not shape[0]:
+                raise ValueError(
+                    f"images must be [B, h, w, 3] = [1 or more, {h}, {w}, 3]; got {shape}"
+                )
+            if isinstance(batch, np.ndarray):
+                # A copy: torch warns of read-only arrays, and only pinned memory is sent while the
+                # host goes on.
+                pinned = self.device.type == "cuda"
+                host = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+                host.numpy()[...] = batch
+                batch = host
+            sent = batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
+            pixels.append(sent.div_(255).sub_(self._mean).div_(self._std))
+        return pixels
 
     def _look(self, pixels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits of the patches [B, H, W, C], and pooled logits of the first pass [B, C]."""
