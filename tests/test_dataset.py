@@ -11,7 +11,7 @@ import pytest
 import torch
 from timm.data import create_dataset
 from timm.utils import random_seed
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -317,16 +317,6 @@ def test_workers_give_what_the_main_process_gives(images: Path, labels: Path, me
         for (image, found), (want_image, want_found) in zip(loader, want, strict=True):
             assert torch.equal(image, want_image)
             assert same(found, want_found)
-
-
-def test_samplers(images: Path, labels: Path) -> None:
-    dataset = TokenLabelDataset(images, labels, transform=transform(), grid=GRID)
-    seen: list[int] = []
-    for rank in range(2):
-        sampler: DistributedSampler[Any] = DistributedSampler(dataset, num_replicas=2, rank=rank)
-        for _, found in DataLoader(dataset, 4, sampler=sampler):
-            seen += found.to("cpu", non_blocking=True).label.tolist()
-    assert sorted(seen) == sorted(LabelStore(labels).ground_truth.tolist())
 
 
 # torchdata 0.11 calls a function of torch that torch 2.14 wants nobody to call.

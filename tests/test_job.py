@@ -277,25 +277,6 @@ def test_bad_images_become_rows(sample: Path, tmp_path: Path) -> None:
     assert not again.ok and again.max_errors_exceeded
 
 
-def test_the_mirrored_view_is_the_mirrored_image(sample: Path, tmp_path: Path) -> None:
-    mirrored = tmp_path / "mirrored" / "train"
-    for path in (sample / "val").rglob("*.jpg"):
-        target = mirrored / path.parent.name / f"{path.stem}.png"
-        target.parent.mkdir(parents=True)
-        with Image.open(path) as image:
-            # Squashed first: resampling a mirrored image rounds otherwise here and there.
-            small = image.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)
-        small.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(target)
-    annotate(config(sample, tmp_path / "a", split="val", views=["identity", "hflip"]))
-    annotate(config(mirrored.parent, tmp_path / "b"))
-    both, one = LabelStore(tmp_path / "a" / "val"), LabelStore(tmp_path / "b" / "train")
-    for key in both.keys:
-        want = one[key.replace(".jpg", ".png")]
-        for name in ("codes", "classes", "level", "residual_codes", "residual_classes"):
-            np.testing.assert_array_equal(getattr(both[key], name)[1], getattr(want, name)[0])
-        assert (both[key].codes[0] != want.codes[0]).any()
-
-
 def test_labels_of_folders_that_no_teacher_knows(sample: Path, tmp_path: Path) -> None:
     for number, path in enumerate(sorted((sample / "val").rglob("*.jpg"))):
         target = tmp_path / "data" / "train" / f"class {number}" / path.name

@@ -2,7 +2,7 @@
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -152,12 +152,6 @@ def images_of(count: int = 3, size: tuple[int, int] = SIZE) -> np.ndarray:
 def same(one: TeacherOutput, other: TeacherOutput) -> bool:
     parts = zip(one.planes.values(), other.planes.values(), strict=True)
     return one.top5.equal(other.top5) and all(a.equal(b) for a, b in parts)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    yield
-    torch.set_num_threads(2)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -344,17 +338,6 @@ def test_the_same_bytes_every_time_and_of_any_array() -> None:
     for batch in (read_only, np.asfortranarray(images), torch.from_numpy(images)):
         assert same(out, annotator().annotate([batch], layout()))
     assert same(out, annotator_of(build("test_resnet")).annotate([images], layout()))
-
-
-def test_the_number_of_threads_changes_last_units_only(two_threads: None) -> None:
-    """Whether it does is the processor's affair: where sums are split is not promised."""
-    images = [images_of(5)]
-    out = annotator().annotate(images, layout()).planes
-    torch.set_num_threads(1)
-    alone = annotator().annotate(images, layout()).planes
-    for name, plane in out.items():
-        assert (plane != alone[name]).float().mean() < 0.01, name
-    torch.testing.assert_close(out["level"], alone["level"], rtol=2**-10, atol=0)
 
 
 def test_memory_format_and_precision_change_little() -> None:
