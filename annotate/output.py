@@ -25,14 +25,12 @@ def explained_errors() -> Iterator[None]:
             raise explained from error
         if error.errno is None or isinstance(error, ConnectionError):  # ours, or of the network
             raise
+        what, remedy = f"storage failed: {error}", "fix the disk or the mount,"
         if isinstance(error, IsADirectoryError):
-            raise JobError(
-                f"{error.filename2 or error.filename} is a folder where a file must be. Finished "
-                "shards are kept. Remedy: remove it and run the same command again"
-            ) from error
+            what = f"{error.filename2 or error.filename} is a folder where a file must be"
+            remedy = "remove it"
         raise JobError(
-            f"storage failed: {error}. Finished shards are kept. Remedy: fix the disk or the "
-            "mount, and run the same command again"
+            f"{what}. Finished shards are kept. Remedy: {remedy} and run the same command again"
         ) from error
 
 
