@@ -55,10 +55,6 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130
 
 
-class _ConfigFailure(click.ClickException):
-    exit_code = 2
-
-
 class _Group(click.Group):
     """Prints errors that a user can act on without a traceback, and sets the exit status."""
 
@@ -66,8 +62,9 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except (TokenLabelError, OSError) as error:
-            kind = _ConfigFailure if isinstance(error, ConfigError) else click.ClickException
-            raise kind(visible(str(error))) from error
+            failure = click.ClickException(visible(str(error)))
+            failure.exit_code = 2 if isinstance(error, ConfigError) else 1
+            raise failure from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -58,54 +58,32 @@ from tokenlabel.dataset.format.manifest import Manifest, open_manifest
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import shard_name, write_shard
 from tokenlabel.dataset.sources.folder import FolderSource, open_source
-from tokenlabel.dataset.sources.image_source import ImageSource
 
 # ---- teachers ----
 
 
-class SleepingActor(actor.TeacherActor):
-    """The job's actor, with a teacher that sleeps and that waits for the others at first."""
-
-    go: Path
-    seconds: float
-
-    def __init__(self, config: AnnotateConfig, source: ImageSource, threads: int) -> None:
-        import timm
-
-        timm.models.register_model(sleeper(self.go, self.seconds))
-        super().__init__(config, source, threads)
-
-
-def sleeper(go: Path, seconds: float) -> Callable[..., Any]:
-    """What makes a real network for timm, whose features take `seconds` once `go` is there."""
-    import torch
-    from torch import nn
-
-    class Sleeper(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.num_classes = self.num_features = 16
-            self.features = nn.Conv2d(3, 16, 16, 16)
-            self.classifier = nn.Linear(16, 16)
-
-        def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-            if len(x) == BATCH:  # the start-up check has fewer
-                if not go.exists():
-                    go.with_name(f"waiting-{os.getpid()}").touch()
-                while not go.exists():
-                    time.sleep(0.001)
-                time.sleep(seconds)
-            return self.features(x)
-
-        def forward_head(self, x: torch.Tensor) -> torch.Tensor:
-            return self.classifier(x.mean((2, 3)))
-
-    def sleeper(pretrained: bool = False, **_: Any) -> nn.Module:
-        return Sleeper()
-
-    return sleeper
-
-
+#: A network whose batches take some seconds once the file `go` is there.
+SLEEPER = """
+import os, time
+from pathlib import Path
+import torch
+from torch import nn
+go = Path(__file__).with_name("go")
+class Sleeper(nn.Conv2d):
+    num_classes, input_size = 16, 32
+    mean = std = (0.5, 0.5, 0.5)
+    def forward(self, images):
+        if len(images) == {batch}:  # the start-up check has fewer
+            if not go.exists():
+                go.with_name(f"waiting-{{os.getpid()}}").touch()
+            while not go.exists():
+                time.sleep(0.001)
+            time.sleep({seconds})
+        return super().forward(images)
+def build():
+    torch.manual_seed(0)
+    return Sleeper(3, 16, 16, 16)
+"""
 BATCH, BATCHES = 16, 4  # images a batch, batches a shard
 
 
@@ -122,20 +100,14 @@ def tiny_images(folder: Path, count: int) -> None:
 
 def rate_of(teachers: int, folder: Path, options: argparse.Namespace) -> float:
     """Images a second of so many teachers."""
-    import torch
-
     count = teachers * options.shards * BATCH * BATCHES
     tiny_images(folder, count)
-    weights = folder / "sleeper.pth"
-    torch.manual_seed(0)
-    torch.save(sleeper(folder, 0.0)().state_dict(), weights)
-    SleepingActor.go, SleepingActor.seconds = folder / "go", options.sleep
+    model, go = folder / "sleeper.py", folder / "go"
+    model.write_text(SLEEPER.format(batch=BATCH, seconds=options.sleep))
     config = AnnotateConfig(
         data=str(folder),
         out=str(folder / "out"),
-        model="sleeper",
-        weights=str(weights),
-        input_size=32,
+        model=f"{model}:build",
         k=5,
         batch_size=BATCH,
         shard_size=BATCH * BATCHES,
@@ -144,14 +116,13 @@ def rate_of(teachers: int, folder: Path, options: argparse.Namespace) -> float:
     )
 
     def start_together(*_: object) -> None:
-        if len(list(folder.glob("waiting-*"))) == teachers and not SleepingActor.go.exists():
-            SleepingActor.go.touch()
+        if len(list(folder.glob("waiting-*"))) == teachers and not go.exists():
+            go.touch()
 
-    with mock.patch.object(actor, "TeacherActor", SleepingActor):
-        report = annotate(config, start_together)
+    report = annotate(config, start_together)
     assert report.ok and report.images == count and report.lost_actors == 0, report
     ends = [path.stat().st_mtime for path in config.folder.glob("shard-*.h5")]
-    return count / (max(ends) - SleepingActor.go.stat().st_mtime)
+    return count / (max(ends) - go.stat().st_mtime)
 
 
 def measure_teachers(options: argparse.Namespace) -> None:

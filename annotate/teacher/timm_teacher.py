@@ -72,8 +72,8 @@ def build_model(
     """Build a timm model with trained weights.
 
     Args:
-        name: timm's name, with or without a tag, or `hf-hub:` and a repository, or
-            `local-dir:` and a folder.
+        name: timm's name, with or without a tag, or `hf-hub:` and a repository, or `local-dir:` and
+            a folder.
         weights: "pretrained", or what `load_weights` takes.
         num_classes: Classes of the weights, if not the model's default.
         input_size: (h, w) of the images in pixels, for models that are built for one size.
