@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.maps import random_maps
 from tokenlabel.dataset import LabelStore, MapLayout, ScoreMap, TokenLabelMap, TokenLabels
-from tokenlabel.dataset.label_map.label_map import shuffled
+from tokenlabel.dataset.format.chunks import shuffle
 
 Size = tuple[int, int]
 SIZE = (90, 120)
@@ -40,7 +40,7 @@ def made_up(
     """A random map as a leaf on an image of `SIZE`, and the same as it is read from a store."""
     planes = {name: rows[0] for name, rows in random_maps(layout, 1, seed).items()}
     options = {"canvas_size": SIZE} | options
-    leaf = TokenLabelMap(b"".join(map(shuffled, planes.values())), layout, **options)
+    leaf = TokenLabelMap(b"".join(map(shuffle, planes.values())), layout, **options)
     views = len(layout.views)
     nothing = {
         "residual_classes": np.empty((views, 0), layout.class_dtype),

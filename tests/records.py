@@ -6,7 +6,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from tokenlabel.dataset import MapLayout, TokenLabelMap, TokenLabels, TokenWindows
-from tokenlabel.dataset.label_map.label_map import shuffled
+from tokenlabel.dataset.format.chunks import shuffle
 from tokenlabel.dataset.targets.record import WORDS
 
 SIZE = (32, 32)
@@ -38,7 +38,7 @@ def made_up(
             "level": rng.normal(10, 1, (1, *cells)),
         }
         data = b"".join(
-            shuffled(planes[name].astype(dtype)) for name, (dtype, _) in layout.planes().items()
+            shuffle(planes[name].astype(dtype)) for name, (dtype, _) in layout.planes().items()
         )
         label = int(rng.integers(num_classes))
         leaf = TokenLabelMap(data, layout, canvas_size=(40, 48), label=label)

@@ -21,7 +21,7 @@ from tests.jobs import config
 from tests.leaves import CLASSES, LAYOUT, LAYOUTS, SIZE, by_points, dense, made_up, record, stored
 from tokenlabel.annotate import annotate
 from tokenlabel.dataset import LabelStore, TokenLabelMap, TokenLabels, TokenTargets, ToTokenLabels
-from tokenlabel.dataset.label_map.label_map import shuffled
+from tokenlabel.dataset.format.chunks import shuffle
 from tokenlabel.dataset.label_map.path import PixelPath
 from tokenlabel.dataset.targets.record import word
 
@@ -302,7 +302,7 @@ def test_the_mirrored_view() -> None:
     both, score_map = made_up(TWO_VIEWS, extent=(0.1, 0.0, 0.6, 0.9))
     planes = {name: getattr(score_map, name)[1:] for name in TWO_VIEWS.planes()}
     second = TokenLabelMap(
-        b"".join(map(shuffled, planes.values())),
+        b"".join(map(shuffle, planes.values())),
         LAYOUT,
         canvas_size=SIZE,
         extent=(0.4, 0.0, 0.9, 0.9),
