@@ -210,9 +210,13 @@ def test_every_shape_of_sample():
     assert len(transform(photograph, 5, index_mask())) == 3
 
 
-def test_errors():
+@pytest.mark.parametrize("keypoints", [True, False], ids=["as installed", "before 0.23"])
+def test_errors(keypoints, monkeypatch):
+    if not keypoints:
+        monkeypatch.delattr(tv_tensors, "KeyPoints", raising=False)
     photograph, mask = photographs()["pil"], index_mask()
     transform = augment.RandAugment()
+    assert len(transform(photograph, mask)) == 2
     with pytest.raises(ValueError, match=r"share one canvas.*\(24, 32\).*\(32, 24\).*Remedy"):
         transform(photograph, index_mask(SIZE[::-1]))
     with pytest.raises(TypeError, match="no image"):
