@@ -35,7 +35,7 @@ LAYOUTS = {
 
 
 def made_up(
-    layout: MapLayout = LAYOUT, seed: int = 0, **options: Any
+    layout: MapLayout = LAYOUT, seed: int | list[int] = 0, **options: Any
 ) -> tuple[TokenLabelMap, ScoreMap]:
     """A random map as a leaf on an image of `SIZE`, and the same as it is read from a store."""
     planes = {name: rows[0] for name, rows in random_maps(layout, 1, seed).items()}
