@@ -69,12 +69,12 @@ def dense(leaf: TokenLabelMap, grid: int | Size, **options: Any) -> Tensor:
 
 
 def by_points(
-    leaf: TokenLabelMap, score_map: ScoreMap, grid: Size, fine: int
+    leaf: TokenLabelMap, score_map: ScoreMap, grid: Size, fine: int, whole: Any = None
 ) -> tuple[Tensor, Tensor]:
     """Targets [N, C] and weight [N] by their definition: averages over fine x fine points a patch.
 
-    Each point of a patch goes along the path to the source image. There the map is bilinear between
-    the centres of its cells.
+    Each point of a patch goes along the path to the source image. There the map, or `whole`
+    [H, W, C] in its place, is bilinear between the centres of its cells.
     """
     height, width = leaf.canvas_size
     rows, columns = grid[0] * fine, grid[1] * fine
@@ -98,6 +98,7 @@ def by_points(
         each.reshape(grid[0], fine, grid[1], fine, -1).mean((1, 3)).reshape(-1, cells[0] * cells[1])
     )
     weight = each.sum(1)
-    whole = score_map.dense(int(leaf.is_mirrored)).reshape(len(each[0]), -1).astype(float)
-    targets = each @ whole / np.maximum(weight, 1e-12)[:, None]
+    whole = score_map.dense(int(leaf.is_mirrored)) if whole is None else whole
+    flat = whole.reshape(len(each[0]), -1).astype(float)
+    targets = each @ flat / np.maximum(weight, 1e-12)[:, None]
     return torch.from_numpy(targets), torch.from_numpy(weight)

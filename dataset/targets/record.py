@@ -151,7 +151,7 @@ def _reach(leaf: TokenLabelMap) -> tuple[float, float, float, float]:
     segments = list(path.segments())
     if all(part.warp is None and part.matrix[6] == part.matrix[7] == 0 for part in segments):
         a, b, _, d, e = functools.reduce(product, (part.matrix for part in reversed(segments)))[:5]
-        spans = abs(a) * width, abs(d) * width, abs(b) * height, abs(e) * height
+        xx, xy, yx, yy = abs(a) * width, abs(d) * width, abs(b) * height, abs(e) * height
     else:  # from differences, with some room for what happens between the points
         x, y, inside = _points(path, (height, width), _SAMPLES)
 
@@ -161,8 +161,8 @@ def _reach(leaf: TokenLabelMap) -> tuple[float, float, float, float]:
             steps = np.abs(np.diff(values, axis=axis), where=both, out=np.zeros(both.shape))
             return 1.1 * _SAMPLES * float(steps.max(initial=0.0))
 
-        spans = steepest(x, 1), steepest(y, 1), steepest(x, 0), steepest(y, 0)
-    return (spans[0] * across, spans[1] * down, spans[2] * across, spans[3] * down)
+        xx, xy, yx, yy = steepest(x, 1), steepest(y, 1), steepest(x, 0), steepest(y, 0)
+    return (xx * across, xy * down, yx * across, yy * down)
 
 
 def _shrink(path: PixelPath, size: Grid, factor: float) -> float:
