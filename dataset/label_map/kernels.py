@@ -177,9 +177,10 @@ def affine(
 def rotate(
     inpt: TokenLabelMap,
     angle: float,
+    interpolation: Any = None,
     expand: bool = False,
     center: Sequence[float] | None = None,
-    **_: Any,
+    fill: Any = None,
 ) -> TokenLabelMap:
     h, w = inpt.canvas_size
     angle = angle % 360
@@ -209,8 +210,9 @@ def perspective(
     inpt: TokenLabelMap,
     startpoints: Sequence[Sequence[int]] | None,
     endpoints: Sequence[Sequence[int]] | None,
+    interpolation: Any = None,
+    fill: Any = None,
     coefficients: Sequence[float] | None = None,
-    **_: Any,
 ) -> TokenLabelMap:
     if coefficients is None:
         if startpoints is None or endpoints is None:

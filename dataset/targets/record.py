@@ -151,17 +151,22 @@ def _reach(leaf: TokenLabelMap) -> tuple[float, float, float, float]:
     segments = list(path.segments())
     if all(part.warp is None and part.matrix[6] == part.matrix[7] == 0 for part in segments):
         a, b, _, d, e = functools.reduce(product, (part.matrix for part in reversed(segments)))[:5]
-        xx, xy, yx, yy = abs(a) * width, abs(d) * width, abs(b) * height, abs(e) * height
-    else:  # from differences, with some room for what happens between the points
-        x, y, inside = _points(path, (height, width), _SAMPLES)
+        return (
+            abs(a) * width * across,
+            abs(d) * width * down,
+            abs(b) * height * across,
+            abs(e) * height * down,
+        )
+    # Elsewhere from differences, with some room for what happens between the points.
+    x, y, inside = _points(path, (height, width), _SAMPLES)
 
-        def steepest(values: np.ndarray, axis: int) -> float:
-            both = np.diff(inside.astype(np.int8), axis=axis) == 0
-            both &= np.delete(inside, -1, axis)
-            steps = np.abs(np.diff(values, axis=axis), where=both, out=np.zeros(both.shape))
-            return 1.1 * _SAMPLES * float(steps.max(initial=0.0))
+    def steepest(values: np.ndarray, axis: int) -> float:
+        both = np.diff(inside.astype(np.int8), axis=axis) == 0
+        both &= np.delete(inside, -1, axis)
+        steps = np.abs(np.diff(values, axis=axis), where=both, out=np.zeros(both.shape))
+        return 1.1 * _SAMPLES * float(steps.max(initial=0.0))
 
-        xx, xy, yx, yy = steepest(x, 1), steepest(y, 1), steepest(x, 0), steepest(y, 0)
+    xx, xy, yx, yy = steepest(x, 1), steepest(y, 1), steepest(x, 0), steepest(y, 0)
     return (xx * across, xy * down, yx * across, yy * down)
 
 
