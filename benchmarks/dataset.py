@@ -229,7 +229,7 @@ def time_reads(
     mine: Ways = {}
     for fast in (False, True) if libdeflate else (False,):  # extra `fast`
         inflater = "deflate" if fast else "zlib"
-        mine[f"store.planes(row), {inflater}"] = timed(ours.planes, fast)
+        mine[f"store.leaf(row), {inflater}"] = timed(ours.leaf, fast)
         mine[f"store[row], {inflater}"] = timed(ours.__getitem__, fast)
         mine[f"store[key], {inflater}"] = timed(lambda row: ours[keys[row]], fast)
     rows[:] = range(len(keys))

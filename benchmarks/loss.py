@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from torchvision.transforms import v2
 
 from tokenlabel.dataset import MapLayout, TokenLabelMap, TokenLabels
-from tokenlabel.dataset.label_map.label_map import shuffled
+from tokenlabel.dataset.format.chunks import shuffle
 from tokenlabel.supervise import CutMix, MixedLabels, MixUp, TokenLabelLoss
 
 LAYOUT = MapLayout(("identity",), (18, 18), 16, 1000, residual=64)
@@ -55,7 +55,7 @@ def records(batch: int) -> TokenLabels:
             "level": rng.normal(10, 1, (1, *LAYOUT.grid)),
         }
         data = b"".join(
-            shuffled(planes[name].astype(dtype)) for name, (dtype, _) in LAYOUT.planes().items()
+            shuffle(planes[name].astype(dtype)) for name, (dtype, _) in LAYOUT.planes().items()
         )
         leaf = TokenLabelMap(data, LAYOUT, canvas_size=(375, 500), label=int(rng.integers(1000)))
         leaves.append(crop(leaf))

@@ -1,8 +1,7 @@
 """Millions of image keys in a file, searched through the page cache instead of Python objects.
 
-A key table is two columns that are not compressed, `key_bytes` (the UTF-8 keys, end to end) and
-`key_offsets` (where each starts, and the end). Opening costs nothing, data-loader workers share the
-system's cache, and a look-up is a binary search. Keys are sorted by their UTF-8 bytes.
+A key table is two columns that are not compressed, `key_bytes` (the UTF-8 keys, sorted, end to end)
+and `key_offsets` (where each starts, and the end).
 """
 
 import sys
@@ -102,8 +101,7 @@ class KeyTable(Sequence[str]):
         start = fences[after - 1]
         stop = fences[after] if after < len(fences) else self._rows
         ends = self._ends(start, stop + 1)
-        begin = ends[0]
-        text = self._text(begin, ends[-1])
+        text, begin = self._text(ends[0], ends[-1]), ends[0]
 
         def at(row: int) -> bytes:
             return text[ends[row] - begin : ends[row + 1] - begin]
