@@ -1,5 +1,9 @@
 """`TokenStudent`: any image backbone with class logits and one classifier for every patch."""
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +13,9 @@ from .backbones.torchvision import torchvision_backbone
 from .backbones.transformers import transformers_backbone
 from .lvvit import LVViT
 from .mix_token import TokenBox, TokenExchange
+
+#: ^ of a regular expression, but not that of [^…].
+_START = re.compile(r"(?<![\[\\])\^")
 
 
 class TokenStudent(nn.Module):
@@ -170,6 +177,32 @@ class TokenStudent(nn.Module):
         finally:
             self._exchange.box = None
         return self.cls_head(cls), self.patch_head(box.restore(patches)).flatten(1, 2)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the model wants without weight decay, as timm asks."""
+        return {f"model.{name}" for name in getattr(self.model, "no_weight_decay", set)()}
+
+    @property
+    def group_matcher(self) -> Callable[..., Any]:
+        """The model's own, for timm's layer decay; the heads added here go with its last layer.
+
+        Raises:
+            AttributeError: the model has none.
+        """
+        matcher_of: Any = self.model.group_matcher
+
+        def moved(rule: Any) -> Any:
+            if isinstance(rule, str):  # timm matches from the start of a name, also without ^
+                return rf"model\.(?:{_START.sub('', rule)})"
+            return rule and [(moved(pattern), suffix) for pattern, suffix in rule]
+
+        def group_matcher(coarse: bool = False) -> Any:
+            matcher = matcher_of(coarse=coarse)
+            if callable(matcher):
+                return lambda name: matcher(name.removeprefix("model."))
+            return {group: moved(rule) for group, rule in matcher.items()}
+
+        return group_matcher
 
     @property
     def grid(self) -> Grid:

@@ -14,6 +14,7 @@ import torch
 import torchvision.models as tv
 import transformers as hf
 from timm.models import volo
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig
 
@@ -184,6 +185,36 @@ def test_state_dict_is_the_backbones(case: Case) -> None:
         bare.eval()
         if case.classifier:
             assert torch.equal(student.eval()(images), logits_of(bare(images)))
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.7])
+@pytest.mark.parametrize(
+    "name",
+    [*(name for name in CASES if name.startswith("timm")), "torchvision swin", "hf dinov2"],
+)
+def test_parameter_groups_are_the_models(name: str, layer_decay: float | None) -> None:
+    """Weight decay and layer decay of each parameter; the patch head's are the classifier's."""
+    student = student_of(CASES[name])
+
+    def rules(model: nn.Module) -> dict[str, tuple[float, float]]:
+        optimizer = create_optimizer_v2(
+            model, "adamw", 1.0, weight_decay=0.05, layer_decay=layer_decay
+        )
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        return {
+            names[parameter].removeprefix("model."): (group["weight_decay"], group["lr_scale"])
+            for group in ({"lr_scale": 1.0} | group for group in optimizer.param_groups)
+            for parameter in group["params"]
+        }
+
+    bare, wrapped = rules(student.model), rules(student)
+    added = wrapped.keys() - bare.keys()
+    assert {name.partition(".")[0] for name in added} <= {"patch_head", "cls_head"}
+    for part in added:
+        assert wrapped[part] == ((0.05 if part.endswith("weight") else 0.0), 1.0)
+    assert {part: wrapped[part] for part in bare} == bare
+    if layer_decay and name.startswith("timm"):
+        assert len({scale for _, scale in wrapped.values()}) > 3
 
 
 @every_case
