@@ -221,12 +221,22 @@ class TokenStudent(nn.Module):
         """Run the features of one empty image, so that shapes are those it really has."""
         weight = next(self.model.parameters())
         convolutions = [m for m in self.model.modules() if isinstance(m, nn.Conv2d)]
-        channels = convolutions[0].in_channels if convolutions else 3
+        channels = getattr(
+            self.model, "in_chans", convolutions[0].in_channels if convolutions else 3
+        )
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
             image = torch.zeros(1, channels, *size, device=weight.device, dtype=weight.dtype)
             cls, patches = self.features(image)
+        except ValueError:
+            raise
+        except Exception as error:  # the model's own code: of any kind
+            raise ValueError(
+                f"{type(self.model).__name__} must take images of (H, W) = {size}; it raised "
+                f"{type(error).__name__}: {error}. Remedy: pass the size that the model was "
+                f"built for, TokenStudent(model, image_size=…). {OVERRIDE}"
+            ) from error
         finally:
             for module, mode in modes.items():
                 module.training = mode

@@ -102,6 +102,9 @@ CASES = {
     "timm resnet": Case(
         lambda: timm.create_model("resnet10t", num_classes=7), (3, 3), 96, mixes=False, reach=1
     ),
+    "timm inceptionnext": Case(
+        lambda: timm.create_model("inception_next_atto", num_classes=7), (2, 2), 64, mixes=False
+    ),
     "torchvision vit": Case(
         lambda: tv.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=CLASSES), (4, 4)
     ),
@@ -260,8 +263,12 @@ def test_mix_token(case: Case) -> None:
         (lambda: timm.create_model("vit_small_patch16_224"), (14, 14)),
         (lambda: timm.create_model("deit_small_distilled_patch16_224"), (14, 14)),
         (lambda: timm.create_model("volo_d1_224"), (14, 14)),
+        (lambda: timm.create_model("volo_d1_224", img_size=256), (16, 16)),
+        (lambda: timm.create_model("visformer_tiny", img_size=256), (8, 8)),
         (lambda: timm.create_model("swin_tiny_patch4_window7_224"), (7, 7)),
         (lambda: timm.create_model("convnext_tiny"), (7, 7)),
+        (lambda: timm.create_model("inception_next_tiny"), (7, 7)),
+        (lambda: timm.create_model("csatv2"), (8, 8)),  # its first convolution sees no colours
         (lambda: timm.create_model("resnet50"), (7, 7)),
         (lambda: timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=9), (37, 37)),
         (tv.vit_b_16, (14, 14)),
@@ -392,16 +399,21 @@ def test_a_model_of_ones_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("make", "message"),
     [
-        ("pit_ti_224", {}, r"patch tokens, got \[1, 1, 256\].*override `features"),
-        ("coat_tiny", {}, r"got list.*override `features"),
+        (
+            lambda: timm.create_model("pit_ti_224"),
+            r"patch tokens, got \[1, 1, 256\].*override `features",
+        ),
+        (lambda: timm.create_model("coat_tiny"), r"got list.*override `features"),
+        (timm_volo, r"VOLO must take .* \(224, 224\); it raised RuntimeError.*image_size=…"),
     ],
 )
-def test_features_that_are_no_patches(name: str, options: dict[str, Any], message: str) -> None:
-    model = timm.create_model(name, **options)
+def test_models_without_patches_or_of_another_size(
+    make: Callable[[], nn.Module], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        TokenStudent(model)
+        TokenStudent(make())
 
 
 def test_dropped_tokens() -> None:
