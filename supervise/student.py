@@ -82,48 +82,44 @@ class TokenStudent(nn.Module):
         self._backbone = backbone = (
             timm_backbone(model) or torchvision_backbone(model) or transformers_backbone(model)
         )
-        own_size = 224 if backbone is None else backbone.image_size
-        self.image_size = pair(own_size if image_size is None else image_size)
+        if image_size is None:
+            image_size = 224 if backbone is None else backbone.image_size
+        self.image_size = pair(image_size)
         self._grids: dict[Grid, Grid] = {}
         self.model = model
         self.cls_head: nn.Module = nn.Identity()
         self.patch_head: nn.Module = nn.Identity()
-        self._add_heads(num_classes)
-        self._exchange: TokenExchange | None = None
-        if (embedding := self.patch_embedding()) is not None:
-            self._exchange = TokenExchange()
-            embedding.register_forward_hook(self._exchange)
-
-    def _add_heads(self, num_classes: int | None) -> None:
-        backbone = self._backbone
-        if backbone is not None and num_classes is None and not backbone.num_classes:
-            raise ValueError(
-                f"{type(self.model).__name__} has no classifier to take the number of classes "
-                "from. Remedy: TokenStudent(model, num_classes=…)"
-            )
-        like = next(self.model.parameters())
-        if backbone is not None and num_classes not in (None, backbone.num_classes):
-            assert num_classes is not None
-            if backbone.reset_classifier is not None:
-                backbone.reset_classifier(self.model, num_classes)
-        for name, parameter in self.model.named_parameters():
+        reset = None
+        if backbone is not None:
+            num_classes = num_classes or backbone.num_classes
+            if not num_classes:
+                raise ValueError(
+                    f"{type(model).__name__} has no classifier to take the number of classes "
+                    "from. Remedy: TokenStudent(model, num_classes=…)"
+                )
+            reset = backbone.reset_classifier
+            if reset is not None and num_classes != backbone.num_classes:
+                reset(model, num_classes)
+        for name, parameter in model.named_parameters():
             # Only masked pre-training uses it; DistributedDataParallel would wait for its gradient.
             if name.rpartition(".")[2] == "mask_token":
                 parameter.requires_grad_(False)
         cls, patches = self._probe(self.image_size)
-        if backbone is not None and backbone.reset_classifier is None:
-            assert num_classes is not None
-            self.cls_head = new_linear(cls.shape[-1], num_classes, like)
-            self.num_classes = num_classes
-        else:
-            self.num_classes = cls.shape[-1]
-        if num_classes not in (None, self.num_classes):
+        like = next(model.parameters())
+        self.num_classes = num_classes or cls.shape[-1]
+        if backbone is not None and reset is None:
+            self.cls_head = new_linear(cls.shape[-1], self.num_classes, like)
+        elif self.num_classes != cls.shape[-1]:
             raise ValueError(
                 f"class logits must have num_classes = {num_classes} columns; the model's have "
-                f"{self.num_classes}. Remedy: give the model a classifier of {num_classes} classes"
+                f"{cls.shape[-1]}. Remedy: give the model a classifier of {num_classes} classes"
             )
         if backbone is None or not backbone.dense:
             self.patch_head = new_linear(patches.shape[-1], self.num_classes, like)
+        self._exchange: TokenExchange | None = None
+        if (embedding := self.patch_embedding()) is not None:
+            self._exchange = TokenExchange()
+            embedding.register_forward_hook(self._exchange)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits [B, C] and patch features [B, h, w, D]. Override it for other models.

@@ -44,7 +44,7 @@ def _features(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         features = _final_norm(model, width)(features)
     patches = as_map(
         features,
-        (images.shape[-2], images.shape[-1]),
+        images,
         getattr(model, "num_prefix_tokens", 0),
         channels_last=channels_last,
     )
@@ -79,5 +79,4 @@ def _volo_features(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     else:  # adds half of the patches' maximum
         logits = model.forward_head(tokens)
     dense = model.aux_head(model.head_drop(tokens))
-    size = (images.shape[-2], images.shape[-1])
-    return logits, as_map(dense, size, prefix=1, channels_last=True)
+    return logits, as_map(dense, images, prefix=1, channels_last=True)
