@@ -4,7 +4,7 @@ import copy
 import io
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +25,6 @@ CLASSES = 7
 _HF: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32}
 _HF_VIT = _HF | {"image_size": 32, "patch_size": 8, "intermediate_size": 64}
 _VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads, and on a busy machine wait for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
