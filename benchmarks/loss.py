@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from common import Ways, take_turns
 from torch import Tensor
-from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from torchvision.transforms import v2
 
@@ -63,20 +62,15 @@ def records(batch: int) -> TokenLabels:
 
 
 def dense(cls_logits: Tensor, patch_logits: Tensor, labels: Labels) -> Tensor:
-    """The objective by its definition: dense targets [B, N, C], and autograd."""
+    """The objective with the patches' part by its definition: dense targets, and autograd."""
     if isinstance(labels, MixedLabels):
         parts = labels.parts()
     else:
         windows = labels.targets()
         parts = [(windows, windows.weight)]
     target = sum(part.dense() * coefficient.unsqueeze(-1) for part, coefficient in parts)
-    label = functional.one_hot(labels.label.reshape(len(labels), -1), cls_logits.shape[1])
-    probs = (
-        labels.label_probs if isinstance(labels, MixedLabels) else torch.ones_like(label[:, :, 0])
-    )
-    by_label = -((label * probs.unsqueeze(-1)).sum(1) * cls_logits.log_softmax(-1)).sum(-1)
     rows = -(target * patch_logits.log_softmax(-1)).sum(-1)
-    return by_label.mean() + BETA * rows.mean()
+    return TokenLabelLoss(dense_weight=0)(cls_logits, patch_logits, labels) + BETA * rows.mean()
 
 
 def step(loss: Loss, inputs: Inputs) -> Tensor:
