@@ -232,11 +232,11 @@ class LabelStore:
             leaves.append(self.leaf(self.row(row), (1, 1)).with_path(path, (1, 1)))
         return TokenLabels.collate(leaves, None if grid is None else student_grid(grid), shrink)
 
-    def row(self, key: str | int, near: int = -1) -> int:
-        """Row of a key, found fastest if it is `near`; a row is checked and returned as it is."""
+    def row(self, key: str | int) -> int:
+        """Row of a key; a row is checked and returned as it is."""
         keys = self._index.keys
         if isinstance(key, str):
-            row = keys.find(key, near)
+            row = keys.find(key)
             if row < 0:
                 raise MissingMapError(
                     f"no score map for {key!r} in {self.root}: keys are image paths relative to "

@@ -89,11 +89,9 @@ class KeyTable(Sequence[str]):
         first, last = self._ends(row, row + 2)
         return self._text(first, last)
 
-    def find(self, key: str, near: int = -1) -> int:
-        """Row of `key`, or -1; fastest where that is row `near`."""
+    def find(self, key: str) -> int:
+        """Row of `key`, or -1."""
         wanted = key.encode(errors="surrogatepass")  # no key has them
-        if 0 <= near < self._rows and self._raw(near) == wanted:
-            return near
         fences = range(0, self._rows, self._rows // _FENCES + 1)
         after = bisect_right(fences, wanted, key=self._fence)
         if after == 0:
