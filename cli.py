@@ -44,6 +44,7 @@ import click
 import yaml
 from rich.logging import RichHandler
 
+from tokenlabel import __version__
 from tokenlabel.annotate.config import AnnotateConfig, load_config
 from tokenlabel.errors import ConfigError, TokenLabelError, visible
 from tokenlabel.inspection.cli import compare_labels, inspect_labels
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130
 
 
-class _ConfigFailure(click.ClickException):
+class _UsageFailure(click.ClickException):
     exit_code = 2
 
 
@@ -66,12 +67,12 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except (TokenLabelError, OSError) as error:
-            kind = _ConfigFailure if isinstance(error, ConfigError) else click.ClickException
+            kind = _UsageFailure if isinstance(error, ConfigError) else click.ClickException
             raise kind(visible(str(error))) from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="tokenlabel")
+@click.version_option(__version__)
 @click.option("-v", "--verbose", is_flag=True, help="Log more of what happens.")
 def main(verbose: bool) -> None:
     """Per-patch soft labels for vision transformers: make them, inspect them."""

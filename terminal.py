@@ -10,6 +10,9 @@ from rich.console import Console
 
 from .errors import visible
 
+#: Called with (done, total) as work goes on.
+Watch = Callable[[int, int], None]
+
 
 def console(stderr: bool = False) -> Console:
     """A console that prints text as it is: no emoji codes, no highlighting."""
@@ -35,18 +38,20 @@ class VisibleFormatter(logging.Formatter):
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A function to call with (done, total); shows a bar on stderr if that is a terminal."""
+def progress_bar(what: str) -> Iterator[Callable[..., None]]:
+    """A function to call with (done, total, what=what); a bar on stderr if that is a terminal."""
     stderr = console(stderr=True)
     if not stderr.is_terminal:
-        yield lambda done, total: None
+        yield lambda done, total, what=what: None
         return
     columns = (
-        rp.TextColumn(what),
+        rp.TextColumn("{task.description}", markup=False),
         rp.BarColumn(),
         rp.MofNCompleteColumn(),
         rp.TimeRemainingColumn(),
     )
-    with rp.Progress(*columns, console=stderr, transient=True) as bar:
+    with rp.Progress(*columns, console=stderr, transient=True, speed_estimate_period=120) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total, what=what: bar.update(
+            task, completed=done, total=total, description=what
+        )

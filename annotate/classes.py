@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,13 +17,6 @@ _WNID = re.compile(r"n\d{8}")
 _log = logging.getLogger(__name__)
 
 
-class Classes(NamedTuple):
-    """Class ids by top-level folder, of those that have one, and the space of these ids."""
-
-    ids: dict[str, int]
-    space: str
-
-
 def build_manifest(
     source: ImageSource, path: Path, names: Sequence[str] | None, num_classes: int | None
 ) -> Manifest:
@@ -34,28 +26,28 @@ def build_manifest(
         source: the split's images.
         path: file to write.
         names: names of the teacher's classes (WordNet ids for ImageNet), None where unknown.
-        num_classes: number of the teacher's classes, None where unknown.
+        num_classes: their number, None where unknown.
 
     Raises:
         ConfigError: there is no image, or the source cannot be listed.
     """
-    found, entries = source.classes(), source.scan()
-    classes = find_classes(found, names, num_classes)
-    # Indexed by the source's own numbers, whose -1, for no class, finds the last element.
-    ids = np.array([*(classes.ids.get(name, -1) for name in found), -1], "<i4")
+    folders, entries = source.classes(), source.scan()
+    known, space = find_classes(folders, names, num_classes)
+    # By the source's numbers; its -1 is the last.
+    ids = np.array([*(known.get(name, -1) for name in folders), -1], "<i4")
 
     def blocks() -> Iterator[tuple[list[bytes], np.ndarray]]:
         while block := list(islice(entries, _BLOCK)):
             yield [entry.key for entry in block], ids[[entry.label for entry in block]]
 
-    write_manifest(path, blocks(), classes.space, names)
+    write_manifest(path, blocks(), space, names)
     return open_manifest(path)
 
 
 def find_classes(
     folders: Sequence[str], names: Sequence[str] | None, num_classes: int | None
-) -> Classes:
-    """Ground truth of the top-level folders of a split.
+) -> tuple[dict[str, int], str]:
+    """Ground truth of those top-level folders of a split that have one, and its label space.
 
     Folders called like the teacher's classes get those ids, so that a subset of the folders does
     not renumber the classes; a folder the teacher does not know then has no ground truth (-1).
@@ -67,14 +59,12 @@ def find_classes(
     if ids or (folders and all(_WNID.fullmatch(folder) for folder in folders)):
         if unknown := [folder for folder in folders if folder not in known]:
             _log.warning(
-                "%d of %d folders are no class of the teacher and have no ground truth: %s%s",
+                "%d of %d folders are no class of the teacher and have no ground truth: %s",
                 len(unknown),
                 len(folders),
-                ", ".join(unknown[:3]),
-                ", …" if len(unknown) > 3 else "",
+                ", ".join(unknown[:3]) + ", …" * (len(unknown) > 3),
             )
-        return Classes(ids, "teacher")
+        return ids, "teacher"
+    numbers = {folder: number for number, folder in enumerate(folders)}
     same = names is None and len(folders) == num_classes
-    return Classes(
-        {folder: number for number, folder in enumerate(folders)}, "teacher" if same else "folders"
-    )
+    return numbers, "teacher" if same else "folders"

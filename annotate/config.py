@@ -159,12 +159,7 @@ class AnnotateConfig(BaseModel):
         return self
 
     def layout(self, grid: tuple[int, int], num_classes: int) -> MapLayout:
-        """Shapes and dtypes of what is stored of a teacher's maps.
-
-        Args:
-            grid: (H, W) of the maps in cells.
-            num_classes: of the teacher; no more of them can be stored.
-        """
+        """Shapes and dtypes of what is stored of a teacher's maps, of `grid` (H, W) in cells."""
         k, residual = min(self.k, num_classes), min(self.residual, num_classes)
         views = tuple(self.views)
         return MapLayout(views, grid, k, num_classes, residual, self.step, self.level)
@@ -188,20 +183,20 @@ def load_config(source: str | None, overrides: dict[str, Any] | None = None) -> 
     given = overrides or {}
     values = _read(source) if source else {}
     try:
-        return AnnotateConfig(**{**values, **given})
+        return AnnotateConfig.model_validate({**values, **given})
     except ValidationError as error:
         lines = [_explain(dict(fault), source, given) for fault in error.errors()]
         raise ConfigError("\n".join(lines)) from None
 
 
 def _read(source: str) -> dict[str, Any]:
-    shipped = {entry.name: entry for entry in resources.files(configs).iterdir()}
-    name = f"{source.removesuffix('.yaml')}.yaml"
-    file = Path(source) if Path(source).is_file() else shipped.get(name)
+    files = resources.files(configs).iterdir()
+    shipped = {f.name.removesuffix(".yaml"): f for f in files if f.name.endswith(".yaml")}
+    file = Path(source) if Path(source).is_file() else shipped.get(source.removesuffix(".yaml"))
     if file is None:
-        names = sorted(name.removesuffix(".yaml") for name in shipped if name.endswith(".yaml"))
         raise ConfigError(
-            f"no configuration {source!r}: neither a file nor a shipped one ({', '.join(names)})"
+            f"no configuration {source!r}: neither a file nor a shipped one "
+            f"({', '.join(sorted(shipped))})"
         )
     try:
         text = file.read_text(encoding="utf-8")
@@ -217,7 +212,7 @@ def _read(source: str) -> dict[str, Any]:
         ) from error
     if root is None:
         return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not isinstance(values, dict):
         raise ConfigError(f"{source}: must be `key: value` lines, got a {type(values).__name__}")
     # YAML itself takes the last of equal keys without a word.
     keys = [key.value for key, _ in root.value]
@@ -231,7 +226,7 @@ def _explain(fault: dict[str, Any], source: str | None, given: dict[str, Any]) -
     where = f"{source}: {key}" if source and key not in given else f"option {key}"
     fields = AnnotateConfig.model_fields
     rule = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
+    if key and key not in fields:
         near = difflib.get_close_matches(key, fields, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(fields)}"
         return f"{where}: unknown key (value {got}). Remedy: {hint}"

@@ -29,7 +29,7 @@ class DecodedBatch(NamedTuple):
         images: uint8 [B, h, w, 3] RGB of each pass, whole images squashed to the teacher's input;
             black where the image could not be read.
         sizes: int32 [B, 2], (width, height) of the image in its file, 0 where unknown.
-        digests: uint64 [B], the first 8 bytes of the BLAKE2b-64 of the file, little-endian.
+        digests: uint64 [B], `file_digest` of each.
         errors: B texts, empty where the image was read.
     """
 
@@ -50,7 +50,7 @@ def decode_batch(
     Raises:
         StorageError: an image cannot be read for a reason that is not its own.
     """
-    batch = failed_batch(keys, sizes, "")
+    batch = failed_batch(len(keys), sizes, "")
     resample = Image.Resampling[interpolation.upper()]
     for row, data in enumerate(source.read(keys)):
         try:
@@ -58,18 +58,16 @@ def decode_batch(
                 raise data
             batch.digests[row] = file_digest(data)
             image = decode_image(data)
-            squashed = [np.asarray(image.resize((w, h), resample)) for h, w in sizes]
             batch.sizes[row] = image.size
-            for images, pixels in zip(batch.images, squashed, strict=True):
-                images[row] = pixels
+            for images, (h, w) in zip(batch.images, sizes, strict=True):
+                images[row] = np.asarray(image.resize((w, h), resample))
         except ImageError as error:
             batch.errors[row] = str(error)
     return batch
 
 
-def failed_batch(keys: Sequence[str], sizes: Sequence[tuple[int, int]], error: str) -> DecodedBatch:
+def failed_batch(count: int, sizes: Sequence[tuple[int, int]], error: str) -> DecodedBatch:
     """A batch of images that could not even be tried, all with the same `error`."""
-    count = len(keys)
     return DecodedBatch(
         tuple(np.zeros((count, *size, 3), np.uint8) for size in sizes),
         np.zeros((count, 2), np.int32),
@@ -89,7 +87,7 @@ def join_batches(parts: Sequence[DecodedBatch]) -> DecodedBatch:
 
 
 def file_digest(data: bytes) -> int:
-    """The 64-bit digest of a file's bytes that shards hold."""
+    """The digest that shards hold of a file's bytes: its BLAKE2b-64 as a little-endian number."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 

@@ -1,7 +1,6 @@
 """A job's output folder: errors of its storage, unfinished files, and the list of checksums."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,9 +14,6 @@ from ..errors import FormatError, JobError, output_error
 from .plan import Plan
 from .report import Tally
 
-#: Files hashed at a time: storage across a network answers several at once.
-_HASHED_AT_ONCE = 4
-
 
 @contextmanager
 def explained_errors() -> Iterator[None]:
@@ -29,14 +25,12 @@ def explained_errors() -> Iterator[None]:
             raise explained from error
         if error.errno is None or isinstance(error, ConnectionError):  # ours, or of the network
             raise
+        what, remedy = f"storage failed: {error}", "fix the disk or the mount,"
         if isinstance(error, IsADirectoryError):
-            raise JobError(
-                f"{error.filename2 or error.filename} is a folder where a file must be. Finished "
-                "shards are kept. Remedy: remove it and run the same command again"
-            ) from error
+            what = f"{error.filename2 or error.filename} is a folder where a file must be"
+            remedy = "remove it"
         raise JobError(
-            f"storage failed: {error}. Finished shards are kept. Remedy: fix the disk or the "
-            "mount, and run the same command again"
+            f"{what}. Finished shards are kept. Remedy: {remedy} and run the same command again"
         ) from error
 
 
@@ -88,15 +82,10 @@ def _listed_sums(folder: Path) -> dict[str, str]:
 def complete_sums(plan: Plan) -> None:
     """Write SHA256SUMS with a line for each shard that is there, the manifest and the index."""
     listed = _listed_sums(plan.folder)
-    names = [shard_name(number, plan.shards) for number in range(plan.shards)]
-    sums = {name: listed[name] for name in names if name in listed}
-    missing = [
-        name
-        for name in (*names, MANIFEST, INDEX)
-        if name not in sums and (plan.folder / name).is_file()
-    ]
-    with ThreadPoolExecutor(_HASHED_AT_ONCE) as threads:
-        digests = threads.map(file_sha256, (plan.folder / name for name in missing))
-        sums |= dict(zip(missing, digests, strict=True))
+    shards = [shard_name(number, plan.shards) for number in range(plan.shards)]
+    sums = {name: listed[name] for name in shards if name in listed}
+    for name in (*shards, MANIFEST, INDEX):
+        if name not in sums and (plan.folder / name).is_file():
+            sums[name] = file_sha256(plan.folder / name)
     if sums != listed:
         write_sums(plan.folder, sums)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..dataset.format.files import TEMPORARY
 from ..dataset.format.manifest import NAME as MANIFEST
-from ..dataset.format.manifest import Manifest, open_manifest, shard_count
+from ..dataset.format.manifest import Manifest, open_manifest
 from ..dataset.format.score_map import MapLayout
 from ..dataset.format.shard import Shard, parse_shard_name, shard_name
 from ..dataset.sources.image_source import ImageSource
@@ -26,19 +26,16 @@ class Identity:
     """What the driver must know of a teacher without loading it.
 
     Attributes:
-        model: its name.
         weights_digest: hex sha256 of the weights.
         preprocessing: input size, mean, std, interpolation.
         grid: (H, W) of its maps.
-        num_classes: number of classes.
-        class_names: their names, None if unknown.
         device: "cpu" or "cuda".
         head_mode: how the patch logits are computed.
         exact: whether their mean must equal the pooled logits, and `pooled_error` the largest
             difference on the first images.
         notes: warnings from building the teacher, for the user.
-        libraries: versions of the libraries on its node, and its `processor`. Other ones give
-            codes that differ by one in rare cells, so shards record them; they are not in the
+        libraries: versions of the libraries on its node, and its `processor`. Other ones give codes
+            that differ by one in rare cells, so shards record them; they are not in the
             fingerprint, so a job may resume on another machine.
     """
 
@@ -65,9 +62,7 @@ class Plan:
         run: id that the folder's lock must show.
         rows, shards, shard_size: of the split, in images and shards.
         layout: shapes and dtypes of the maps.
-        fingerprint: of the settings.
-        attrs: root attributes that all shards share.
-        label_space: "teacher" or "folders".
+        attrs: root attributes that all shards share; `fingerprint` is one.
     """
 
     folder: Path
@@ -76,9 +71,7 @@ class Plan:
     shards: int
     shard_size: int
     layout: MapLayout
-    fingerprint: str
     attrs: dict[str, Any]
-    label_space: str
 
 
 def split_manifest(config: AnnotateConfig, source: ImageSource, identity: Identity) -> Manifest:
@@ -143,8 +136,8 @@ def make_plan(config: AnnotateConfig, run: str, manifest: Manifest, teacher: Ide
         "batch_size": config.batch_size,
         "shard_size": config.shard_size,
     }
-    rows = len(manifest.keys)
-    fingerprint = _digest(settings)
+    rows, folder = len(manifest.keys), config.folder.absolute()
+    shards = -(-rows // config.shard_size)
     attrs = {
         "teacher": teacher.model,
         "weights_digest": teacher.weights_digest,
@@ -154,22 +147,12 @@ def make_plan(config: AnnotateConfig, run: str, manifest: Manifest, teacher: Ide
         "extent": [0.0, 0.0, 1.0, 1.0],
         "label_space": manifest.label_space,
         "settings": _json(settings),
-        "fingerprint": fingerprint,
+        "fingerprint": _digest(settings),
         "libraries": _json(teacher.libraries),
-        "shards": shard_count(rows, config.shard_size),
+        "shards": shards,
         "split_rows": rows,
     }
-    return Plan(
-        folder=config.folder.absolute(),
-        run=run,
-        rows=rows,
-        shards=shard_count(rows, config.shard_size),
-        shard_size=config.shard_size,
-        layout=layout,
-        fingerprint=fingerprint,
-        attrs=attrs,
-        label_space=manifest.label_space,
-    )
+    return Plan(folder, run, rows, shards, config.shard_size, layout, attrs)
 
 
 def unfinished(plan: Plan) -> list[int]:
@@ -185,20 +168,19 @@ def unfinished(plan: Plan) -> list[int]:
             continue
         with Shard(path) as shard:
             attrs = shard.attrs
-        if (found := attrs.get("fingerprint")) != plan.fingerprint:
+        if (found := attrs.get("fingerprint")) != plan.attrs["fingerprint"]:
             try:
-                old = json.loads(attrs["settings"])
-            except (KeyError, TypeError, ValueError) as error:
+                old, new = json.loads(attrs["settings"]), json.loads(plan.attrs["settings"])
+                differ = [
+                    f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+                    for key in sorted(old.keys() | new.keys())
+                    if old.get(key) != new.get(key)
+                ]
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise FormatError(f"{path} does not say how it was made: {error}") from error
-            new = json.loads(plan.attrs["settings"])
-            differ = [
-                f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
-                for key in sorted(old.keys() | new.keys())
-                if old.get(key) != new.get(key)
-            ]
             raise FingerprintError(
                 f"{plan.folder} holds finished shards of another run: {path.name} has fingerprint "
-                f"{found}, this job {plan.fingerprint}.\n  "
+                f"{found}, this job {plan.attrs['fingerprint']}.\n  "
                 + "\n  ".join(differ or ["the settings are equal, so the header was changed"])
                 + "\nRemedy: annotate into another folder with `out`, go back to the old settings, "
                 "or delete the folder to start over"

@@ -4,11 +4,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import rich.progress as rp
 from rich.console import Console
 from rich.table import Table
 
-from ..terminal import escape
+from ..terminal import escape, progress_bar
 from .report import Report, Tally
 
 #: Seconds between two lines in a log.
@@ -19,43 +18,25 @@ _MOST_LISTED = 10  # errors and failed shards
 @contextmanager
 def progress_display(console: Console) -> Iterator[Callable[[Tally, int, int], None]]:
     """A function to call with the run's tally, its number of images and the split's."""
-    columns = (
-        rp.TextColumn("{task.description}"),
-        rp.BarColumn(),
-        rp.MofNCompleteColumn(),
-        rp.TextColumn("{task.fields[rate]}"),
-        rp.TimeRemainingColumn(),
-        rp.TextColumn("{task.fields[errors]}"),
-    )
-    bar = rp.Progress(
-        *columns, console=console, speed_estimate_period=120, disable=not console.is_terminal
-    )
-    task = bar.add_task("starting", total=None, rate="", errors="")
     printed = time.monotonic()
 
     def show(tally: Tally, images: int, split: int) -> None:
         nonlocal printed
         done = min(tally.images, images)  # a retried shard counts twice
-        teachers = f"{tally.teachers} teacher{'s' * (tally.teachers != 1)}"
-        if console.is_terminal:
-            bar.update(
-                task,
-                description=teachers,
-                total=images,
-                completed=done,
-                rate=f"{tally.rate:.1f} images/s" if tally.rate else "",
-                errors=f"{tally.errors} errors" if tally.errors else "",
-            )
-        elif time.monotonic() - printed >= LOG_SECONDS:
+        state = (
+            f"{tally.teachers} teacher{'s' * (tally.teachers != 1)}, "
+            f"{tally.rate or 0:.1f} images/s, {tally.errors} errors"
+        )
+        update(done, images, state)
+        if not console.is_terminal and time.monotonic() - printed >= LOG_SECONDS:
             printed = time.monotonic()
             left = f"{(images - done) / tally.rate:.0f} s left" if tally.rate else "…"
             console.print(
-                f"{done}/{images} images of this run ({split} in the split), "
-                f"{tally.rate or 0:.1f} images/s, {left}, {tally.errors} errors, {teachers}",
+                f"{done}/{images} images of this run ({split} in the split), {state}, {left}",
                 soft_wrap=True,
             )
 
-    with bar:
+    with progress_bar("starting") as update:
         yield show
 
 

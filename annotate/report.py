@@ -19,8 +19,8 @@ _COUNTS = ("errors", "labelled", "top1", "top5", "mass")
 class Progress(NamedTuple):
     """What an actor has done since it started: images, error rows, and seconds of its teacher.
 
-    `busy` is the time the teacher computed. `since` and `until` are when its first batch began and
-    its last one ended, and `now` when it was asked, by the monotonic clock of its machine.
+    `since` and `until` are when its first batch began and its last one ended, and `now` when it was
+    asked, by the monotonic clock of its machine.
     """
 
     images: int
@@ -37,13 +37,10 @@ class Tally:
 
     Attributes:
         images, errors: annotated rows, and those of them without a map.
-        busy: seconds that the teachers computed.
-        span: seconds from each teacher's first batch to its last, summed over the teachers.
+        busy, span: seconds that the teachers computed, and from each one's first batch to its last.
         rate: images per second, from the first batch to the last.
-        teachers: actors that are ready.
-        written: hex sha256 of each shard that was written, by number.
-        failed: the reason of each shard that failed for good, by number.
-        lost_actors: teacher actors that died.
+        teachers, lost_actors: actors that are ready, and those that died.
+        written, failed: by number of the shard, its sha256, or why it failed for good.
     """
 
     images: int = 0
@@ -62,23 +59,18 @@ class Report:
     """What a job did and what the split holds now.
 
     Attributes:
-        folder: folder of the shards.
-        teacher, fingerprint: of all shards.
-        grid, k, views, num_classes: of the maps.
-        images, errors: rows of the split, and those without a map.
-        error_list: (key, reason) of the first 100 of these.
-        shards: of the split; `written` by this run, `skipped` because they were there,
-            `failed` as {number: reason}.
-        labelled: images whose ground truth is a class of the teacher.
-        top1, top5: fraction of these that the teacher gets right, from the pooled logits of its
-            first pass; None without ground truth.
+        images, errors: rows of the split, and those without a map; `error_list` has (key, reason)
+            of the first 100.
+        shards: of the split; `written` by this run, `skipped` because they were there, `failed` as
+            {number: reason}.
+        labelled: images whose ground truth is a class of the teacher. `top1`, `top5`: fraction of
+            these that the teacher gets right, from the pooled logits of its first pass.
         mass: mean probability mass of the stored classes, over all patches.
         bytes_per_image: size of the shards divided by the number of rows.
-        head_mode: how the teacher's map is derived.
         exact: whether the mean of the map's logits must equal the pooled logits, and `pooled_error`
             the largest difference on the first images.
-        seconds: of this run; `images_per_second` from the teachers' first batch to their last.
-        busy: fraction of that time that the teachers computed.
+        seconds: of this run; `images_per_second` from the teachers' first batch to their last, and
+            `busy` the fraction of that time that they computed.
         lost_actors: teacher actors that died and were replaced.
         max_errors_exceeded: whether the errors are too many for the job to be a success.
         libraries: the different `libraries` of the shards: versions and processors that made them.
@@ -149,7 +141,7 @@ def make_report(
     return Report(
         folder=str(plan.folder),
         teacher=identity.model,
-        fingerprint=plan.fingerprint,
+        fingerprint=plan.attrs["fingerprint"],
         grid=plan.layout.grid,
         k=plan.layout.k,
         views=list(plan.layout.views),

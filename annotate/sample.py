@@ -16,11 +16,7 @@ FIRST_VAL = 16
 
 
 def sample_images() -> list[Path]:
-    """The photographs where foolbox is installed, by number.
-
-    Raises:
-        ConfigError: the extra `sample` is not installed.
-    """
+    """The photographs where foolbox is installed, by number; ConfigError where it is not."""
     spec = importlib.util.find_spec("foolbox")  # finds it without importing it
     folders = spec.submodule_search_locations if spec else None
     images = sorted(Path(folders[0]).glob("data/imagenet_*.jpg")) if folders else []

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from timm.data import ImageNetInfo
+from torch import Tensor
 
 from tokenlabel.annotate import AnnotateConfig, annotate
 from tokenlabel.annotate.sample import sample_folder
@@ -16,6 +18,7 @@ from tokenlabel.dataset.format.index import build_index
 from tokenlabel.dataset.format.shard import shard_name, write_shard
 
 SHARD = 4096
+PUBLISHED_K = 5
 IMAGENET_ROWS = 1_281_167
 WORK = Path("/tmp/tokenlabel-benchmarks")
 Ways = dict[str, Callable[[], object]]
@@ -63,6 +66,13 @@ def imagenet_keys(count: int) -> list[str]:
     names = sorted(ImageNetInfo("imagenet-1k").label_names())
     many = -(-count // len(names))
     return [f"{name}/{name}_{10000 + n}.JPEG" for name in names for n in range(many)][:count]
+
+
+def as_published(store: LabelStore, row: int) -> Tensor:
+    """The best scores of a map and their class ids as published files have them, [2, K, H, W]."""
+    classes, logits = store[row].logits()
+    both = np.stack([logits, classes])[..., :PUBLISHED_K].astype(np.float16)
+    return torch.from_numpy(both.transpose(0, 3, 1, 2).copy())
 
 
 def write_split(

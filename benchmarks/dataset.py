@@ -30,8 +30,10 @@ import numpy as np
 import torch
 from common import (
     IMAGENET_ROWS,
+    PUBLISHED_K,
     WORK,
     Ways,
+    as_published,
     imagenet_keys,
     images_and_labels,
     ratio,
@@ -49,7 +51,6 @@ from tokenlabel.dataset.format import chunks
 from tokenlabel.dataset.transforms.recipe import IMAGENET_MEAN, IMAGENET_STD
 
 BATCH = 48
-PUBLISHED_K = 5
 WORKERS = 2
 
 
@@ -185,16 +186,13 @@ def run_counted(pipeline: str, way: str, count: str, labels: str, split: str) ->
 
 
 def save_as_published(folder: Path, store: LabelStore, keys: Sequence[str]) -> list[str]:
-    """A pickle an image: the best scores and their class ids as one float16 [2, K, H, W]."""
-    maps, paths = [store[row] for row in np.flatnonzero(~store.failed).tolist()], []
-    for number, key in enumerate(keys):
-        classes, logits = maps[number % len(maps)].logits()
-        both = np.stack([logits, classes])[..., :PUBLISHED_K].astype(np.float16)
-        path = folder / f"{key}.pt"
+    """A pickle an image, as published."""
+    maps = [as_published(store, row) for row in np.flatnonzero(~store.failed).tolist()]
+    paths = [folder / f"{key}.pt" for key in keys]
+    for number, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(torch.from_numpy(both.transpose(0, 3, 1, 2).copy()), path)
-        paths.append(str(path))
-    return paths
+        torch.save(maps[number % len(maps)], path)
+    return [str(path) for path in paths]
 
 
 def measure_read(options: argparse.Namespace, store: LabelStore, work: Path) -> None:
@@ -229,7 +227,7 @@ def time_reads(
     mine: Ways = {}
     for fast in (False, True) if libdeflate else (False,):  # extra `fast`
         inflater = "deflate" if fast else "zlib"
-        mine[f"store.planes(row), {inflater}"] = timed(ours.planes, fast)
+        mine[f"store.leaf(row), {inflater}"] = timed(ours.leaf, fast)
         mine[f"store[row], {inflater}"] = timed(ours.__getitem__, fast)
         mine[f"store[key], {inflater}"] = timed(lambda row: ours[keys[row]], fast)
     rows[:] = range(len(keys))

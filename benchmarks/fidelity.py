@@ -99,7 +99,7 @@ def cost(store: LabelStore, images: Path, work: Path) -> tuple[float, float]:
     annotator = rebuild_teachers(store.attrs).annotator
     files, found = ImageFiles(store, images), []
     for row, key in enumerate(store.keys):
-        truth = probabilities(annotator, files.read(key), [store.extent(row)])[0]
+        truth = probabilities(annotator, files.read(key), [store[row].extent])[0]
         stored = torch.from_numpy(store[row].dense()).flatten(0, 1)
         everywhere = torch.ones(len(stored), dtype=torch.bool)
         found.append(score_of(truth, stored, everywhere, -1).kl)

@@ -1,6 +1,6 @@
 """What a GPU makes of it: exactness, targets and the loss, a training step, annotation.
 
-    python benchmarks/gpu.py                         # all, 7 minutes on one H200
+    python benchmarks/gpu.py                         # all, some 7 minutes on one H200
     python benchmarks/gpu.py exact targets step      # of: exact, targets, step, annotate
     python benchmarks/gpu.py --small --device cpu    # whether it runs, anywhere
 
@@ -42,7 +42,7 @@ CLASSES, FLOOR, WAYS = 1000, 0.003, [("float32", False), ("bfloat16", False), ("
 TEACHERS = [
     ("convnext_large", 384, 128),
     ("eva02_large_patch14_448", 448, 128),
-    ("dm_nfnet_f6", 576, 32),
+    *(("dm_nfnet_f6", 576, batch) for batch in (8, 32, 128)),
 ]
 records = cache(records)
 

@@ -23,12 +23,11 @@ import numpy as np
 import torch
 from common import Ways, take_turns
 from torch import Tensor
-from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from torchvision.transforms import v2
 
 from tokenlabel.dataset import MapLayout, TokenLabelMap, TokenLabels
-from tokenlabel.dataset.label_map.label_map import shuffled
+from tokenlabel.dataset.format.chunks import shuffle
 from tokenlabel.supervise import CutMix, MixedLabels, MixUp, TokenLabelLoss
 
 LAYOUT = MapLayout(("identity",), (18, 18), 16, 1000, residual=64)
@@ -55,7 +54,7 @@ def records(batch: int) -> TokenLabels:
             "level": rng.normal(10, 1, (1, *LAYOUT.grid)),
         }
         data = b"".join(
-            shuffled(planes[name].astype(dtype)) for name, (dtype, _) in LAYOUT.planes().items()
+            shuffle(planes[name].astype(dtype)) for name, (dtype, _) in LAYOUT.planes().items()
         )
         leaf = TokenLabelMap(data, LAYOUT, canvas_size=(375, 500), label=int(rng.integers(1000)))
         leaves.append(crop(leaf))
@@ -63,20 +62,15 @@ def records(batch: int) -> TokenLabels:
 
 
 def dense(cls_logits: Tensor, patch_logits: Tensor, labels: Labels) -> Tensor:
-    """The objective by its definition: dense targets [B, N, C], and autograd."""
+    """The objective with the patches' part by its definition: dense targets, and autograd."""
     if isinstance(labels, MixedLabels):
         parts = labels.parts()
     else:
         windows = labels.targets()
         parts = [(windows, windows.weight)]
     target = sum(part.dense() * coefficient.unsqueeze(-1) for part, coefficient in parts)
-    label = functional.one_hot(labels.label.reshape(len(labels), -1), cls_logits.shape[1])
-    probs = (
-        labels.label_probs if isinstance(labels, MixedLabels) else torch.ones_like(label[:, :, 0])
-    )
-    by_label = -((label * probs.unsqueeze(-1)).sum(1) * cls_logits.log_softmax(-1)).sum(-1)
     rows = -(target * patch_logits.log_softmax(-1)).sum(-1)
-    return by_label.mean() + BETA * rows.mean()
+    return TokenLabelLoss(dense_weight=0)(cls_logits, patch_logits, labels) + BETA * rows.mean()
 
 
 def step(loss: Loss, inputs: Inputs) -> Tensor:

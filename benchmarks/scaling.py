@@ -30,14 +30,17 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import ray
+import torch
 from PIL import Image
+from torch import nn
 
 from tokenlabel.annotate import AnnotateConfig, annotate
 from tokenlabel.annotate.classes import build_manifest
@@ -54,56 +57,33 @@ from tokenlabel.dataset.format.directory import HEAD, MAGIC
 from tokenlabel.dataset.format.index import NAME as INDEX
 from tokenlabel.dataset.format.index import build_index
 from tokenlabel.dataset.format.manifest import NAME as MANIFEST
-from tokenlabel.dataset.format.manifest import Manifest, open_manifest
+from tokenlabel.dataset.format.manifest import open_manifest
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import shard_name, write_shard
 from tokenlabel.dataset.sources.folder import FolderSource, open_source
-from tokenlabel.dataset.sources.image_source import ImageSource
 
 # ---- teachers ----
 
 
-class SleepingActor(actor.TeacherActor):
-    """The job's actor, with a teacher that sleeps and that waits for the others at first."""
+class Sleeper(nn.Module):
+    """A network that waits for the other teachers, and then sleeps in each batch."""
 
-    go: Path
-    seconds: float
+    num_classes, input_size, mean, std = 16, (32, 32), (0.5,) * 3, (0.5,) * 3
 
-    def __init__(self, config: AnnotateConfig, source: ImageSource, threads: int) -> None:
-        import timm
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.features = nn.Conv2d(3, self.num_classes, 16, 16)
 
-        timm.models.register_model(sleeper(self.go, self.seconds))
-        super().__init__(config, source, threads)
-
-
-def sleeper(go: Path, seconds: float) -> Callable[..., Any]:
-    """What makes a real network for timm, whose features take `seconds` once `go` is there."""
-    import torch
-    from torch import nn
-
-    class Sleeper(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.num_classes = self.num_features = 16
-            self.features = nn.Conv2d(3, 16, 16, 16)
-            self.classifier = nn.Linear(16, 16)
-
-        def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-            if len(x) == BATCH:  # the start-up check has fewer
-                if not go.exists():
-                    go.with_name(f"waiting-{os.getpid()}").touch()
-                while not go.exists():
-                    time.sleep(0.001)
-                time.sleep(seconds)
-            return self.features(x)
-
-        def forward_head(self, x: torch.Tensor) -> torch.Tensor:
-            return self.classifier(x.mean((2, 3)))
-
-    def sleeper(pretrained: bool = False, **_: Any) -> nn.Module:
-        return Sleeper()
-
-    return sleeper
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) == BATCH:  # the start-up check has fewer
+            go = Path(os.environ["SLEEPER_GO"])
+            if not go.exists():
+                go.with_name(f"waiting-{os.getpid()}").touch()
+            while not go.exists():
+                time.sleep(0.001)
+            time.sleep(float(os.environ["SLEEPER_SECONDS"]))
+        return self.features(images)
 
 
 BATCH, BATCHES = 16, 4  # images a batch, batches a shard
@@ -120,22 +100,17 @@ def tiny_images(folder: Path, count: int) -> None:
         link.symlink_to(folder / f"{source}.png")
 
 
-def rate_of(teachers: int, folder: Path, options: argparse.Namespace) -> float:
+def rate_of(teachers: int, folder: Path, shards: int) -> float:
     """Images a second of so many teachers."""
-    import torch
-
-    count = teachers * options.shards * BATCH * BATCHES
+    count, go = teachers * shards * BATCH * BATCHES, Path(os.environ["SLEEPER_GO"])
     tiny_images(folder, count)
-    weights = folder / "sleeper.pth"
-    torch.manual_seed(0)
-    torch.save(sleeper(folder, 0.0)().state_dict(), weights)
-    SleepingActor.go, SleepingActor.seconds = folder / "go", options.sleep
+    for path in go.parent.glob("waiting-*"):
+        path.unlink()
+    go.unlink(missing_ok=True)
     config = AnnotateConfig(
         data=str(folder),
         out=str(folder / "out"),
-        model="sleeper",
-        weights=str(weights),
-        input_size=32,
+        model=f"{__file__}:Sleeper",
         k=5,
         batch_size=BATCH,
         shard_size=BATCH * BATCHES,
@@ -144,29 +119,30 @@ def rate_of(teachers: int, folder: Path, options: argparse.Namespace) -> float:
     )
 
     def start_together(*_: object) -> None:
-        if len(list(folder.glob("waiting-*"))) == teachers and not SleepingActor.go.exists():
-            SleepingActor.go.touch()
+        if len(list(go.parent.glob("waiting-*"))) == teachers and not go.exists():
+            go.touch()
 
-    with mock.patch.object(actor, "TeacherActor", SleepingActor):
-        report = annotate(config, start_together)
+    report = annotate(config, start_together)
     assert report.ok and report.images == count and report.lost_actors == 0, report
     ends = [path.stat().st_mtime for path in config.folder.glob("shard-*.h5")]
-    return count / (max(ends) - SleepingActor.go.stat().st_mtime)
+    return count / (max(ends) - go.stat().st_mtime)
 
 
 def measure_teachers(options: argparse.Namespace) -> None:
     print("| teachers | images/s | efficiency | of what sleeping allows |", flush=True)
     print("|---|---|---|---|", flush=True)
     single, most = 0.0, BATCH / options.sleep
-    with ray_session(None, num_cpus=4):
-        for teachers in options.counts:
-            with tempfile.TemporaryDirectory(dir=options.folder) as name:
-                rate = rate_of(teachers, Path(name), options)
-            single = single or rate / teachers
-            each = rate / teachers
-            print(
-                f"| {teachers} | {rate:.1f} | {each / single:.3f} | {each / most:.3f} |", flush=True
-            )
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        os.environ |= {"SLEEPER_GO": f"{folder}/go", "SLEEPER_SECONDS": str(options.sleep)}
+        with ray_session(None, num_cpus=4):
+            for teachers in options.counts:
+                (folder / str(teachers)).mkdir()
+                rate = rate_of(teachers, folder / str(teachers), options.shards)
+                each = rate / teachers
+                single = single or each
+                parts = f"{rate:.1f} | {each / single:.3f} | {each / most:.3f}"
+                print(f"| {teachers} | {parts} |", flush=True)
 
 
 # ---- memory ----
@@ -175,11 +151,10 @@ SHARD, CLASSES, WARM_UP = 4096, 1000, 8192
 KEPT = (MANIFEST, INDEX)
 
 
-class Entry:
+class Entry(NamedTuple):
     """An image that a listing names."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    name: str
 
     def is_dir(self) -> bool:
         return False
@@ -219,29 +194,24 @@ def plan_of(folder: Path) -> Plan:
     return make_plan(config, "run", manifest, identity())
 
 
-def make_shards(folder: Path) -> None:
+def make_shards(folder: Path, images: int) -> None:
     """All shards of the manifest there: the first is written, the others are copies of it."""
-    plan, manifest = plan_of(folder), open_manifest(folder / "out" / MANIFEST)
-    layout = plan.layout
-    paths = [plan.folder / shard_name(number, plan.shards) for number in range(plan.shards)]
-    sizes = [min(SHARD, plan.rows - SHARD * number) for number in range(plan.shards)]
-    for size in sorted(set(sizes)):
-        attrs = {**plan.attrs, "shard": 0, "first_row": 0, "labelled": 0, "top1": 0, "top5": 0}
-        planes = layout.planes().items()
-        blank = {name: np.zeros((size, *shape), dtype) for name, (dtype, shape) in planes}
-        with write_shard(
-            folder / f"{size}.h5",
-            layout,
-            manifest.keys[:size],
-            manifest.labels[:size],
-            {**attrs, "mass": 0.0},
-        ) as writer:
-            ones, zeros = np.ones((size, 2), np.int32), np.zeros(size, np.uint64)
-            writer.append(blank, ones, zeros, [""] * size)
-    first = {size: (folder / f"{size}.h5").read_bytes() for size in set(sizes)}
-    for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
-        keys = manifest.keys[SHARD * number : SHARD * number + size]
-        path.write_bytes(renumbered(first[size], number, SHARD * number, keys))
+    plan, keys = plan_of(folder), open_manifest(folder / "out" / MANIFEST).keys
+    attrs = {**plan.attrs, "shard": 0, "first_row": 0}
+    attrs |= {"labelled": 0, "top1": 0, "top5": 0, "mass": 0.0}
+    first: dict[int, bytes] = {}
+    for number in range(plan.shards):
+        path, row = plan.folder / shard_name(number, plan.shards), SHARD * number
+        size = min(SHARD, plan.rows - row)
+        if size not in first:
+            labels = np.zeros(size, int)
+            with write_shard(path, plan.layout, keys[:size], labels, attrs) as writer:
+                planes = plan.layout.planes().items()
+                blank = {name: np.zeros((size, *shape), dtype) for name, (dtype, shape) in planes}
+                ones, zeros = np.ones((size, 2), np.int32), np.zeros(size, np.uint64)
+                writer.append(blank, ones, zeros, [""] * size)
+            first[size] = path.read_bytes()
+        path.write_bytes(renumbered(first[size], number, row, keys[row : row + size]))
 
 
 def renumbered(data: bytes, number: int, row: int, keys: list[str]) -> bytes:
@@ -257,24 +227,14 @@ def renumbered(data: bytes, number: int, row: int, keys: list[str]) -> bytes:
     return head + data[len(head) :] + stored
 
 
-def scan_classes(folder: Path, images: int) -> None:
-    scan_folders(folder, images, CLASSES)
-
-
-def scan_single(folder: Path, images: int) -> None:
-    scan_folders(folder, images, 0)
-
-
-def scan_folders(folder: Path, images: int, classes: int) -> None:
+def scan(folder: Path, images: int, classes: int = 0) -> None:
     """What `annotate` does with the manifest of a run before, and with a new one."""
-    root = folder / ("classes" if classes else "single")
+    root = folder / f"{classes}-classes"
     root.mkdir()
     for number in range(classes):
         (root / f"class-{number:05d}").mkdir()
     with listings(root, images):
-        manifest: Manifest = build_manifest(
-            FolderSource(root), folder / "out" / MANIFEST, None, CLASSES
-        )
+        manifest = build_manifest(FolderSource(root), folder / "out" / MANIFEST, None, CLASSES)
     assert len(manifest.keys) == images // max(classes, 1) * max(classes, 1)
 
 
@@ -336,10 +296,12 @@ def open_store(folder: Path, images: int) -> None:
         assert store[store.keys[row]].codes.shape == (1, 1, 1, 2)
 
 
+#: Each with the title of its row; all but `shards` are measured.
 STEPS: dict[str, tuple[Callable[[Path, int], None], str]] = {
-    "scan-single": (scan_single, "manifest, all in one folder"),
-    "scan-classes": (scan_classes, "manifest, 1,000 class folders"),
+    "scan-single": (scan, "manifest, all in one folder"),
+    "scan-classes": (partial(scan, classes=CLASSES), "manifest, 1,000 class folders"),
     "check": (check_manifest, "manifest, verified on resuming"),
+    "shards": (make_shards, ""),
     "unfinished": (find_unfinished, "headers of finished shards"),
     "pool": (hand_out, "shards handed to idle actors"),
     "index": (index_shards, "index built"),
@@ -349,21 +311,18 @@ STEPS: dict[str, tuple[Callable[[Path, int], None], str]] = {
 
 def resident(field: str) -> int:
     """A line of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) << 10
-    raise KeyError(field)
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) << 10
 
 
-def run_step(name: str, small: Path, folder: Path, images: int) -> None:
+def run_step(options: argparse.Namespace) -> None:
     """In a process of its own: warm up, measure, and say what came out."""
-    step, _ = STEPS[name]
+    step, _ = STEPS[options.name]
     with STACK:
-        step(small, WARM_UP)
+        step(options.small, WARM_UP)
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         start = (time.perf_counter(), time.process_time())
-        step(folder, images)
+        step(options.large, options.images)
         seconds, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
         peak = resident("VmHWM") - before
         print(json.dumps({"bytes": peak, "seconds": seconds, "cpu": cpu}), flush=True)
@@ -374,14 +333,18 @@ def measure_memory(options: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|", flush=True)
     for images in options.images:
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
-            small, folder = Path(name) / "small", Path(name) / "large"
+            folders = [Path(name) / "small", Path(name) / "large"]
+            for folder in folders:
+                folder.mkdir()
             for step, (_, title) in STEPS.items():
-                if step not in options.parts:
+                # `shards` takes the manifest of the class folders, which is there by then.
+                if step not in options.parts and step != "shards":
                     continue
-                if step == "unfinished":  # the manifest of the class folders is there now
-                    for where in (small, folder):
-                        own("shards", where, where, images)
-                found = json.loads(own(step, small, folder, images).splitlines()[-1])
+                command = [sys.executable, __file__, "step", step, *map(str, folders), str(images)]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                if not title:
+                    continue
+                found = json.loads(done.stdout.splitlines()[-1])
                 print(
                     f"| {images:,} | {title} | {found['seconds']:.2f} | {found['cpu']:.2f} "
                     f"| {images / found['cpu']:,.0f} | {found['bytes'] / images:.1f} |",
@@ -392,20 +355,11 @@ def measure_memory(options: argparse.Namespace) -> None:
             print(f"\nBytes an image on disk: {', '.join(sorted(parts))}\n", flush=True)
 
 
-def own(step: str, small: Path, folder: Path, images: int) -> str:
-    for path in (small, folder):
-        path.mkdir(exist_ok=True)
-    command = [sys.executable, __file__, "step", step, str(small), str(folder), str(images)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
 # ---- readers and decoders ----
 
 
 def measure_reader(options: argparse.Namespace) -> None:
     """What a shard of 4,096 maps of 18 x 18, k = 16, costs a process when it is read first."""
-    import torch
-
     shards, rng = 12, np.random.default_rng(0)
     layout = MapLayout(("identity",), (18, 18), 16, CLASSES)
     logits = torch.from_numpy(rng.normal(0, 3, (64, 18, 18, CLASSES)).astype(np.float32))
@@ -453,35 +407,30 @@ def measure_decoding(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, help="where to write (default: TMPDIR)")
-    commands = parser.add_subparsers(dest="command", required=True)
-    teachers = commands.add_parser("teachers")
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, measure: Callable[..., None], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text)
+        added.set_defaults(measure=measure)
+        return added
+
+    teachers = command("teachers", measure_teachers, "teachers side by side")
     teachers.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8])
     teachers.add_argument("--sleep", type=float, default=1.0, help="seconds a batch of 16")
     teachers.add_argument("--shards", type=int, default=8, help="shards of 64 images a teacher")
-    memory = commands.add_parser("memory")
+    memory = command("memory", measure_memory, "memory of the driver and of a reader")
     memory.add_argument("--images", type=int, nargs="+", default=[1_000_000])
     memory.add_argument("--parts", choices=STEPS, nargs="+", default=list(STEPS))
-    commands.add_parser("reader", help="what opening a shard costs")
-    decode = commands.add_parser("decode", help="images a core decodes")
+    command("reader", measure_reader, "what opening a shard costs")
+    decode = command("decode", measure_decoding, "images a core decodes")
     decode.add_argument("--data", type=Path, help="folder with train/ (default: the sample)")
-    step = commands.add_parser("step", help="one part, for `memory`")
-    step.add_argument("name", choices=[*STEPS, "shards"])
+    step = command("step", run_step, "one part, for `memory`")
+    step.add_argument("name", choices=STEPS)
     step.add_argument("small", type=Path)
     step.add_argument("large", type=Path)
     step.add_argument("images", type=int)
     options = parser.parse_args()
-    if options.command == "teachers":
-        measure_teachers(options)
-    elif options.command == "memory":
-        measure_memory(options)
-    elif options.command == "reader":
-        measure_reader(options)
-    elif options.command == "decode":
-        measure_decoding(options)
-    elif options.name == "shards":
-        make_shards(options.large)
-    else:
-        run_step(options.name, options.small, options.large, options.images)
+    options.measure(options)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from common import WORK, Ways, images_and_labels, take_turns
+from common import WORK, Ways, as_published, images_and_labels, take_turns
 from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms import v2
@@ -30,7 +30,6 @@ from torchvision.transforms.v2 import functional as F
 from tokenlabel.dataset import LabelStore, TokenLabelMap, TokenLabels
 from tokenlabel.dataset.label_map.path import PixelPath, transform_box
 
-PUBLISHED_K = 5
 GRID = 14
 SIZE = (375, 500)
 
@@ -43,13 +42,6 @@ def crops(store: LabelStore, count: int) -> tuple[list[int], list[TokenLabelMap]
     rows = [there[number % len(there)] for number in range(count)]
     leaves = [store.leaf(row).with_path(PixelPath.of(SIZE), SIZE) for row in rows]
     return rows, [transform(leaf) for leaf in leaves]
-
-
-def as_published(store: LabelStore, row: int) -> Tensor:
-    """Scores and class ids as the published files have them, float16 [2, K, H, W]."""
-    classes, logits = store[row].logits()
-    both = np.stack([logits, classes])[..., :PUBLISHED_K].astype(np.float16)
-    return torch.from_numpy(both.transpose(0, 3, 1, 2).copy())
 
 
 def published(stored: Tensor, boxes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -72,9 +72,7 @@ class LabelStore:
     _shards: Callable[[int], Shard]
 
     def __getattr__(self, name: str) -> Any:
-        """Open the index, and shards by number, which stay open while there is room for them.
-
-        Called where they are not open yet: in a new store, or in an unpickled one.
+        """Open the index, and shards by number, where they are not open yet: new or unpickled.
 
         No lock: threads that open a file at once get one each, and a thread that has got hold of a
         shard keeps it open when the cache drops it. A forked process keeps using its parent's
@@ -164,27 +162,11 @@ class LabelStore:
         shard, local = self._shard(row)
         return shard.map(local)
 
-    def planes(self, row: int) -> bytes:
-        """The planes of a row's map, inflated and otherwise as stored, one behind the other.
-
-        In the order of `layout.planes()`; items of more than a byte are byte-shuffled. Raises as
-        `store[row]`, but does not check whether the image has a map: see `failed`.
-        """
-        shard, local = self._shard(self.row(row))
-        return shard.planes(local)
-
-    def extent(self, row: int) -> tuple[float, float, float, float]:
-        """Box (x0, y0, x1, y1), normalised to the image, that the row's map covers."""
-        shard, local = self._shard(self.row(row))
-        return shard.extent(local)
-
     def leaf(self, row: int, canvas_size: tuple[int, int] | None = None) -> "TokenLabelMap":
         """A row's map as the leaf that follows its image through v2 transforms.
 
-        Without planes where the image has no map.
-
         Args:
-            row: of the map.
+            row: of the map; the leaf has no planes where the image has no map.
             canvas_size: (h, w) of the image in pixels; None: as it was annotated.
         """
         from .label_map.label_map import TokenLabelMap  # the store itself needs no torch
@@ -225,16 +207,16 @@ class LabelStore:
             IndexError, KeyError, FormatError, OSError: as `store[row]`; but an image that could
                 not be annotated gives targets of weight 0.
         """
-        from .label_map.path import UNIT_BOX, Matrix, PixelPath
+        from .label_map.path import UNIT_BOX, PixelPath
         from .targets.token_labels import TokenLabels, student_grid
 
-        leaves = []
         turned = np.zeros(len(rows), bool) if flips is None else np.asarray(flips)
         if not len(rows) or not len(rows) == len(boxes) == len(turned) or turned.dtype != bool:
             raise ValueError(
                 "each row needs a box, and a flip that is True or False if any are given; got "
                 f"{len(rows)} rows, {len(boxes)} boxes and {len(turned)} flips of {turned.dtype}"
             )
+        leaves = []
         for row, box, flip in zip(rows, boxes, turned, strict=True):
             x0, y0, x1, y1 = map(float, box)
             width, height = x1 - x0, y1 - y0
@@ -245,18 +227,16 @@ class LabelStore:
                     f"got {(x0, y0, x1, y1)}. Remedy: divide pixels by the image's (width, height)"
                 )
             # From the unit square of the crop to its box on the image.
-            crop: Matrix = (width, 0.0, x0, 0.0, height, y0, 0.0, 0.0, 1.0)
-            if flip:
-                crop = (-width, 0.0, x1, 0.0, height, y0, 0.0, 0.0, 1.0)
-            leaf = self.leaf(self.row(row), (1, 1))
-            leaves.append(leaf.with_path(PixelPath(crop, UNIT_BOX), (1, 1)))
+            along = (-width, 0.0, x1) if flip else (width, 0.0, x0)
+            path = PixelPath((*along, 0.0, height, y0, 0.0, 0.0, 1.0), UNIT_BOX)
+            leaves.append(self.leaf(self.row(row), (1, 1)).with_path(path, (1, 1)))
         return TokenLabels.collate(leaves, None if grid is None else student_grid(grid), shrink)
 
-    def row(self, key: str | int, near: int = -1) -> int:
-        """Row of a key, found fastest if it is `near`; a row is checked and returned as it is."""
+    def row(self, key: str | int) -> int:
+        """Row of a key; a row is checked and returned as it is."""
         keys = self._index.keys
         if isinstance(key, str):
-            row = keys.find(key, near)
+            row = keys.find(key)
             if row < 0:
                 raise MissingMapError(
                     f"no score map for {key!r} in {self.root}: keys are image paths relative to "
@@ -297,7 +277,7 @@ def _open_indexed(index: Index, paths: list[Path], number: int) -> Shard:
 
 
 def _open_files_limit() -> int:
-    """Shards to keep open: all of them if the process may."""
+    """Shards to keep open: all of them, if half of the files that the process may have suffice."""
     try:
         import resource
     except ImportError:  # Windows: the C runtime's own limit is 512

@@ -5,10 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import PIL.Image
-import torch
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from ..errors import MissingMapError
@@ -85,9 +82,6 @@ class TokenLabelDataset(Dataset[Sample]):
         self.transform = transform
         self._to_labels = ToTokenLabels(grid, shrink=shrink)
         self._ignore_missing = missing == "ignore"
-        # By how much the row of the last map was beyond its image's index, and whether that was
-        # so for the map before it as well: the next row is then guessed.
-        self._shift, self._steady = 0, True
         is_folder = isinstance(images, str | os.PathLike)
         self._label_source = "maps" if label_source == "auto" and is_folder else label_source
         if self._ignore_missing:
@@ -119,14 +113,13 @@ class TokenLabelDataset(Dataset[Sample]):
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """The same for a batch at a time, as a DataLoader asks for it."""
         # All maps first, then all images, then all records: each while its code is in the cache.
-        entries, images = [], []
+        entries, images, leaves = [], [], []
         for index in indices:
             if not -len(self) <= index < len(self):
                 raise IndexError(f"index {index} is outside the {len(self)} images")
-            index = index + len(self) if index < 0 else index
+            index %= len(self)
             key = self.images.key(index)
-            entries.append((index, key, self._stored(index, key)))
-        leaves = []
+            entries.append((index, key, self._stored(key)))
         for index, key, leaf in entries:
             image, label = self.images[index]
             leaf = self._matched(key, image, label, leaf)
@@ -140,16 +133,14 @@ class TokenLabelDataset(Dataset[Sample]):
         rows: Any = records.unbind()
         return list(zip(images, rows, strict=True))
 
-    def _stored(self, index: int, key: str) -> TokenLabelMap:
+    def _stored(self, key: str) -> TokenLabelMap:
         """The map of an image, still without a path; no planes where none is stored."""
         try:
-            # Where a folder was annotated whole, no key has to be searched.
-            row = self.store.row(key, index + self._shift if self._steady else -1)
+            row = self.store.row(key)
         except MissingMapError:
             if not self._ignore_missing:
                 raise
             return TokenLabelMap(b"", self.store.layout, canvas_size=(1, 1))
-        self._steady, self._shift = row - index == self._shift, row - index
         leaf = self.store.leaf(row)
         if not (leaf.planes or self._ignore_missing):
             self.store[row]  # raises, and says why there is none
@@ -157,39 +148,33 @@ class TokenLabelDataset(Dataset[Sample]):
 
     def _matched(self, key: str, image: Any, label: int, leaf: TokenLabelMap) -> TokenLabelMap:
         """The map of this very image, with the label that `label_source` asks for."""
-        size = _size(image)
+        height, width = F.get_size(image)
         if not leaf.planes:
-            leaf = leaf.with_path(PixelPath.of(size), size)
-        elif size != leaf.canvas_size:
-            (height, width), (stored_height, stored_width) = size, leaf.canvas_size
+            leaf = leaf.with_path(PixelPath.of((height, width)), (height, width))
+        elif (height, width) != leaf.canvas_size:
             raise ValueError(
-                f"{key!r} must be the image that was annotated; that was {stored_width} x "
-                f"{stored_height} pixels, this one is {width} x {height}. Remedy: use the same "
-                "files, untransformed, or annotate these"
+                f"{key!r} must be the image that was annotated; that was {leaf.canvas_size[1]} x "
+                f"{leaf.canvas_size[0]} pixels, this one is {width} x {height}. Remedy: use the "
+                "same files, untransformed, or annotate these"
             )
-        leaf.label = self._label(key, label, leaf.label)
-        return leaf
-
-    def _label(self, key: str, label: int, stored: int) -> int:
-        """The class to train, of that in the images and the one stored with the map."""
-        if self._label_source == "images":
-            return label
-        if self._label_source == "auto" and label >= 0 and stored >= 0 and label != stored:
+        stored, source = leaf.label, self._label_source
+        if source == "auto" and label >= 0 and stored >= 0 and label != stored:
             raise ValueError(
                 f"{key!r} is of class {label} in the images and {stored} in the label maps: "
                 "the two number their classes differently (ImageFolder over some of ImageNet's "
                 'folders does). Remedy: label_source="maps" takes those of the maps, '
                 'label_source="images" those of the images'
             )
-        if stored >= 0:
-            return stored
-        if self._label_source == "auto" or self.store.attrs.get("label_space") != "teacher":
-            return label
-        # The maps hold the teacher's classes, which a folder's own number need not be: of some of
-        # ImageNet's folders, ImageFolder numbers the first 0.
-        names = self.store.attrs.get("class_names", [])
-        folder = key.partition("/")[0]
-        return names.index(folder) if folder in names else -1
+        if source != "images" and stored >= 0:
+            label = stored
+        elif source == "maps" and self.store.attrs.get("label_space") == "teacher":
+            # The maps hold the teacher's classes, which a folder's own number need not be: of some
+            # of ImageNet's folders, ImageFolder numbers the first 0.
+            names = self.store.attrs.get("class_names", [])
+            folder = key.partition("/")[0]
+            label = names.index(folder) if folder in names else -1
+        leaf.label = label
+        return leaf
 
     def _checked(self, sample: Any) -> tuple[Any, TokenLabelMap]:
         """What the transform returned."""
@@ -200,16 +185,5 @@ class TokenLabelDataset(Dataset[Sample]):
                 f"{type(leaf).__name__}. Remedy: pipelines of torchvision.transforms.v2 do; leave "
                 "ToTokenLabels out, as grid and shrink go to TokenLabelDataset"
             )
-        if _size(image) != leaf.canvas_size:
-            self._to_labels.check_inputs([image, leaf])
+        self._to_labels.check_inputs([image, leaf])
         return image, leaf
-
-
-def _size(image: Any) -> tuple[int, int]:
-    """(h, w) of an image in pixels: torchvision's get_size, without its dispatch where plain."""
-    if isinstance(image, PIL.Image.Image):
-        return image.height, image.width
-    if type(image) in (torch.Tensor, tv_tensors.Image):
-        return image.shape[-2], image.shape[-1]
-    height, width = F.get_size(image)
-    return height, width

@@ -1,18 +1,13 @@
 """Agreement of a crop of the map with the teacher run live on that crop.
 
-Token labeling annotates each image once, and takes the targets of a crop from the map of the whole
-(Jiang et al., "All Tokens Matter", NeurIPS 2021; the idea is ReLabel's, Yun et al., CVPR 2021).
-Here the teacher runs live on the crop, resized to its input as the whole image was, and its answer
-is compared with the crop of the map, patch by patch.
-
-The two differ even for a perfect map: the teacher sees the crop enlarged, more so the smaller it
-is, and without the surroundings. To imitate that is not quality in itself. So the same numbers are
-given for the teacher against itself, on the mirrored crop and at another input size (how far apart
-two equally good answers are: the noise floor), and beside the divergences, how often the mean
-target of a crop has the image's label on top.
+Token labeling takes the targets of a crop from the map of the whole (Jiang et al., "All Tokens
+Matter", NeurIPS 2021; the idea is ReLabel's, Yun et al., CVPR 2021). The live teacher differs from
+a perfect map too: it sees the crop enlarged, and without the surroundings. Hence the noise floors,
+the teacher against itself, and how often the mean target has the image's label on top.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +22,10 @@ from ..annotate.teacher.passes import onto
 from ..annotate.teacher.rebuild import rebuild_teachers
 from ..dataset.label_map.path import UNIT_BOX, Box
 from ..dataset.store import LabelStore
+from ..terminal import Watch
 from .label_sets import patch_map
 from .pictures.image_files import ImageFiles
 from .statistics import divergence
-from .summary import Watch
 
 #: Fractions of the image's area: the whole, then what RandomResizedCrop takes, in four parts.
 SCALES = ((1.0, 1.0), (0.7, 1.0), (0.4, 0.7), (0.2, 0.4), (0.08, 0.2))
@@ -46,8 +41,7 @@ class Score(NamedTuple):
         kl: KL(teacher || target) in nats.
         tv: total variation, between 0 and 1.
         top1: fraction of patches with the teacher's best class on top.
-        label_top1: 1 where the mean target has the image's label on top, 0 elsewhere; NaN without a
-            label.
+        label_top1: 1 where the mean target has the image's label on top, else 0; NaN without label.
     """
 
     kl: float
@@ -93,10 +87,8 @@ def measure_agreement(
 
     Returns:
         JSON-able. `rows` holds, for each range of scales and each `target`, the number of crops and
-        the means of a `Score` over them. The targets: "stored", the whole map cell by cell, against
-        the teacher as it annotated: the cost of storage; "map" and "map, mirrored", what a student
-        gets; "one label", the mean of the image's map for every patch, as a label without a map
-        would be; "teacher", "teacher, mirrored" and "teacher, other size".
+        the means of a `Score` over them. "stored" is the whole map cell by cell, against the
+        teacher as it annotated; `print_agreement` says what the others are.
 
     Raises:
         ConfigError: images or weights are not found; TeacherError for the teacher.
@@ -109,7 +101,7 @@ def measure_agreement(
     rng = np.random.default_rng(seed)
     good = np.flatnonzero(~store.failed)
     rows = np.sort(rng.permutation(good)[:count]).tolist()
-    found: dict[tuple[tuple[float, float], str], list[Score]] = {}
+    found: dict[tuple[tuple[float, float], str], list[Score]] = defaultdict(list)
     for done, row in enumerate(rows, 1):
         image = files.read(store.keys[row])
         boxes = [random_box(image.size, scale, rng) for scale in SCALES]
@@ -117,8 +109,8 @@ def measure_agreement(
         patches = patch_map(store, row)
         stored = torch.from_numpy(patches.entry.dense()).flatten(0, 1)
         truth = probabilities(teachers.annotator, image, [patches.entry.extent])[0]
-        whole = score(truth, stored, torch.ones(len(stored), dtype=torch.bool), patches.label)
-        found.setdefault((SCALES[0], "stored"), []).append(whole)
+        everywhere = torch.ones(len(stored), dtype=torch.bool)
+        found[SCALES[0], "stored"].append(score(truth, stored, everywhere, patches.label))
         crops = store.labels([row] * len(boxes), boxes).targets(grid)
         mirrored = store.labels([row] * len(boxes), boxes, [True] * len(boxes)).targets(grid)
         one = store.labels([row], [UNIT_BOX]).targets(1).dense()
@@ -134,8 +126,7 @@ def measure_agreement(
         for name, (truths, target) in targets.items():
             parts = zip(SCALES, truths, target, crops.weight > 0, strict=True)
             for scale, truth, part, inside in parts:
-                result = score(truth, part, inside, patches.label)
-                found.setdefault((scale, name), []).append(result)
+                found[scale, name].append(score(truth, part, inside, patches.label))
         watch(done, len(rows))
     return {
         "folder": str(root),

@@ -42,7 +42,11 @@ _FOLDER = click.Path(path_type=Path)
     "floors, which compare the teacher with itself (mirrored, at another size: 0.5 to 0.7), and "
     "how often the crop's mean target has the image's label on top.",
 )
-@click.option("--weights", help="Teacher's weights for --agreement, as in annotate. [by its name]")
+@click.option(
+    "--weights",
+    help="Teacher's weights for --agreement, as in annotate; FILE.py:FUNCTION for a teacher of "
+    "your own. [by its name]",
+)
 @click.option("--seed", default=0, help="Seed for the images and crops of --agreement. [0]")
 @click.option(
     "--images",
@@ -97,7 +101,20 @@ def inspect_labels(labels: Path, key: str | None, as_json: bool, **options: Any)
     elif options["html"]:
         _page(splits, key, options)
     elif key is not None:
-        _map(splits, key, as_json, options)
+        from .console import print_map
+        from .label_sets import find_key
+        from .summary import summarise_map
+
+        store = find_key(splits, key)
+        if options["png"]:
+            from .pictures.sheet import save_png
+
+            save_png(store, key, options["png"], options["images"])
+            click.echo(options["png"])
+        elif as_json:
+            click.echo(json.dumps(summarise_map(store, key)))
+        else:
+            print_map(summarise_map(store, key))
     else:
         from .console import print_summary
         from .summary import summarise
@@ -141,23 +158,6 @@ def _report(
         sys.exit(1)
 
 
-def _map(splits: Sequence[Path], key: str, as_json: bool, options: dict[str, Any]) -> None:
-    from .console import print_map
-    from .label_sets import find_key
-    from .summary import summarise_map
-
-    store = find_key(splits, key)
-    if options["png"]:
-        from .pictures.sheet import save_png
-
-        save_png(store, key, options["png"], options["images"])
-        click.echo(options["png"])
-    elif as_json:
-        click.echo(json.dumps(summarise_map(store, key)))
-    else:
-        print_map(summarise_map(store, key))
-
-
 def _page(splits: Sequence[Path], key: str | None, options: dict[str, Any]) -> None:
     from ..dataset.store import LabelStore
     from ..terminal import progress_bar
@@ -185,7 +185,7 @@ def _verify(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -> N
     from .label_sets import split_images
     from .verify.verify import repair, verify
 
-    workers = options["workers"] if options["workers"] is not None else cpu_count() or 1
+    workers = options["workers"] or cpu_count() or 1
     checks = []
     for split in splits:
         images = options["images"] and split_images(split, options["images"])

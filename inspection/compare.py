@@ -1,19 +1,21 @@
 """Comparison of two label sets of the same images."""
 
-import heapq
-from collections.abc import Iterator
+from bisect import insort
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..dataset.format.keys import KeyTable
 from ..dataset.label_map.path import UNIT_BOX
 from ..dataset.store import LabelStore
 from ..errors import ConfigError
-from .label_sets import ClassNames, find_splits, patch_map
+from ..terminal import Watch
+from .label_sets import ClassNames, Floats, PatchMap, find_splits, patch_map
 from .statistics import Histogram, divergence
-from .summary import SAMPLE_IMAGES, Watch
+from .summary import SAMPLE_IMAGES
 
 _LISTED = 10
 
@@ -65,11 +67,41 @@ def compare(
     picked = common
     if not everything and len(common) > SAMPLE_IMAGES:
         picked = common[np.linspace(0, len(common) - 1, SAMPLE_IMAGES).astype(int)]
-    found = _Comparison(*stores)
-    for done, (one, two) in enumerate(picked.tolist(), 1):
-        if not (stores[0].failed[one] or stores[1].failed[two]):
-            found.add(one, two)
-        watch(done, len(picked))
+    failed = [store.failed[picked[:, side]] for side, store in enumerate(stores)]
+    good = picked[~(failed[0] | failed[1])].tolist()
+    grid = min(stores[0].grid[0], stores[1].grid[0]), min(stores[0].grid[1], stores[1].grid[1])
+    names = [ClassNames(store.classes) for store in stores]
+    histograms = {
+        name: Histogram.logarithmic() for name in ("kl_a_b", "kl_b_a", "js", "js_of_images")
+    }
+    compared = patches = equal = other_labels = 0
+    worst: list[tuple[float, int, dict[str, Any]]] = []
+    for done, rows in enumerate(good, 1):
+        maps = [patch_map(store, row) for store, row in zip(stores, rows, strict=True)]
+        left, right, same = _distributions(stores, rows, maps, grid)
+        watch(done, len(good))
+        if len(same) == 0:  # extents that do not meet
+            continue
+        found = divergence(left, right)
+        image: dict[str, Any] = {
+            "key": stores[0].keys[rows[0]],
+            "js": float(found.js.mean()),
+            "kl_a_b": float(found.kl.mean()),
+            "top1_agreement": float(same.mean()),
+        }
+        for side, one, classes in zip("ab", maps, names, strict=True):
+            ids, counts = np.unique(one.best, return_counts=True)
+            image[f"class_{side}"] = class_id = int(ids[counts.argmax()])
+            image[f"name_{side}"] = classes[class_id]
+        values = (found.kl, found.reverse, found.js, np.array([image["js"]]))
+        for histogram, part in zip(histograms.values(), values, strict=True):
+            histogram.add(part)
+        compared += 1
+        patches += len(same)
+        equal += int(same.sum())
+        other_labels += maps[0].entry.label != maps[1].entry.label
+        insort(worst, (image["js"], -rows[0], image))
+        del worst[:-_LISTED]
     sets = [
         {
             "folder": str(store.root),
@@ -83,8 +115,18 @@ def compare(
         }
         for store in stores
     ]
-    counts = {"common": len(common), "sampled": len(picked)}
-    return {"a": sets[0], "b": sets[1], **counts, **found.facts()}
+    return {
+        "a": sets[0],
+        "b": sets[1],
+        "common": len(common),
+        "sampled": len(picked),
+        "compared": compared,
+        "grid": list(grid),
+        "top1_agreement": equal / patches if patches else None,
+        **{name: histogram.facts() for name, histogram in histograms.items()},
+        "other_labels": other_labels,
+        "different": [image for js, _, image in reversed(worst) if js],
+    }
 
 
 def _check_classes(a: LabelStore, b: LabelStore) -> None:
@@ -116,66 +158,23 @@ def _common(a: KeyTable, b: KeyTable) -> np.ndarray:
     return np.fromiter(pairs(), np.dtype((np.int64, 2)))
 
 
-class _Comparison:
-    """Sums over the images of two stores."""
-
-    def __init__(self, a: LabelStore, b: LabelStore) -> None:
-        self._stores = a, b
-        self._names = ClassNames(a.classes), ClassNames(b.classes)
-        self._grid = (min(a.grid[0], b.grid[0]), min(a.grid[1], b.grid[1]))
-        names = ("kl_a_b", "kl_b_a", "js", "js_of_images")
-        self._divergences = {name: Histogram.logarithmic() for name in names}
-        self._images = self._patches = self._same = self._labels = 0
-        self._worst: list[tuple[float, int, dict[str, Any]]] = []
-
-    def add(self, *rows: int) -> None:
-        """Compare a row of the first store with one of the second."""
-        maps = [patch_map(store, row) for store, row in zip(self._stores, rows, strict=True)]
-        a, b = (patches.entry for patches in maps)
-        if a.layout.grid == b.layout.grid and a.extent == b.extent:
-            left, right = (entry.dense().reshape(-1, a.layout.num_classes) for entry in (a, b))
-            # By rank: rounded to a code, the best two can be equally probable.
-            same = (maps[0].best == maps[1].best).ravel()
-        else:
-            targets = [
-                store.labels([row], [UNIT_BOX]).targets(self._grid)
-                for store, row in zip(self._stores, rows, strict=True)
-            ]
-            # Patches that either map covers by half or less are left out.
-            shown = ((targets[0].weight > 0.5) & (targets[1].weight > 0.5))[0].numpy()
-            left, right = (target.dense()[0].numpy()[shown] for target in targets)
-            same = left.argmax(1) == right.argmax(1)
-        if len(same) == 0:  # extents that do not meet
-            return
-        found = divergence(left, right)
-        image: dict[str, Any] = {
-            "key": self._stores[0].keys[rows[0]],
-            "js": float(found.js.mean()),
-            "kl_a_b": float(found.kl.mean()),
-            "top1_agreement": float(same.mean()),
-        }
-        for side, patches, names in zip("ab", maps, self._names, strict=True):
-            ids, counts = np.unique(patches.best, return_counts=True)
-            image[f"class_{side}"] = class_id = int(ids[counts.argmax()])
-            image[f"name_{side}"] = names[class_id]
-        values = (found.kl, found.reverse, found.js, np.array([image["js"]]))
-        for histogram, part in zip(self._divergences.values(), values, strict=True):
-            histogram.add(part)
-        self._images += 1
-        self._patches += len(same)
-        self._same += int(same.sum())
-        self._labels += a.label != b.label
-        full = len(self._worst) == _LISTED
-        (heapq.heappushpop if full else heapq.heappush)(self._worst, (image["js"], -rows[0], image))
-
-    def facts(self) -> dict[str, Any]:
-        """As JSON-able values."""
-        worst = sorted(self._worst, key=lambda item: item[:2], reverse=True)
-        return {
-            "compared": self._images,
-            "grid": list(self._grid),
-            "top1_agreement": self._same / self._patches if self._patches else None,
-            **{name: histogram.facts() for name, histogram in self._divergences.items()},
-            "other_labels": self._labels,
-            "different": [image for js, _, image in worst if js],
-        }
+def _distributions(
+    stores: Sequence[LabelStore],
+    rows: Sequence[int],
+    maps: Sequence[PatchMap],
+    grid: tuple[int, int],
+) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
+    """Probabilities [N, C] of the patches that both maps show, and whether their top-1 is equal."""
+    a, b = (patches.entry for patches in maps)
+    if a.layout.grid == b.layout.grid and a.extent == b.extent:
+        left, right = (entry.dense().reshape(-1, a.layout.num_classes) for entry in (a, b))
+        # By rank: rounded to a code, the best two can be equally probable.
+        return left, right, (maps[0].best == maps[1].best).ravel()
+    targets = [
+        store.labels([row], [UNIT_BOX]).targets(grid)
+        for store, row in zip(stores, rows, strict=True)
+    ]
+    # Patches that either map covers by half or less are left out.
+    shown = ((targets[0].weight > 0.5) & (targets[1].weight > 0.5))[0].numpy()
+    left, right = (target.dense()[0].numpy()[shown] for target in targets)
+    return left, right, left.argmax(1) == right.argmax(1)

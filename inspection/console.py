@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 from rich.filesize import decimal
-from rich.style import Style
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..terminal import console, escape, one_line
@@ -16,6 +15,12 @@ from .summary import TIMES
 _BARS = " ▁▂▃▄▅▆▇█"
 _LISTED = 10
 _QUANTILES = {"mean": "mean", "p5": "5%", "p25": "25%", "p50": "50%", "p75": "75%", "p95": "95%"}
+_DIVERGENCES = {
+    "kl_a_b": "KL(A || B) of a patch",
+    "kl_b_a": "KL(B || A) of a patch",
+    "js": "JS of a patch",
+    "js_of_images": "JS of an image",
+}
 _METRICS = {
     "kl": ("KL(teacher || target), nats", ".3f"),
     "tv": ("total variation", ".3f"),
@@ -28,15 +33,13 @@ def print_summary(facts: dict[str, Any]) -> None:
     """A summary of a split: what the labels are, their quality, and what to check."""
     out = console()
     out.print(f"[bold]{escape(facts['folder'])}[/bold]", soft_wrap=True)
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(min_width=17)
-    table.add_column(overflow="fold")
+    columns = Column(min_width=17), Column(overflow="fold")
+    table = Table(*columns, show_header=False, box=None, pad_edge=False)
     for name, value in _overview(facts):
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     out.print(table)
     if facts["sampled"]:
-        _print_distributions(facts)
-        _print_classes(facts)
+        _print_statistics(facts)
     count, of = facts["images_without_their_label"], facts["sampled_with_label"]
     if of:
         out.print(
@@ -69,9 +72,7 @@ def print_map(facts: dict[str, Any]) -> None:
     best, probs = np.array(facts["classes"]), np.array(facts["probs"])
     entries = legend(best, probs, len(LETTERS))
     styles = {
-        entry.class_id: Style(
-            color="white" if entry.colour == COLOURS[-1] else "black", bgcolor=entry.colour
-        )
+        entry.class_id: f"{'white' if entry.colour == COLOURS[-1] else 'black'} on {entry.colour}"
         for entry in entries
         if entry.colour != OTHER
     }
@@ -120,12 +121,7 @@ def print_comparison(facts: dict[str, Any]) -> None:
     if facts["other_labels"]:
         out.print(f"[yellow]other ground truth[/yellow]: {facts['other_labels']:,} images")
     table = _table("nats", *_QUANTILES.values())
-    for title, name in (
-        ("KL(A || B) of a patch", "kl_a_b"),
-        ("KL(B || A) of a patch", "kl_b_a"),
-        ("JS of a patch", "js"),
-        ("JS of an image", "js_of_images"),
-    ):
+    for name, title in _DIVERGENCES.items():
         table.add_row(title, *(f"{facts[name][quantile]:.2g}" for quantile in _QUANTILES))
     out.print(table)
     if not facts["different"]:
@@ -175,39 +171,30 @@ def print_agreement(facts: dict[str, Any]) -> None:
 
 
 def print_check(facts: dict[str, Any], repairs: bool = False) -> None:
-    """What `--verify` found in a split: a line of what was read, then each fault.
-
-    Args:
-        facts: of the check.
-        repairs: whether bad files are about to be deleted, so that no advice is needed.
-    """
+    """What `--verify` found in a split; no advice where `repairs` is about to delete bad files."""
     out = console()
     out.print(f"[bold]{escape(facts['folder'])}[/bold]", soft_wrap=True)
     out.print(
         f"  read {facts['rows']:,} rows in {facts['shards']} shards, {facts['bytes']:,} bytes: "
         + ("[green]all is well[/green]" if facts["ok"] else "[red]not all is well[/red]")
     )
-    for name in facts["missing"]:
-        out.print(
-            f"  [red]{escape(name)}[/red] is missing; the same `annotate` makes it", soft_wrap=True
-        )
+    lines = [
+        f"[red]{escape(name)}[/red] is missing; the same `annotate` makes it"
+        for name in facts["missing"]
+    ]
     for fault in facts["faults"]:
         where = "" if fault["row"] is None else f" row {fault['row']}"
         where += "" if fault["key"] is None else f" {fault['key']!r}"
-        out.print(
-            f"  [red]{escape(fault['file'])}[/red]{escape(where)}: {escape(fault['text'])}",
-            soft_wrap=True,
-        )
-    for note in facts["notes"]:
-        out.print(f"  note: {escape(note)}", soft_wrap=True)
-    bad = facts["bad_files"]
-    if bad and not repairs:
-        out.print(
-            "  Remedy: `inspect-labels --verify --repair` deletes "
+        lines.append(f"[red]{escape(fault['file'])}[/red]{escape(where)}: {escape(fault['text'])}")
+    lines += [f"note: {escape(note)}" for note in facts["notes"]]
+    if (bad := facts["bad_files"]) and not repairs:
+        lines.append(
+            "Remedy: `inspect-labels --verify --repair` deletes "
             f"{escape(', '.join(bad[:5]))}{', …' * (len(bad) > 5)}; the `annotate` that made them "
-            "then redoes just these",
-            soft_wrap=True,
+            "then redoes just these"
         )
+    for line in lines:
+        out.print(f"  {line}", soft_wrap=True)
 
 
 def _overview(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -235,14 +222,11 @@ def _overview(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     codes = f"steps of {attrs['step']:g} nat" if attrs["step"] else "float16"
     yield "stored", f"{codes}, below {attrs['floor']:g} dropped, residual of {attrs['residual']}"
     yield "size", f"{decimal(facts['bytes'])}, {facts['bytes_per_image']:,.0f} bytes an image"
-    if facts["teacher_top1"] is None:
-        yield "teacher accuracy", "unknown: no ground truth among the teacher's classes"
-    else:
-        yield (
-            "teacher accuracy",
-            f"top-1 {facts['teacher_top1']:.1%}, top-5 {facts['teacher_top5']:.1%} of "
-            f"{facts['labelled']:,} images with ground truth",
-        )
+    accuracy = "unknown: no ground truth among the teacher's classes"
+    if facts["labelled"]:
+        accuracy = f"top-1 {facts['teacher_top1']:.1%}, top-5 {facts['teacher_top5']:.1%} of "
+        accuracy += f"{facts['labelled']:,} images with ground truth"
+    yield "teacher accuracy", accuracy
     if facts["topk_mass"] is not None:
         yield "top-k mass", f"{facts['topk_mass']:.3f} of the probability, mean of all images"
     if (fraction := facts["patches_with_label_on_top"]) is not None:
@@ -256,9 +240,10 @@ def _basis(facts: dict[str, Any]) -> str:
     return f"a sample of {facts['sampled']:,} images; --all reads every one"
 
 
-def _print_distributions(facts: dict[str, Any]) -> None:
-    title = f"[bold]Distributions[/bold] ({_basis(facts)})"
-    table = _table("", *_QUANTILES.values(), title=title)
+def _print_statistics(facts: dict[str, Any]) -> None:
+    """Of the patches: distributions, and the classes on top."""
+    out, basis = console(), _basis(facts)
+    table = _table("", *_QUANTILES.values(), title=f"[bold]Distributions[/bold] ({basis})")
     table.add_column("from 0 to", no_wrap=True)
     for title, name, histogram, decimals in (
         ("patch: top-k mass", "topk_mass_of_patches", "topk_mass_histogram", 2),
@@ -272,34 +257,29 @@ def _print_distributions(facts: dict[str, Any]) -> None:
         bars = "".join(_BARS[-(-count * (len(_BARS) - 1) // highest)] for count in counts)
         texts = [f"{mean:.{decimals or 1}f}", *(f"{value:.{decimals}f}" for value in quantiles)]
         table.add_row(title, *texts, f"{bars} {edges[-1]:.3g}")
-    console().print(table)
-
-
-def _print_classes(facts: dict[str, Any]) -> None:
-    def print_all(entries: Sequence[dict[str, Any]]) -> None:
-        for entry in entries:
-            truth = f" ({entry['label_share']:.1%})" if "label_share" in entry else ""
-            name = escape(entry["name"])
-            out.print(f"  {entry['share']:6.1%}  {entry['class']:>5}  {name}{truth}")
-
-    out = console()
+    out.print(table)
     out.print("[bold]most frequent top-1 classes of patches[/bold] (of the labels)")
-    print_all(facts["frequent_classes"])
+    _print_classes(facts["frequent_classes"])
     out.print(
         f"[bold]classes[/bold] {facts['never_on_top']:,} of {facts['num_classes']:,} are on top of "
-        f"no patch, {facts['never_listed']:,} are in no top {facts['k']} ({_basis(facts)})"
+        f"no patch, {facts['never_listed']:,} are in no top {facts['k']} ({basis})"
     )
     if facts["overpredicted_classes"]:
         out.print(
             f"[bold]over-predicted[/bold] on top more than {TIMES:.0f} times as often as labelled"
         )
-        print_all(facts["overpredicted_classes"])
+        _print_classes(facts["overpredicted_classes"])
+
+
+def _print_classes(entries: Sequence[dict[str, Any]]) -> None:
+    for entry in entries:
+        truth = f" ({entry['label_share']:.1%})" if "label_share" in entry else ""
+        name = escape(entry["name"])
+        console().print(f"  {entry['share']:6.1%}  {entry['class']:>5}  {name}{truth}")
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
     """A table without lines: one column of names, then columns of numbers."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column(columns[0])
-    for column in columns[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+    first, *others = columns
+    numbers = (Column(column, justify="right", no_wrap=True) for column in others)
+    return Table(first, *numbers, title=title, title_justify="left", box=None, pad_edge=False)

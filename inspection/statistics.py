@@ -1,13 +1,13 @@
 """Statistics of many maps in constant memory."""
 
-import heapq
+from bisect import insort
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .label_sets import Floats, PatchMap
+from .label_sets import ClassNames, Floats, PatchMap
 
-_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_PERCENTS = (5, 25, 50, 75, 95)
 _CHART_BINS = 16
 #: Of a probability, so that KL stays finite where one side has no mass at all.
 _FLOOR = 1e-12
@@ -77,23 +77,19 @@ class Histogram:
     def quantile(self, fraction: float) -> float:
         """The value below which this fraction of all values are."""
         total = np.cumsum(self._counts)
-        last = len(total) - 1
-        return float(self._values[min(int(np.searchsorted(total, fraction * total[-1])), last)])
+        return float(self._values[np.searchsorted(total, fraction * total[-1])])
 
     def facts(self) -> dict[str, float] | None:
         """Mean and quantiles, JSON-able; None of no values."""
         if not (count := int(self._counts.sum())):
             return None
-        quantiles = {
-            f"p{round(100 * fraction)}": self.quantile(fraction) for fraction in _QUANTILES
-        }
+        quantiles = {f"p{percent}": self.quantile(percent / 100) for percent in _PERCENTS}
         return {"mean": self._sum / count, **quantiles}
 
     def chart(self, trimmed: bool = False) -> dict[str, list[float]]:
         """Edges and counts of fewer, wider bins, JSON-able; `trimmed` to the highest value met."""
-        used = len(self._counts)
-        if trimmed:
-            used = int(np.flatnonzero(self._counts).max(initial=0)) + 1
+        highest = np.flatnonzero(self._counts).max(initial=0)
+        used = int(highest) + 1 if trimmed else len(self._counts)
         starts = np.linspace(0, used, min(_CHART_BINS, used) + 1).astype(int)
         counts = np.add.reduceat(self._counts[:used], starts[:-1])
         return {"edges": self._edges[starts].tolist(), "counts": counts.tolist()}
@@ -105,6 +101,7 @@ class MapStatistics:
     Args:
         grid: (H, W) of the maps.
         num_classes: of the teacher.
+        names: of its classes.
 
     Attributes:
         mass: histogram of the top-k mass of patches.
@@ -113,19 +110,22 @@ class MapStatistics:
         top: patches with each class on top.
         labels: images with each label.
         listed: whether each class is among the top k of any patch.
-        labelled: images with a label; of their `labelled_patches`, `hits` have it on top.
+        labelled: images with a label; `hits` of their patches have it on top.
         misses: images whose label is among the top k of none of their patches.
+        suspects: the clearest of these, ascending: (fraction, -row, facts), the fraction being that
+            of the patches which show the class that most of them show.
     """
 
-    def __init__(self, grid: tuple[int, int], num_classes: int) -> None:
+    def __init__(self, grid: tuple[int, int], num_classes: int, names: ClassNames) -> None:
+        self._names = names
         self.mass = Histogram.even(1.0)
         self.entropy = Histogram.even(max(float(np.log(num_classes)), 1e-9))
         self.distinct = Histogram.whole(min(grid[0] * grid[1], num_classes))
         self.top = np.zeros(num_classes, np.int64)
         self.labels = np.zeros(num_classes, np.int64)
         self.listed = np.zeros(num_classes, bool)
-        self.labelled = self.labelled_patches = self.hits = self.misses = 0
-        self._suspects: list[tuple[float, int, int, int]] = []
+        self.labelled = self.hits = self.misses = 0
+        self.suspects: list[tuple[float, int, dict[str, Any]]] = []
 
     def add(self, row: int, patches: PatchMap) -> None:
         """Count a map, and remember its row if it never contains its label."""
@@ -139,24 +139,22 @@ class MapStatistics:
         if not 0 <= label < len(self.labels):
             return
         self.labelled += 1
-        self.labelled_patches += patches.best.size
         self.hits += int((patches.best == label).sum())
         self.labels[label] += 1
         if (patches.classes == label).any():
             return
         self.misses += 1
+        fraction, shown = int(counts.max()) / patches.best.size, int(ids[counts.argmax()])
+        facts = {
+            "label": label,
+            "label_name": self._names[label],
+            "class": shown,
+            "name": self._names[shown],
+            "share": fraction,
+        }
         # Of equally clear ones, the first rows are kept: hence -row.
-        suspect = (int(counts.max()) / patches.best.size, -row, label, int(ids[counts.argmax()]))
-        full = len(self._suspects) == SUSPECTS
-        (heapq.heappushpop if full else heapq.heappush)(self._suspects, suspect)
-
-    def suspects(self) -> list[tuple[int, int, int, float]]:
-        """(row, label, class, fraction) of images without their label: what most patches show.
-
-        Those with the largest fraction come first.
-        """
-        found = sorted(self._suspects)[::-1]
-        return [(-row, label, class_id, fraction) for fraction, row, label, class_id in found]
+        insort(self.suspects, (fraction, -row, facts))
+        del self.suspects[:-SUSPECTS]
 
     def frequent(self, count: int) -> list[dict[str, Any]]:
         """The classes most often on top, with their fraction of the patches."""
@@ -166,9 +164,8 @@ class MapStatistics:
     def overpredicted(self, times: float, count: int) -> list[dict[str, Any]]:
         """Classes on top `times` as often as they should be; the most patches first.
 
-        They should be as often as images have the label, or as if all classes were equally
-        frequent, whichever is more. Classes on top of less than one patch in a thousand are left
-        out.
+        They should be as often as images have the label, or as all classes on average, whichever
+        is more. Classes on top of less than one patch in a thousand are left out.
         """
         expected = np.maximum(self.labels / max(self.labelled, 1), 1 / len(self.labels))
         fraction = self.top / max(int(self.top.sum()), 1)
@@ -177,9 +174,10 @@ class MapStatistics:
         return self._classes(order[:count])
 
     def _classes(self, ids: np.ndarray) -> list[dict[str, Any]]:
-        patches = max(int(self.top.sum()), 1)
-        found = [{"class": c, "share": float(self.top[c] / patches)} for c in ids.tolist()]
-        if self.labelled:
-            for entry in found:
-                entry["label_share"] = float(self.labels[entry["class"]] / self.labelled)
+        found = []
+        for class_id in ids.tolist():
+            entry = {"class": class_id, "share": float(self.top[class_id] / self.top.sum())}
+            if self.labelled:
+                entry["label_share"] = float(self.labels[class_id] / self.labelled)
+            found.append({**entry, "name": self._names[class_id]})
         return found

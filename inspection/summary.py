@@ -1,9 +1,9 @@
 """Facts about a split, and about a single map, as JSON-able values."""
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from ..dataset.format.shard import Shard
 from ..dataset.store import LabelStore
 from ..errors import FormatError
+from ..terminal import Watch
 from .label_sets import ClassNames, patch_map
 from .statistics import MapStatistics
 
@@ -20,11 +21,9 @@ SAMPLE_IMAGES = 5000
 #: A class is over-predicted when it is on top this many times as often as images have the label.
 TIMES = 5.0
 _LISTED = 10
-_MOST_CLASSES = 1 << 24  # a damaged header must not ask for all memory
 _COUNTS = ("labelled", "top1", "top5", "mass", "errors")
 #: Attributes that differ from shard to shard, or that are facts of their own.
 _OWN = ("first_row", "shard", "sha256", "format", "version", "class_names", *_COUNTS)
-Watch = Callable[[int, int], None]
 
 
 def summarise(
@@ -45,19 +44,18 @@ def summarise(
         FormatError: the split is damaged or incomplete, or lacks the statistics of its shards.
     """
     store = LabelStore(root)
-    if store.num_classes > _MOST_CLASSES:
-        raise FormatError(f"{root}: at most {_MOST_CLASSES} classes, got {store.num_classes}")
     totals, reasons = _headers(store)
     labelled, failed, names = totals["labelled"], store.failed, ClassNames(store.classes)
     picked = good = np.flatnonzero(~failed)
     if not everything and len(good) > SAMPLE_IMAGES:
         picked = np.linspace(0, len(failed) - 1, SAMPLE_IMAGES).astype(int)
         picked = picked[~failed[picked]]
-    found = MapStatistics(store.grid, store.num_classes)
+    found = MapStatistics(store.grid, store.num_classes, names)
     for done, row in enumerate(picked.tolist(), 1):
         found.add(row, patch_map(store, row))
         watch(done, len(picked))
-    nbytes = sum(path.stat().st_size for path in store.shards)
+    shards = store.shards
+    nbytes = sum(path.stat().st_size for path in shards)
     never = np.flatnonzero(found.top == 0)
     return {
         "folder": str(root),
@@ -70,7 +68,7 @@ def summarise(
         "error_list": [
             [store.keys[row], store.error(row)] for row in np.flatnonzero(failed)[:_LISTED].tolist()
         ],
-        "shards": len(store.shards),
+        "shards": len(shards),
         "grid": list(store.grid),
         "k": store.k,
         "views": list(store.views),
@@ -83,7 +81,7 @@ def summarise(
         "bytes_per_image": nbytes / len(store),
         "sampled": len(picked),
         "patches_with_label_on_top": (
-            found.hits / found.labelled_patches if found.labelled_patches else None
+            found.hits / (found.labelled * math.prod(store.grid)) if found.labelled else None
         ),
         "topk_mass_of_patches": found.mass.facts(),
         "topk_mass_histogram": found.mass.chart(),
@@ -92,23 +90,17 @@ def summarise(
         "distinct_classes": found.distinct.facts(),
         # Few images come near the highest possible number.
         "distinct_classes_histogram": found.distinct.chart(trimmed=True),
-        "frequent_classes": _named(found.frequent(_LISTED), names),
-        "overpredicted_classes": _named(found.overpredicted(TIMES, _LISTED), names),
+        "frequent_classes": found.frequent(_LISTED),
+        "overpredicted_classes": found.overpredicted(TIMES, _LISTED),
         "never_on_top": len(never),
-        "never_on_top_list": _named([{"class": c} for c in never[:_LISTED].tolist()], names),
+        "never_on_top_list": [
+            {"class": class_id, "name": names[class_id]} for class_id in never[:_LISTED].tolist()
+        ],
         "never_listed": int((~found.listed).sum()),
         "sampled_with_label": found.labelled,
         "images_without_their_label": found.misses,
         "images_without_their_label_list": [
-            {
-                "key": store.keys[row],
-                "label": label,
-                "label_name": names[label],
-                "class": class_id,
-                "name": names[class_id],
-                "share": fraction,
-            }
-            for row, label, class_id, fraction in found.suspects()
+            {"key": store.keys[-row], **facts} for _, row, facts in reversed(found.suspects)
         ],
     }
 
@@ -158,7 +150,3 @@ def _json_object(text: Any) -> dict[str, Any]:
     except (TypeError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _named(classes: list[dict[str, Any]], names: ClassNames) -> list[dict[str, Any]]:
-    return [{**entry, "name": names[entry["class"]]} for entry in classes]

@@ -1,5 +1,9 @@
 """`TokenStudent`: any image backbone with class logits and one classifier for every patch."""
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +13,9 @@ from .backbones.torchvision import torchvision_backbone
 from .backbones.transformers import transformers_backbone
 from .lvvit import LVViT
 from .mix_token import TokenBox, TokenExchange
+
+#: ^ of a regular expression, but not that of [^…].
+_START = re.compile(r"(?<![\[\\])\^")
 
 
 class TokenStudent(nn.Module):
@@ -75,48 +82,44 @@ class TokenStudent(nn.Module):
         self._backbone = backbone = (
             timm_backbone(model) or torchvision_backbone(model) or transformers_backbone(model)
         )
-        own_size = 224 if backbone is None else backbone.image_size
-        self.image_size = pair(own_size if image_size is None else image_size)
+        if image_size is None:
+            image_size = 224 if backbone is None else backbone.image_size
+        self.image_size = pair(image_size)
         self._grids: dict[Grid, Grid] = {}
         self.model = model
         self.cls_head: nn.Module = nn.Identity()
         self.patch_head: nn.Module = nn.Identity()
-        self._add_heads(num_classes)
-        self._exchange: TokenExchange | None = None
-        if (embedding := self.patch_embedding()) is not None:
-            self._exchange = TokenExchange()
-            embedding.register_forward_hook(self._exchange)
-
-    def _add_heads(self, num_classes: int | None) -> None:
-        backbone = self._backbone
-        if backbone is not None and num_classes is None and not backbone.num_classes:
-            raise ValueError(
-                f"{type(self.model).__name__} has no classifier to take the number of classes "
-                "from. Remedy: TokenStudent(model, num_classes=…)"
-            )
-        like = next(self.model.parameters())
-        if backbone is not None and num_classes not in (None, backbone.num_classes):
-            assert num_classes is not None
-            if backbone.reset_classifier is not None:
-                backbone.reset_classifier(self.model, num_classes)
-        for name, parameter in self.model.named_parameters():
+        reset = None
+        if backbone is not None:
+            num_classes = num_classes or backbone.num_classes
+            if not num_classes:
+                raise ValueError(
+                    f"{type(model).__name__} has no classifier to take the number of classes "
+                    "from. Remedy: TokenStudent(model, num_classes=…)"
+                )
+            reset = backbone.reset_classifier
+            if reset is not None and num_classes != backbone.num_classes:
+                reset(model, num_classes)
+        for name, parameter in model.named_parameters():
             # Only masked pre-training uses it; DistributedDataParallel would wait for its gradient.
             if name.rpartition(".")[2] == "mask_token":
                 parameter.requires_grad_(False)
         cls, patches = self._probe(self.image_size)
-        if backbone is not None and backbone.reset_classifier is None:
-            assert num_classes is not None
-            self.cls_head = new_linear(cls.shape[-1], num_classes, like)
-            self.num_classes = num_classes
-        else:
-            self.num_classes = cls.shape[-1]
-        if num_classes not in (None, self.num_classes):
+        like = next(model.parameters())
+        self.num_classes = num_classes or cls.shape[-1]
+        if backbone is not None and reset is None:
+            self.cls_head = new_linear(cls.shape[-1], self.num_classes, like)
+        elif self.num_classes != cls.shape[-1]:
             raise ValueError(
                 f"class logits must have num_classes = {num_classes} columns; the model's have "
-                f"{self.num_classes}. Remedy: give the model a classifier of {num_classes} classes"
+                f"{cls.shape[-1]}. Remedy: give the model a classifier of {num_classes} classes"
             )
         if backbone is None or not backbone.dense:
             self.patch_head = new_linear(patches.shape[-1], self.num_classes, like)
+        self._exchange: TokenExchange | None = None
+        if (embedding := self.patch_embedding()) is not None:
+            self._exchange = TokenExchange()
+            embedding.register_forward_hook(self._exchange)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits [B, C] and patch features [B, h, w, D]. Override it for other models.
@@ -171,6 +174,32 @@ class TokenStudent(nn.Module):
             self._exchange.box = None
         return self.cls_head(cls), self.patch_head(box.restore(patches)).flatten(1, 2)
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the model wants without weight decay, as timm asks."""
+        return {f"model.{name}" for name in getattr(self.model, "no_weight_decay", set)()}
+
+    @property
+    def group_matcher(self) -> Callable[..., Any]:
+        """The model's own, for timm's layer decay; the heads added here go with its last layer.
+
+        Raises:
+            AttributeError: the model has none.
+        """
+        matcher_of: Any = self.model.group_matcher
+
+        def moved(rule: Any) -> Any:
+            if isinstance(rule, str):  # timm matches from the start of a name, also without ^
+                return rf"model\.(?:{_START.sub('', rule)})"
+            return rule and [(moved(pattern), suffix) for pattern, suffix in rule]
+
+        def group_matcher(coarse: bool = False) -> Any:
+            matcher = matcher_of(coarse=coarse)
+            if callable(matcher):
+                return lambda name: matcher(name.removeprefix("model."))
+            return {group: moved(rule) for group, rule in matcher.items()}
+
+        return group_matcher
+
     @property
     def grid(self) -> Grid:
         """(h, w) of the patches at the default input size."""
@@ -188,12 +217,22 @@ class TokenStudent(nn.Module):
         """Run the features of one empty image, so that shapes are those it really has."""
         weight = next(self.model.parameters())
         convolutions = [m for m in self.model.modules() if isinstance(m, nn.Conv2d)]
-        channels = convolutions[0].in_channels if convolutions else 3
+        channels = getattr(
+            self.model, "in_chans", convolutions[0].in_channels if convolutions else 3
+        )
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
             image = torch.zeros(1, channels, *size, device=weight.device, dtype=weight.dtype)
             cls, patches = self.features(image)
+        except ValueError:
+            raise
+        except Exception as error:  # the model's own code: of any kind
+            raise ValueError(
+                f"{type(self.model).__name__} must take images of (H, W) = {size}; it raised "
+                f"{type(error).__name__}: {error}. Remedy: pass the size that the model was "
+                f"built for, TokenStudent(model, image_size=…). {OVERRIDE}"
+            ) from error
         finally:
             for module, mode in modes.items():
                 module.training = mode

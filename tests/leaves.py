@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.maps import random_maps
 from tokenlabel.dataset import LabelStore, MapLayout, ScoreMap, TokenLabelMap, TokenLabels
-from tokenlabel.dataset.label_map.label_map import shuffled
+from tokenlabel.dataset.format.chunks import shuffle
 
 Size = tuple[int, int]
 SIZE = (90, 120)
@@ -35,12 +35,12 @@ LAYOUTS = {
 
 
 def made_up(
-    layout: MapLayout = LAYOUT, seed: int = 0, **options: Any
+    layout: MapLayout = LAYOUT, seed: int | list[int] = 0, **options: Any
 ) -> tuple[TokenLabelMap, ScoreMap]:
     """A random map as a leaf on an image of `SIZE`, and the same as it is read from a store."""
     planes = {name: rows[0] for name, rows in random_maps(layout, 1, seed).items()}
     options = {"canvas_size": SIZE} | options
-    leaf = TokenLabelMap(b"".join(map(shuffled, planes.values())), layout, **options)
+    leaf = TokenLabelMap(b"".join(map(shuffle, planes.values())), layout, **options)
     views = len(layout.views)
     nothing = {
         "residual_classes": np.empty((views, 0), layout.class_dtype),
@@ -69,12 +69,12 @@ def dense(leaf: TokenLabelMap, grid: int | Size, **options: Any) -> Tensor:
 
 
 def by_points(
-    leaf: TokenLabelMap, score_map: ScoreMap, grid: Size, fine: int
+    leaf: TokenLabelMap, score_map: ScoreMap, grid: Size, fine: int, whole: Any = None
 ) -> tuple[Tensor, Tensor]:
     """Targets [N, C] and weight [N] by their definition: averages over fine x fine points a patch.
 
-    Each point of a patch goes along the path to the source image. There the map is bilinear between
-    the centres of its cells.
+    Each point of a patch goes along the path to the source image. There the map, or `whole`
+    [H, W, C] in its place, is bilinear between the centres of its cells.
     """
     height, width = leaf.canvas_size
     rows, columns = grid[0] * fine, grid[1] * fine
@@ -98,6 +98,7 @@ def by_points(
         each.reshape(grid[0], fine, grid[1], fine, -1).mean((1, 3)).reshape(-1, cells[0] * cells[1])
     )
     weight = each.sum(1)
-    whole = score_map.dense(int(leaf.is_mirrored)).reshape(len(each[0]), -1).astype(float)
-    targets = each @ whole / np.maximum(weight, 1e-12)[:, None]
+    whole = score_map.dense(int(leaf.is_mirrored)) if whole is None else whole
+    flat = whole.reshape(len(each[0]), -1).astype(float)
+    targets = each @ flat / np.maximum(weight, 1e-12)[:, None]
     return torch.from_numpy(targets), torch.from_numpy(weight)

@@ -23,7 +23,7 @@ class Rows(NamedTuple):
     errors: list[str]
 
 
-def random_maps(layout: MapLayout, count: int, seed: int = 0) -> dict[str, np.ndarray]:
+def random_maps(layout: MapLayout, count: int, seed: int | list[int] = 0) -> dict[str, np.ndarray]:
     """Planes [count, V, ...] as a teacher would give: confident in some cells, torn in others."""
     rng = np.random.default_rng(seed)
     shape = (count, *layout.grid, layout.num_classes)

@@ -101,7 +101,8 @@ def agreement(
         PIL.Image.fromarray(painted) if pil else tv_tensors.Image(painted.transpose(2, 0, 1))
     )
     image, labels = v2.Compose([transform, ToTokenLabels(grid)])(image, label_map(cells, size))
-    pixels = np.asarray(image) if pil else image.numpy().transpose(1, 2, 0)
+    tensor = v2.functional.to_dtype(v2.functional.to_image(image), torch.uint8, scale=True)
+    pixels = tensor.numpy().transpose(1, 2, 0)
     count = cells[0] * cells[1]
     shown = which_colour(pixels, count)
     row, column = (

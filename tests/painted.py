@@ -87,9 +87,9 @@ def write_class_names(root: Path, names: Sequence[str]) -> None:
         file.add("class_names", encode_texts(names))
 
 
-def invoke(*command: object, code: int = 0) -> str:
+def invoke(*command: object, code: int = 0, answer: str | None = None) -> str:
     """Output of a command of the CLI, which must end with this status and without traceback."""
-    result = CliRunner().invoke(main, [str(word) for word in command])
+    result = CliRunner().invoke(main, [str(word) for word in command], input=answer)
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
     return result.output

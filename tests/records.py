@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from tokenlabel.dataset import MapLayout, TokenLabelMap, TokenLabels, TokenWindows
-from tokenlabel.dataset.label_map.label_map import shuffled
+from tests.leaves import made_up as leaves_made_up
+from tokenlabel.dataset import MapLayout, TokenLabels, TokenWindows
 from tokenlabel.dataset.targets.record import WORDS
 
 SIZE = (32, 32)
@@ -23,26 +23,13 @@ def made_up(
     shrink: float = 0.0,
     seed: int = 0,
 ) -> TokenLabels:
-    """Records of a batch: maps of random classes, some dropped; crops, some flipped or padded."""
+    """Records of a batch: random maps; crops, some flipped or padded."""
     rng = np.random.default_rng(seed)
     layout = MapLayout(("identity",), cells, k, num_classes, residual)
     leaves = []
     for index in range(batch):
-        codes = np.sort(rng.integers(1, 30, (1, k, *cells)), 1)
-        codes[:, 1:][rng.random((1, k - 1, *cells)) < 0.2] = 255
-        planes = {
-            "codes": np.sort(codes, 1),
-            "classes": rng.random((1, num_classes, *cells)).argsort(1)[:, :k],
-            "residual_classes": np.sort(rng.permutation(num_classes)[:residual])[None],
-            "residual_codes": rng.integers(25, 60, (1, residual)),
-            "level": rng.normal(10, 1, (1, *cells)),
-        }
-        data = b"".join(
-            shuffled(planes[name].astype(dtype)) for name, (dtype, _) in layout.planes().items()
-        )
-        label = int(rng.integers(num_classes))
-        leaf = TokenLabelMap(data, layout, canvas_size=(40, 48), label=label)
-        top, left = (int(side) for side in rng.integers(0, 20, 2))
+        label, top, left = rng.integers([num_classes, 20, 20]).tolist()
+        leaf, _ = leaves_made_up(layout, [seed, index], canvas_size=(40, 48), label=label)
         leaf = F.resized_crop(leaf, top, left, 20, 28, SIZE)
         leaf = F.horizontal_flip(leaf) if index % 2 else leaf
         leaf = F.crop(leaf, -6, 3, *SIZE) if index % 3 == 2 else leaf

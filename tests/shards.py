@@ -9,6 +9,7 @@ import numpy as np
 
 from tests.faults.attacks import parsed, with_directory
 from tokenlabel.dataset.format.score_map import ScoreMap
+from tokenlabel.dataset.format.shard import COLUMNS, ContentDigest, Shard
 
 
 def digest(entry: ScoreMap) -> str:
@@ -16,6 +17,16 @@ def digest(entry: ScoreMap) -> str:
     total = hashlib.sha256()
     for part in entry:
         total.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+    return total.hexdigest()
+
+
+def content_digest(shard: Shard, block: int = 256) -> str:
+    """The sha256 of a shard's arrays as they are now; its attribute is what it was."""
+    total, planes = ContentDigest(), shard.layout.planes()
+    for name in (*planes, *(name for name in COLUMNS if name in shard)):
+        step = block if name in planes else shard.rows
+        for start in range(0, shard.rows, step):
+            total.update(name, shard.read(name, start, start + step))
     return total.hexdigest()
 
 

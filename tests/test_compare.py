@@ -39,19 +39,17 @@ def test_divergences_are_their_definitions(seed: int, classes: int) -> None:
 
 
 def test_equal_sets_do_not_differ(tmp_path: Path) -> None:
-    write_split(tmp_path / "a", KEYS, LAYOUT)
-    write_split(tmp_path / "b", KEYS, LAYOUT)
-    facts = compare(tmp_path / "a", tmp_path / "b")
+    write_split(tmp_path, KEYS, LAYOUT)
+    facts = compare(tmp_path, tmp_path)
     assert facts["top1_agreement"] == 1 and facts["kl_a_b"]["mean"] < 1e-12
     assert facts["different"] == [] and facts["common"] == facts["compared"] == 14
-    assert "no image differs" in invoke("compare-labels", tmp_path / "a", tmp_path / "b")
+    assert "no image differs" in invoke("compare-labels", tmp_path, tmp_path)
 
 
 def test_the_images_that_differ_most_are_named(tmp_path: Path) -> None:
     """Shard 1 of b is of another seed; all other shards are equal."""
-    write_split(tmp_path / "a", KEYS, LAYOUT, 4)
-    write_split(tmp_path / "b", KEYS, LAYOUT, 4)
-    write_split(tmp_path / "c", KEYS, LAYOUT, 4, seed=9)
+    for folder, seed in (("a", 0), ("b", 0), ("c", 9)):
+        write_split(tmp_path / folder, KEYS, LAYOUT, 4, seed)
     name = "shard-00001-of-00004.h5"
     (tmp_path / "c" / name).replace(tmp_path / "b" / name)
     facts = compare(tmp_path / "a", tmp_path / "b")

@@ -1,7 +1,6 @@
 """TokenLabelDataset: data sets and loaders of all sorts, and images that do not match."""
 
 import shutil
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,10 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-import timm
 import torch
 from timm.data import create_dataset
 from timm.utils import random_seed
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -28,7 +26,6 @@ from tokenlabel.dataset import (
 )
 from tokenlabel.dataset.keyed_images import KeyedImages
 from tokenlabel.errors import MissingMapError
-from tokenlabel.supervise import TokenLabelLoss, TokenStudent
 
 GRID = (3, 4)
 
@@ -44,24 +41,6 @@ def labels(sample: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: Non
 @pytest.fixture
 def images(sample: Path) -> Path:
     return sample / "train"
-
-
-def test_the_example_of_the_docstring_trains(
-    images: Path, labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "imagenet").symlink_to(images.parent)
-    (tmp_path / "labels").symlink_to(labels.parent)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {
-        "DataLoader": DataLoader,
-        "TokenLabelDataset": TokenLabelDataset,
-        "TokenLabelLoss": TokenLabelLoss,
-        "train_transform": train_transform,
-        "device": torch.device("cpu"),
-        "student": TokenStudent(timm.create_model("vit_tiny_patch16_224", depth=1)),
-    }
-    exec(textwrap.dedent((TokenLabelDataset.__doc__ or "").split("\n\n")[1]), names)
-    assert names["loss"].isfinite()
 
 
 def transform() -> v2.Compose:
@@ -215,16 +194,6 @@ def test_data_sets_of_all_sorts_give_the_same(images: Path, labels: Path) -> Non
     assert dataset[3][1].label == 7
 
 
-def test_rows_are_found_whatever_the_order_of_the_images(images: Path, labels: Path) -> None:
-    reference = TokenLabelDataset(images, labels, grid=GRID)
-    order = [5, 6, 7, 8, 2, 3, 4, 15, 0, 1, 11, 12, 13]  # runs, in which rows are guessed
-    dataset = TokenLabelDataset(
-        Subset(ImageFolder(images), order), labels, grid=GRID, label_source="maps"
-    )
-    for index, original in enumerate(order):
-        assert same(dataset[index][1], reference[original][1])
-
-
 def test_hugging_face_datasets(images: Path, labels: Path) -> None:
     datasets = pytest.importorskip("datasets")
     folder = ImageFolder(images)
@@ -348,16 +317,6 @@ def test_workers_give_what_the_main_process_gives(images: Path, labels: Path, me
         for (image, found), (want_image, want_found) in zip(loader, want, strict=True):
             assert torch.equal(image, want_image)
             assert same(found, want_found)
-
-
-def test_samplers(images: Path, labels: Path) -> None:
-    dataset = TokenLabelDataset(images, labels, transform=transform(), grid=GRID)
-    seen: list[int] = []
-    for rank in range(2):
-        sampler: DistributedSampler[Any] = DistributedSampler(dataset, num_replicas=2, rank=rank)
-        for _, found in DataLoader(dataset, 4, sampler=sampler):
-            seen += found.to("cpu", non_blocking=True).label.tolist()
-    assert sorted(seen) == sorted(LabelStore(labels).ground_truth.tolist())
 
 
 # torchdata 0.11 calls a function of torch that torch 2.14 wants nobody to call.

@@ -1,15 +1,16 @@
-"""Two processes on halves of a batch have the gradients of one on the whole."""
+"""Students in two processes: gradients of the joined batch, and boxes of MixToken on one side."""
 
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.records import made_up, with_word
 from tokenlabel.dataset import TokenLabels
-from tokenlabel.supervise import MixedLabels, TokenLabelLoss
+from tokenlabel.supervise import MixedLabels, TokenBox, TokenLabelLoss, TokenStudent
 
 B, N, C, WIDTH = 6, 9, 20, 8
 
@@ -44,9 +45,14 @@ def loss_of(model: nn.Module, mixed: bool, rows: slice) -> Tensor:
     return loss
 
 
-def train(rank: int, store: str, out: str) -> None:
+def start(rank: int, store: str) -> None:
     distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def train(rank: int, store: str, out: str) -> None:
+    start(rank, store)
     half = slice(rank * B // 2, (rank + 1) * B // 2)
     for mixed in (False, True):
         torch.manual_seed(0)
@@ -56,7 +62,33 @@ def train(rank: int, store: str, out: str) -> None:
     distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(not distributed.is_gloo_available(), reason="torch was built without gloo")
+def train_with_boxes(rank: int, store: str, out: str) -> None:
+    """Three steps: one process mixes in the first and the last, the other in the second."""
+    start(rank, store)
+    vit = timm.create_model(
+        "deit_tiny_distilled_patch16_224", img_size=24, patch_size=8, depth=2, num_classes=C
+    )
+    student = DistributedDataParallel(TokenStudent(vit))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    labels, images = made_up(2, C, seed=rank), torch.randn(2, 3, 24, 24)
+    weights = [[p.detach().clone() for p in student.parameters()]]
+    for step in range(3):
+        box = TokenBox(torch.eye(3) > 0) if step % 2 == rank else None
+        outputs = student(images, box)
+        TokenLabelLoss()(*outputs, labels if box is None else box.mix_labels(labels)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights.append([p.detach().clone() for p in student.parameters()])
+    torch.save(weights, f"{out}-{rank}")
+    distributed.destroy_process_group()
+
+
+needs_gloo = pytest.mark.skipif(
+    not distributed.is_gloo_available(), reason="torch was built without gloo"
+)
+
+
+@needs_gloo
 def test_gradients_are_those_of_the_joined_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,3 +104,15 @@ def test_gradients_are_those_of_the_joined_batch(
             for found, parameter in zip(gradients, model.parameters(), strict=True):
                 torch.testing.assert_close(found, parameter.grad, atol=1e-8, rtol=1e-5)
                 assert found.any()
+
+
+@needs_gloo
+def test_boxes_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second step would raise if a parameter had got no gradient in the first."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    out = str(tmp_path / "weights")
+    multiprocessing.spawn(train_with_boxes, (str(tmp_path / "store"), out), nprocs=2)
+    (first, last), (_, others) = (torch.load(f"{out}-{rank}") for rank in (0, 1))
+    for before, after, other in zip(first, last, others, strict=True):
+        assert torch.equal(after, other)
+        assert not torch.equal(before, after)

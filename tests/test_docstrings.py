@@ -17,8 +17,10 @@ import tokenlabel as tl
 from tests.jobs import config
 from tokenlabel.annotate import annotate
 from tokenlabel.dataset.format.shard import write_shard
+from tokenlabel.dataset.sources.folder import FolderSource
 
-OBJECTS = {name: getattr(tl, name) for name in tl.__all__} | {"write_shard": write_shard}
+OBJECTS = {name: getattr(tl, name) for name in tl.__all__}
+OBJECTS |= {"write_shard": write_shard, "FolderSource": FolderSource}
 
 
 def example(documented: Any) -> str:

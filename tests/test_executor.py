@@ -14,8 +14,13 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from tests.leaves import LAYOUT, made_up
-from tokenlabel.dataset import RandAugment, ToTokenLabels, train_transform
-from tokenlabel.dataset.targets.token_labels import TokenLabels
+from tokenlabel.dataset import (
+    RandAugment,
+    TokenLabelMap,
+    TokenLabels,
+    ToTokenLabels,
+    train_transform,
+)
 from tokenlabel.dataset.transforms import executor
 from tokenlabel.dataset.transforms.recipe import RandomErasing, ResizeToCover
 from tokenlabel.dataset.transforms.timm import TimmAugment
@@ -82,23 +87,13 @@ class _Doubled(v2.RandomCrop):
 
 
 def equal(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
     if isinstance(one, PIL.Image.Image):
-        return type(one) is type(other) and one.tobytes() == other.tobytes()
-    if isinstance(one, TokenLabels) or not hasattr(one, "path"):
-        return type(one) is type(other) and torch.equal(one, other)
-    leaves = zip(one.path.segments(), other.path.segments(), strict=True)
-    return (
-        type(one) is type(other)
-        and one.canvas_size == other.canvas_size
-        and all(_equal_segments(*pair) for pair in leaves)
-    )
-
-
-def _equal_segments(one: Any, other: Any) -> bool:
-    fields = [getattr(warp, "displacement", None) for warp in (one.warp, other.warp)]
-    if fields[0] is not None:
-        return one[:2] == other[:2] and torch.equal(*fields)
-    return bool(one[:3] == other[:3])
+        return one.tobytes() == other.tobytes()
+    if isinstance(one, TokenLabelMap):
+        return torch.equal(TokenLabels.of(one, (3, 4), 0.3), TokenLabels.of(other, (3, 4), 0.3))
+    return torch.equal(one, other)
 
 
 def images() -> dict[str, Any]:
@@ -149,10 +144,9 @@ def test_hooks_run() -> None:
 
 def test_transforms_that_refuse_maps_refuse_them() -> None:
     leaf, image = made_up(canvas_size=SIZE)[0], images()["PIL"]
-    for transform in (v2.FiveCrop(20), v2.RandAugment(), v2.AugMix()):
-        for chain in (transform, v2.Compose([v2.RandomCrop(50), transform])):
-            with pytest.raises(TypeError):
-                executor.run(chain, image, leaf)
+    for transform in (v2.FiveCrop(20), v2.RandAugment()):
+        with pytest.raises(TypeError):
+            executor.run(v2.Compose([v2.RandomCrop(50), transform]), image, leaf)
     wrong = made_up(canvas_size=(120, 90))[0]
     with pytest.raises(ValueError, match="HxW"):
         executor.run(v2.RandomCrop(30), image, wrong)
@@ -161,12 +155,7 @@ def test_transforms_that_refuse_maps_refuse_them() -> None:
 def test_other_samples_are_called_as_they_are() -> None:
     leaf, image = made_up(canvas_size=SIZE)[0], images()["image"]
     crop = v2.RandomCrop(50)
-    for sample in (
-        (image,),
-        (leaf, image),
-        (image, leaf, 3),
-        ({"image": image, "leaf": leaf}, leaf),
-    ):
+    for sample in ((image,), (leaf, image), (image, leaf, 3), ({"leaf": leaf}, leaf)):
         torch.manual_seed(0)
         expected = crop(*sample)
         torch.manual_seed(0)

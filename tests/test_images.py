@@ -2,9 +2,7 @@
 
 import io
 import os
-import textwrap
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +12,7 @@ from torchvision.datasets.folder import pil_loader
 from tokenlabel.annotate.images import decode_batch, file_digest, join_batches
 from tokenlabel.dataset.sources import folder
 from tokenlabel.dataset.sources.folder import FolderSource
-from tokenlabel.dataset.sources.image_source import ImageSource
-from tokenlabel.errors import ImageError, StorageError
+from tokenlabel.errors import StorageError
 
 
 def image(mode: str, size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -126,24 +123,6 @@ def test_damaged_bytes_never_raise(tmp_path: Path, kind: str) -> None:
     batch = decode_batch(FolderSource(tmp_path), names, [(8, 8)], "bilinear")
     for size, error in zip(batch.sizes, batch.errors, strict=True):
         assert bool(error) != bool(size.any())
-
-
-def test_the_example_of_the_protocol_reads_what_it_lists(
-    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "imagenet").symlink_to(sample)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"Path": Path, "FolderSource": FolderSource}
-    exec(textwrap.dedent((ImageSource.__doc__ or "").split("\n\n")[1]), names)
-    files = [sample / "val" / key for key in names["keys"]]
-    assert len(files) == 4 and names["data"] == files[-1].read_bytes()
-
-
-def test_a_key_that_leads_out_of_the_folder_is_no_image(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(rotated_jpeg())
-    for key in ("../a.jpg", str(tmp_path / "a.jpg"), "x/../../a.jpg", "a\0.jpg"):
-        (found,) = FolderSource(tmp_path / "x").read([key])
-        assert isinstance(found, ImageError) and "no path inside" in str(found)
 
 
 def test_a_node_without_the_images_is_no_bad_image(tmp_path: Path) -> None:

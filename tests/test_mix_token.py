@@ -10,16 +10,10 @@ from torchvision.transforms import v2
 
 from tests import oracle
 from tests.records import made_up
+from tests.test_mixup import soft
 from tests.test_student import CASES, CLASSES, student_of
 from tokenlabel.dataset import TokenLabels, ToTokenLabels
-from tokenlabel.supervise import (
-    LVViT,
-    MixedLabels,
-    MixToken,
-    TokenBox,
-    TokenLabelLoss,
-    TokenStudent,
-)
+from tokenlabel.supervise import LVViT, MixedLabels, MixToken, TokenBox, TokenStudent
 
 
 def box_of(x0: int, y0: int, x1: int, y1: int, grid: tuple[int, int]) -> TokenBox:
@@ -36,15 +30,10 @@ def cut_labels(labels: TokenLabels, box: TokenBox) -> MixedLabels:
     """Labels of images that the box, a rectangle, was cut into."""
     rows, columns = (box.mask.any(axis).nonzero() for axis in (1, 0))
     (height, width), batch = box.mask.shape, len(labels)
-    edges = [
-        columns[0] / width,
-        rows[0] / height,
-        (columns[-1] + 1) / width,
-        (rows[-1] + 1) / height,
-    ]
-    return MixedLabels(
-        labels, partners(batch), torch.ones(batch), torch.cat(edges).expand(batch, 4)
-    )
+    edges = [columns[0] / width, rows[0] / height]
+    edges += [(columns[-1] + 1) / width, (rows[-1] + 1) / height]
+    box_edges = torch.cat(edges).expand(batch, 4)
+    return MixedLabels(labels, partners(batch), torch.ones(batch), box_edges)
 
 
 def cut_mix(images: Tensor, box: TokenBox) -> Tensor:
@@ -95,17 +84,6 @@ def test_labels_are_mixed_by_patches() -> None:
     torch.testing.assert_close(tuple(mixed.sparse(k=2))[1:5], tuple(labels.sparse(k=2))[1:5])
 
 
-def test_loss_equals_that_of_cut_mix() -> None:
-    """The patches are the same, only in another order; class logits and labels are the same."""
-    student = student_of(CASES["timm vit"])
-    images, labels = torch.randn(3, 3, 32, 32), made_up(3, CLASSES, grid=student.grid, k=3)
-    box = box_of(0, 1, 3, 4, student.grid)
-    for criterion in (TokenLabelLoss(), TokenLabelLoss(cls_target="crop", dense_weight=2.0)):
-        ours = criterion(*student(images, box), box.mix_labels(labels))
-        pixels = criterion(*student(cut_mix(images, box)), cut_labels(labels, box))
-        torch.testing.assert_close(ours, pixels)
-
-
 class Palette(nn.Module):
     """A patch embedding whose tokens are the patches' mean colours, and nothing after it."""
 
@@ -124,11 +102,6 @@ class PaletteStudent(TokenStudent):
 
     def patch_embedding(self) -> nn.Module:
         return self.model.embed
-
-
-def dense(labels: MixedLabels) -> Tensor:
-    """Probabilities [B, N, C] of the patches' targets."""
-    return sum(part.dense() * area.unsqueeze(-1) for part, area in labels.parts())
 
 
 def test_colour_oracle() -> None:
@@ -158,11 +131,11 @@ def test_colour_oracle() -> None:
         # What a patch answers is its own image's; what the class token saw is the mixed one.
         _, patches = student(images, box)
         seen = student.seen.flatten(1, 2)[..., :count].double()
-        own = dense(box.mix_labels(labels)).double()
+        own = soft(box.mix_labels(labels))[0].double()
         shown = cut_labels(labels, box)
         patches = patches[..., :count].double()
         own_distances.append(0.5 * (patches - own).abs().sum(-1))
-        mixed_distances.append(0.5 * (seen - dense(shown)).abs().sum(-1))
+        mixed_distances.append(0.5 * (seen - soft(shown)[0]).abs().sum(-1))
         top = patches.topk(2).values
         unambiguous = top[..., 0] - top[..., 1] > 0.1
         clear += int(unambiguous.sum())

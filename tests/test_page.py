@@ -20,8 +20,7 @@ from tokenlabel.dataset import LabelStore
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.errors import ConfigError, FormatError, ImageError, MissingMapError, OutputError
 from tokenlabel.inspection.label_sets import ClassNames, patch_map
-from tokenlabel.inspection.page.data import IMAGE_BYTES, SplitData, jpeg
-from tokenlabel.inspection.page.page import PageReport, save_page
+from tokenlabel.inspection.page.page import IMAGE_BYTES, PageReport, SplitData, jpeg, save_page
 from tokenlabel.inspection.pictures.map_facts import viridis
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -29,7 +28,6 @@ playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
-browser_needed = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
@@ -81,6 +79,8 @@ def report(stores: list[LabelStore], data: Path) -> PageReport:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    if not CHROMIUM:
+        pytest.skip("Chromium is not installed")
     with playwright.sync_playwright() as engine:
         chromium = engine.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
@@ -106,6 +106,13 @@ class Watched:
         self.page.goto(self.url)
         self.page.wait_for_selector(".card")
 
+    def __enter__(self) -> "Watched":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
+        assert self.faults == []
+
     def _request(self, request: Any) -> None:
         if not request.url.startswith(("data:", self.url)):
             self.faults.append(request.url)
@@ -116,27 +123,19 @@ class Watched:
         self.page.locator(".card").first.click()
         self.page.wait_for_selector("#viewer[open]")
 
-    def keys(self) -> list[str]:
-        """Of the images in the gallery, as it shows them."""
-        return [title.partition("/")[2] for title in self.titles()]
-
     def titles(self) -> list[str]:
+        """Splits and keys of the images in the gallery, as it shows them."""
         found = self.page.locator(".card .name").all()
         return [name.get_attribute("title") for name in found]
 
+    def keys(self) -> list[str]:
+        return [title.partition("/")[2] for title in self.titles()]
+
 
 @pytest.fixture
-def watch(browser: Any, report: PageReport) -> Iterator[Any]:
-    opened: list[Watched] = []
-
-    def start(**options: Any) -> Watched:
-        opened.append(Watched(browser, report, **options))
-        return opened[-1]
-
-    yield start
-    for watched in opened:
-        watched.context.close()
-    assert [watched.faults for watched in opened] == [[] for _ in opened]
+def watched(browser: Any, report: PageReport) -> Iterator[Watched]:
+    with Watched(browser, report) as opened:
+        yield opened
 
 
 def check_patch(page: Any, store: LabelStore, key: str, row: int, column: int) -> None:
@@ -157,13 +156,11 @@ def check_patch(page: Any, store: LabelStore, key: str, row: int, column: int) -
     assert best.startswith(f"row {row + 1}, column {column + 1}: {want[0][0]}")
 
 
-@browser_needed
 @pytest.mark.parametrize("key", [MASTIFF, "n02108422/wide.png", "painted/400.png"])
 def test_hovering_shows_the_patch_under_the_pointer(
-    watch: Any, stores: list[LabelStore], key: str
+    watched: Watched, stores: list[LabelStore], key: str
 ) -> None:
     (store,) = (store for store in stores if key in store)
-    watched = watch()
     watched.open(key)
     page = watched.page
     box = page.locator("#image").bounding_box()
@@ -180,19 +177,15 @@ def test_hovering_shows_the_patch_under_the_pointer(
         check_patch(page, store, key, row, column)
 
 
-@browser_needed
-def test_keyboard_alone(watch: Any, stores: list[LabelStore]) -> None:
-    watched = watch()
+def test_keyboard_alone(watched: Watched, stores: list[LabelStore]) -> None:
     page = watched.page
     keys = watched.keys()
+    focused, press = "document.activeElement.querySelector('.name').title", page.keyboard.press
     page.focus("#sort")
-    page.keyboard.press("Tab")  # the gallery is one stop
-    focused = "document.activeElement.querySelector('.name').title"
-    press = page.keyboard.press
+    press("Tab")  # the gallery is one stop
     assert page.evaluate(focused).endswith(keys[0])
-    press("ArrowRight")
-    press("ArrowRight")
-    press("ArrowLeft")
+    for arrow in ("ArrowRight", "ArrowRight", "ArrowLeft"):
+        press(arrow)
     assert page.evaluate(focused).endswith(keys[1])
     press("ArrowDown")
     below = page.evaluate(
@@ -209,56 +202,49 @@ def test_keyboard_alone(watch: Any, stores: list[LabelStore]) -> None:
     assert page.evaluate("location.hash") != key
     press("p")
     assert page.evaluate("location.hash") == key
-
     press("n")
     press("Escape")
     assert not page.locator("#viewer").is_visible()
     assert page.evaluate(focused).endswith(keys[1]), "the focus is on the image last seen"
     watched.open(MASTIFF)
     check_patch(page, stores[0], MASTIFF, 1, 2)  # it starts in the middle
-    for step, (row, column) in {
-        "ArrowUp": (0, 2),
-        "ArrowLeft": (0, 1),
-        "Home": (0, 0),
-        "ArrowDown": (1, 0),
-        "End": (1, 4),
-        "ArrowRight": (1, 4),  # the edge
-    }.items():
+    for step, row, column in (
+        ("ArrowUp", 0, 2),
+        ("ArrowLeft", 0, 1),
+        ("Home", 0, 0),
+        ("ArrowDown", 1, 0),
+        ("End", 1, 4),
+        ("ArrowRight", 1, 4),  # the edge
+    ):
         press(step)
         check_patch(page, stores[0], MASTIFF, row, column)
     frame = "getComputedStyle(document.activeElement, '::after').borderColor"
     assert page.evaluate(frame) == "rgb(255, 212, 0)"
     page.focus("#opacity")
-    page.keyboard.press("Tab")
+    press("Tab")
     style = "getComputedStyle(document.activeElement).outlineStyle"
     assert page.evaluate(style) == "solid", "the focus is visible elsewhere too"
 
 
-@browser_needed
-def test_overlay_opacity_and_highlight(watch: Any, stores: list[LabelStore]) -> None:
-    watched = watch()
+def test_overlay_opacity_and_highlight(watched: Watched, stores: list[LabelStore]) -> None:
     watched.open(MASTIFF)
     page = watched.page
     fills = "[...document.querySelectorAll('.cell i')].map((fill) => getComputedStyle(fill).{})"
     best = stores[0][MASTIFF].classes[0, 0].ravel()
     colours = page.evaluate(fills.format("backgroundColor"))
     frequent = {c for c in best.tolist() if (best == c).sum() > 1}
-    assert len({colours[i] for i in range(15) if best[i] in frequent}) == len(frequent)
-    for class_id in frequent:
-        assert len({colours[i] for i in np.flatnonzero(best == class_id)}) == 1
+    pairs = {(best[i], colours[i]) for i in range(15) if best[i] in frequent}
+    assert len(pairs) == len({colour for _, colour in pairs}) == len(frequent)
     page.locator("#opacity").fill("80")
     assert set(page.evaluate(fills.format("opacity"))) == {"0.8"}
     page.keyboard.press("o")
     assert set(page.evaluate(fills.format("opacity"))) == {"0"}
     page.locator("input[value=mass]").check()
     assert page.locator("#scale").is_visible()
-    for colour, value in zip(
-        page.evaluate(fills.format("backgroundColor")),
-        patch_map(stores[0], MASTIFF).mass.ravel(),
-        strict=True,
-    ):
+    masses = patch_map(stores[0], MASTIFF).mass.ravel().tolist()
+    for colour, mass in zip(page.evaluate(fills.format("backgroundColor")), masses, strict=True):
         shown = np.array(re.findall(r"\d+", colour), int)
-        assert np.abs(shown - viridis(float(value))).max() <= 1
+        assert np.abs(shown - viridis(mass)).max() <= 1
     first = page.locator("#legend button").first
     first.click()
     assert first.get_attribute("aria-pressed") == "true"
@@ -272,9 +258,7 @@ def test_overlay_opacity_and_highlight(watch: Any, stores: list[LabelStore]) -> 
     assert page.locator(".cell.match").count() == 0
 
 
-@browser_needed
-def test_search_and_sort(watch: Any, stores: list[LabelStore]) -> None:
-    watched = watch()
+def test_search_and_sort(watched: Watched, stores: list[LabelStore]) -> None:
     page = watched.page
     everything = watched.keys()
     assert len(everything) == len(stores[0]) - 1 + len(stores[1])
@@ -308,9 +292,7 @@ def test_search_and_sort(watch: Any, stores: list[LabelStore]) -> None:
     assert 0 < len(watched.keys()) < len(everything)
 
 
-@browser_needed
-def test_single_images_have_addresses_and_hostile_names_are_text(watch: Any) -> None:
-    watched = watch()
+def test_single_images_have_addresses_and_hostile_names_are_text(watched: Watched) -> None:
     page = watched.page
     assert set(HOSTILE) <= set(watched.keys())
     count = "(selector) => document.querySelectorAll(selector).length"
@@ -337,11 +319,8 @@ def test_single_images_have_addresses_and_hostile_names_are_text(watch: Any) -> 
     assert not page.locator("#viewer").is_visible(), "an address of no image"
 
 
-@browser_needed
-def test_policy_blocks_all_traffic_and_markup(browser: Any, report: PageReport) -> None:
-    watched = Watched(browser, report)
+def test_policy_blocks_all_traffic_and_markup(watched: Watched) -> None:
     page = watched.page
-    assert watched.faults == []
     page.evaluate("""() => {
         window.blocked = [];
         addEventListener("securitypolicyviolation", (e) => blocked.push(e.effectiveDirective));
@@ -357,41 +336,39 @@ def test_policy_blocks_all_traffic_and_markup(browser: Any, report: PageReport) 
         "() => { try { document.body.innerHTML = '<p>'; } catch (error) { return error.name } }"
     )
     assert page.evaluate(refused) == "TypeError"
-    watched.context.close()
+    watched.faults.clear()  # what the policy blocked, as the console reports it
 
 
-@browser_needed
-def test_dark_mode_and_phone(watch: Any) -> None:
+def test_dark_mode_and_phone(browser: Any, report: PageReport) -> None:
     brightness = (
         "(() => { const [r, g, b] = getComputedStyle(document.body)"
         ".backgroundColor.match(/\\d+/g).map(Number); return r + g + b })()"
     )
-    dark = watch(color_scheme="dark")
-    assert dark.page.evaluate(brightness) < 150
-    dark.page.locator("#dark").click()
-    assert dark.page.evaluate(brightness) > 600
-    assert dark.page.locator("#dark").get_attribute("aria-pressed") == "false"
+    with Watched(browser, report, color_scheme="dark") as dark:
+        assert dark.page.evaluate(brightness) < 150
+        dark.page.locator("#dark").click()
+        assert dark.page.evaluate(brightness) > 600
+        assert dark.page.locator("#dark").get_attribute("aria-pressed") == "false"
     size = {"width": 360, "height": 740}
-    phone = watch(viewport=size, is_mobile=True, has_touch=True)
-    page = phone.page
-    overflow = "document.documentElement.scrollWidth - innerWidth"
-    assert page.evaluate(overflow) <= 0
-    page.locator("#summary summary").first.tap()
-    assert page.evaluate(overflow) <= 0
-    page.fill("#search", MASTIFF)
-    page.locator(".card").tap()
-    page.wait_for_selector("#viewer[open]")
-    page.locator(".cell").nth(7).tap()
-    assert page.inner_text("#patch-title") == "Patch in row 2, column 3"
-    viewer = "document.getElementById('viewer')"
-    assert page.evaluate(f"{viewer}.scrollWidth - {viewer}.clientWidth") <= 0
+    with Watched(browser, report, viewport=size, is_mobile=True, has_touch=True) as phone:
+        page = phone.page
+        overflow = "document.documentElement.scrollWidth - innerWidth"
+        assert page.evaluate(overflow) <= 0
+        page.locator("#summary summary").first.tap()
+        assert page.evaluate(overflow) <= 0
+        page.fill("#search", MASTIFF)
+        page.locator(".card").tap()
+        page.wait_for_selector("#viewer[open]")
+        page.locator(".cell").nth(7).tap()
+        assert page.inner_text("#patch-title") == "Patch in row 2, column 3"
+        viewer = "document.getElementById('viewer')"
+        assert page.evaluate(f"{viewer}.scrollWidth - {viewer}.clientWidth") <= 0
 
 
-@browser_needed
 def test_report_and_charts_in_words(
-    watch: Any, report: PageReport, stores: list[LabelStore]
+    watched: Watched, report: PageReport, stores: list[LabelStore]
 ) -> None:
-    page = watch().page
+    page = watched.page
     labels = [
         svg.get_attribute("aria-label") for svg in page.locator("#charts svg[role=img]").all()
     ]
@@ -424,19 +401,16 @@ def test_limit_spreads_over_the_splits_and_keys_choose(
     shown = embedded(report.path)["images"]
     assert {image["split"] for image in shown} == {0, 1}
     assert len({(image["split"], image["key"]) for image in shown}) == 6
-    report = save_page(stores, tmp_path / "b.html", data, keys=[stores[1].keys[2], MASTIFF])
-    assert [image["key"] for image in embedded(report.path)["images"]] == [
-        stores[1].keys[2],
-        MASTIFF,
-    ]
+    keys = [stores[1].keys[2], MASTIFF]
+    report = save_page(stores, tmp_path / "b.html", data, keys=keys)
+    assert [image["key"] for image in embedded(report.path)["images"]] == keys
 
 
 def test_what_cannot_be_shown(stores: list[LabelStore], data: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.html"
-    with pytest.raises(MissingMapError, match=r"no score map for 'x\.jpg'"):
-        save_page(stores, path, data, keys=["x.jpg"])
-    with pytest.raises(MissingMapError, match="the file is empty"):
-        save_page(stores, path, data, keys=["broken <b>.jpg"])
+    for key, message in (("x.jpg", "no score map for 'x"), ("broken <b>.jpg", "the file is empty")):
+        with pytest.raises(MissingMapError, match=message):
+            save_page(stores, path, data, keys=[key])
     with pytest.raises(ConfigError, match="at least 1 image, got 0"):
         save_page(stores, path, data, limit=0)
     with pytest.raises(ConfigError, match="must lie in"):
@@ -467,14 +441,12 @@ def test_what_cannot_be_read_is_listed_not_shown(tmp_path: Path, damage: str) ->
 
 def test_class_names_from_the_file_are_data_too(tmp_path: Path) -> None:
     names = [f"</script><b>{number}</b>" for number in range(50)]
-    root = tmp_path / "labels"
-    write_store(root, tmp_path / "images", {"a.png": painted()})
+    root = write_store(tmp_path / "labels", tmp_path / "images", {"a.png": painted()}).root
     write_class_names(root, names)
-    store = LabelStore(root)
-    report = save_page([store], tmp_path / "a.html", tmp_path / "images")
-    (split,) = embedded(report.path)["splits"]
+    report = save_page([LabelStore(root)], tmp_path / "a.html", tmp_path / "images")
+    found = embedded(report.path)
+    (split,), (image,) = found["splits"], found["images"]
     assert [7, names[7]] in split["classes"]
-    (image,) = embedded(report.path)["images"]
     assert [split["classes"][index][0] for index in image["legend"]] == [3, 7, 21, 40]
     assert split["grid"] == list(GRID) and set(painted_map().ravel()) == {3, 7, 21, 40}
 

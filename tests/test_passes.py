@@ -36,9 +36,9 @@ def test_tiles_read_a_plane_as_the_whole_does(size: tuple[int, int]) -> None:
     def look(part: torch.Tensor) -> torch.Tensor:
         return F.interpolate(part, cells, mode="area").movedim(1, -1)
 
-    one = Pass(size, tile, cells, grid, CPU)
+    one = Pass(look, size, tile, cells, grid, CPU)
     assert one.tiles == (-(-size[0] // 20), -(-size[1] // 30))
-    seen = one(pixels, look)
+    seen = one(pixels)
     want = torch.stack(
         [
             ((torch.arange(5) + 0.5) / 5).expand(4, 5),
@@ -53,10 +53,10 @@ def test_tiles_read_a_plane_as_the_whole_does(size: tuple[int, int]) -> None:
 
 
 def test_where_tiles_overlap_the_one_that_sees_further_counts_more() -> None:
-    whole = Pass((30, 20), (20, 20), (10, 10), (15, 1), CPU)
-    assert whole.tiles == (2, 1)
     answers = iter([torch.zeros(1, 10, 10, 1), torch.ones(1, 10, 10, 1)])
-    second = whole(torch.zeros(1, 3, 30, 20), lambda _: next(answers))[0, :, 0, 0].numpy()
+    whole = Pass(lambda _: next(answers), (30, 20), (20, 20), (10, 10), (15, 1), CPU)
+    assert whole.tiles == (2, 1)
+    second = whole(torch.zeros(1, 3, 30, 20))[0, :, 0, 0].numpy()
     assert (np.diff(second) >= -1e-6).all()
     assert second[0] == 0 and second[-1] == 1 and abs(second[7] - 0.5) < 1e-6
     assert (second[:5] == 0).all() and 0 < second[5] < 0.2

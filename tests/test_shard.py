@@ -5,8 +5,6 @@ import os
 import pickle
 import re
 import struct
-import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -19,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.maps import attrs, random_rows, write_split
-from tests.shards import digest, edit_directory
+from tests.shards import content_digest, digest, edit_directory
 from tokenlabel.dataset.format import new_file
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import Shard, parse_shard_name, shard_name, write_shard
@@ -70,7 +68,7 @@ def test_round_trip(tmp_path: Path, layout: MapLayout) -> None:
             assert found.extent == shard.extent(row) == (0, 0, 1, 1)
             assert found.residual_codes.shape == (len(layout.views), layout.residual)
             assert (found.level is None) == (not layout.level)
-        assert shard.attrs["sha256"] == shard.content_digest(block=2)
+        assert shard.attrs["sha256"] == content_digest(shard, block=2)
         assert shard.attrs["views"] == list(layout.views)
 
 
@@ -93,7 +91,7 @@ def test_rows_with_an_error_hold_no_labels(tmp_path: Path, step: float) -> None:
         assert np.isnan(found.level).all()
         np.testing.assert_array_equal(shard.map(2).codes, rows[0].maps["codes"][2])
         assert shard.attrs["errors"] == 1
-        assert shard.attrs["sha256"] == shard.content_digest()
+        assert shard.attrs["sha256"] == content_digest(shard)
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
@@ -104,10 +102,9 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
-    rows = random_rows(LAYOUT, 3)
     with pytest.raises(RuntimeError, match="stop"):
         with write_shard(tmp_path / "s.h5", LAYOUT, KEYS, [0, 1, 2], attrs(0, 1, 0)) as writer:
-            writer.append(*rows)
+            writer.append(*random_rows(LAYOUT, 3))
             raise RuntimeError("stop")
     assert list(tmp_path.iterdir()) == []
 
@@ -119,29 +116,12 @@ def test_a_missing_row_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_writer_leaves_no_shard(tmp_path: Path) -> None:
-    code = (
-        "import os, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from tests.maps import *; from tests.test_shard import LAYOUT, KEYS\n"
-        "path = Path(sys.argv[1]) / 's.h5'\n"
-        "with write_shard(path, LAYOUT, KEYS, [0, 1, 2], attrs(0, 1, 0)) as w:\n"
-        "    w.append(*random_rows(LAYOUT, 3)); os._exit(9)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), os.getcwd()], check=False)
-    assert done.returncode == 9
-    (left,) = tmp_path.iterdir()
-    assert left.name.endswith(".tmp")
-    with pytest.raises(FormatError):
-        Shard(left)
-
-
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("version", 3, "version 3 .* reads up to version 2. Remedy: install a newer tokenlabel"),
-        ("version", 1, "version 1 of tokenlabel-shard, which no release reads. Remedy: delete"),
-        ("version", 0, "must be 1 or more, got 0"),
-        ("version", "2", "must be 1 or more, got '2'"),
+        ("version", 1, "no release reads version 1 of tokenlabel-shard. Remedy: delete"),
+        ("version", "2", "no release reads version '2'"),
         ("format", "cooler", "expected format 'tokenlabel-shard', found 'cooler'"),
         ("views", ["hflip"], "views must be"),
         ("extent", [0, 1], "extent must be a box of 4 numbers"),
@@ -183,7 +163,7 @@ def test_what_is_not_known_is_ignored(tmp_path: Path) -> None:
     with Shard(tmp_path / "s.h5") as shard:
         assert shard.attrs["later"] == [1, 2]
         assert "later" not in shard
-        assert shard.content_digest() == shard.attrs["sha256"]
+        assert content_digest(shard) == shard.attrs["sha256"]
         np.testing.assert_array_equal(shard.map(1).codes, rows.maps["codes"][1])
 
 
@@ -196,9 +176,8 @@ def test_files_that_are_no_shards(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match="damaged, cut short or not of this format"):
             Shard(path)
     make(path)
-    content = path.read_bytes()
-    for length in (len(content) - 1, len(content) // 2, 100):
-        path.write_bytes(content[:length])
+    for length in (path.stat().st_size - 1, path.stat().st_size // 2, 100):
+        os.truncate(path, length)
         with pytest.raises(FormatError):
             Shard(path)
 

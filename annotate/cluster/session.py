@@ -26,12 +26,9 @@ _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
 class Resources(NamedTuple):
-    """What the teachers get.
+    """How many teachers there are, and the GPUs and CPU threads of each.
 
-    Attributes:
-        teachers: how many actors.
-        gpus, threads: GPUs and CPU threads of each.
-        fixed: whether the user gave their number; else it follows the cluster's size.
+    `fixed` says whether the user gave their number; else it follows the cluster's size.
     """
 
     teachers: int

@@ -2,7 +2,8 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import ray
@@ -14,8 +15,13 @@ from ..images import DecodedBatch, failed_batch, join_batches
 _log = logging.getLogger(__name__)
 
 
-class DecodeWindow:
-    """Iterates over the decoded batches of a shard, in order, with `depth` of them under way.
+def decode_ahead(
+    decode: Callable[[list[str]], Any],
+    batches: Iterable[list[str]],
+    sizes: Sequence[tuple[int, int]],
+    depth: int,
+) -> Iterator[DecodedBatch]:
+    """The decoded batches of a shard, in order; `depth` of them are under way, from this call on.
 
     Args:
         decode: keys to a Ray task whose result is their `DecodedBatch`.
@@ -23,34 +29,10 @@ class DecodeWindow:
         sizes: (height, width) of the teacher's input in each pass.
         depth: batches being decoded or waiting; the object store holds no more of them.
     """
+    waiting = iter(batches)
+    tasks = deque((keys, decode(keys)) for keys in islice(waiting, depth))
 
-    def __init__(
-        self,
-        decode: Callable[[list[str]], Any],
-        batches: Sequence[list[str]],
-        sizes: Sequence[tuple[int, int]],
-        depth: int,
-    ) -> None:
-        self._decode, self._sizes = decode, sizes
-        self._waiting = deque(batches)
-        self._tasks: deque[tuple[list[str], Any]] = deque()
-        for _ in range(depth):
-            self._submit_next()
-
-    def _submit_next(self) -> None:
-        if self._waiting:
-            keys = self._waiting.popleft()
-            self._tasks.append((keys, self._decode(keys)))
-
-    def __iter__(self) -> Iterator[DecodedBatch]:
-        while self._tasks:
-            keys, task = self._tasks.popleft()
-            batch = self._get(keys, task)
-            del task  # frees the batch in the object store before the next one is decoded
-            self._submit_next()
-            yield batch
-
-    def _get(self, keys: list[str], task: Any, retry: bool = True) -> DecodedBatch:
+    def get(keys: list[str], task: Any, retry: bool = True) -> DecodedBatch:
         try:
             batch: DecodedBatch = ray.get(task)
             return batch
@@ -63,8 +45,18 @@ class DecodeWindow:
                 _log.warning("decoding %d images again, one by one: %s", len(keys), type(error))
             elif isinstance(error, rx.WorkerCrashedError | rx.OutOfMemoryError):
                 _log.warning("%s: the decoder crashed on it: %s", keys[0], error)
-                return failed_batch(keys, self._sizes, "the decoder crashed or ran out of memory")
+                return failed_batch(1, sizes, "the decoder crashed or ran out of memory")
             else:
                 raise
-        single = [([key], self._decode([key])) for key in keys]
-        return join_batches([self._get(*one, retry=False) for one in single])
+        single = [([key], decode([key])) for key in keys]
+        return join_batches([get(*one, retry=False) for one in single])
+
+    def results() -> Iterator[DecodedBatch]:
+        while tasks:
+            # The call's arguments alone hold the task: when it returns, its batch leaves the object
+            # store, before the next one is decoded.
+            batch = get(*tasks.popleft())
+            tasks.extend((keys, decode(keys)) for keys in islice(waiting, 1))
+            yield batch
+
+    return results()

@@ -27,9 +27,12 @@ from ..config import AnnotateConfig
 from ..images import DecodedBatch, decode_batch
 from ..plan import Identity, Plan
 from ..report import Progress
-from ..teacher.annotator import Annotator, TeacherOutput
+from ..teacher.annotator import TeacherOutput
 from ..teacher.identity import build_teacher, identify
-from .window import DecodeWindow
+from .window import decode_ahead
+
+#: A batch on its way through the device and back, what shows that it is back, and when it left.
+_Pending = tuple[DecodedBatch, TeacherOutput, torch.cuda.Event | None, float]
 
 
 class Worker:
@@ -86,7 +89,7 @@ class Worker:
         labels = manifest.labels[rows.start : rows.stop]
         sizes, interpolation = self._teacher.input_sizes, self._teacher.interpolation
         size = self._config.batch_size
-        window = DecodeWindow(
+        decoded = decode_ahead(
             lambda keys: self._decode.remote(self._source, keys, sizes, interpolation),
             [keys[start : start + size] for start in range(0, len(keys), size)],
             sizes,
@@ -96,15 +99,15 @@ class Worker:
         own = {"libraries": self._libraries, "shard": shard, "first_row": rows.start}
         path = plan.folder / shard_name(shard, plan.shards)
         with write_shard(path, plan.layout, keys, labels, {**plan.attrs, **own}) as writer:
-            stats = ShardStats(
-                labels if plan.label_space == "teacher" else np.full_like(labels, -1), plan.layout
-            )
+            counts = {"labelled": 0, "top1": 0, "top5": 0, "mass": 0.0}
+            truth = labels if plan.attrs["label_space"] == "teacher" else np.full_like(labels, -1)
             with self._device:
-                for batch, output in self._annotated(window, plan.layout):
+                for batch, output in self._annotated(decoded, plan.layout):
                     planes = {name: plane.numpy() for name, plane in output.planes.items()}
                     writer.append(planes, batch.sizes, batch.digests, batch.errors)
-                    stats.add(batch, output)
-            writer.attrs |= stats.attrs
+                    _count(counts, truth[: len(batch.errors)], batch, output, plan.layout)
+                    truth = truth[len(batch.errors) :]
+            writer.attrs |= counts
             if (run := holder(plan.folder)) != plan.run:
                 what = "belongs to another job now" if run else "was deleted"
                 raise LockedError(
@@ -115,87 +118,78 @@ class Worker:
         return file_sha256(path)  # just written, so still in the page cache
 
     def _annotated(
-        self, window: DecodeWindow, layout: MapLayout
+        self, decoded: Iterator[DecodedBatch], layout: MapLayout
     ) -> Iterator[tuple[DecodedBatch, TeacherOutput]]:
         """Batches with their results; a GPU computes the next batch while one is written."""
         ahead = 1 if self._teacher.device.type == "cuda" else 0
         pending: deque[_Pending] = deque()
-        for batch in window:
-            pending.append(_Pending(batch, self._teacher, layout, self._config))
+        for batch in decoded:
+            pending.append(self._start(batch, layout))
             if len(pending) > ahead:
-                yield self._finish(pending.popleft())
+                yield self._finish(*pending.popleft())
         while pending:
-            yield self._finish(pending.popleft())
+            yield self._finish(*pending.popleft())
 
-    def _finish(self, pending: "_Pending") -> tuple[DecodedBatch, TeacherOutput]:
-        output = pending.result()
-        done, now = self._done, time.monotonic()
-        self._done = Progress(
-            done.images + len(pending.batch.errors),
-            done.errors + sum(map(bool, pending.batch.errors)),
-            done.busy + now - max(pending.since, done.until),
-            done.since or pending.since,
-            now,
-        )
-        return pending.batch, output
-
-
-class _Pending:
-    """A batch on its way through the device and back."""
-
-    def __init__(
-        self, batch: DecodedBatch, teacher: Annotator, layout: MapLayout, config: AnnotateConfig
-    ) -> None:
-        self.batch, self.since = batch, time.monotonic()
-        images, count = batch.images, len(batch.errors)
-        if count < config.batch_size:
+    def _start(self, batch: DecodedBatch, layout: MapLayout) -> _Pending:
+        since, images, count = time.monotonic(), batch.images, len(batch.errors)
+        if count < self._config.batch_size:
             # Always the same shape: threads would divide the work of another shape differently,
             # which changes the last bits, and a compiled teacher would need another graph.
-            missing = ((0, config.batch_size - count), (0, 0), (0, 0), (0, 0))
+            missing = ((0, self._config.batch_size - count), (0, 0), (0, 0), (0, 0))
             images = tuple(np.pad(part, missing) for part in images)
-        planes, top5 = teacher.annotate(images, layout, config.floor)
+        planes, top5 = self._teacher.annotate(images, layout, self._config.floor)
         # Copied in stream order, before the next batch is queued; non_blocking pins the memory.
-        self._output = TeacherOutput(
+        output = TeacherOutput(
             {name: plane[:count].to("cpu", non_blocking=True) for name, plane in planes.items()},
             top5[:count].to("cpu", non_blocking=True),
         )
-        self._event = None
-        if teacher.device.type == "cuda":
-            self._event = torch.cuda.Event()
-            self._event.record()
+        event = None
+        if self._teacher.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        return batch, output, event, since
 
-    def result(self) -> TeacherOutput:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._output
+    def _finish(
+        self,
+        batch: DecodedBatch,
+        output: TeacherOutput,
+        event: torch.cuda.Event | None,
+        since: float,
+    ) -> tuple[DecodedBatch, TeacherOutput]:
+        if event is not None:
+            event.synchronize()
+        done, now = self._done, time.monotonic()
+        self._done = Progress(
+            done.images + len(batch.errors),
+            done.errors + sum(map(bool, batch.errors)),
+            done.busy + now - max(since, done.until),
+            done.since or since,
+            now,
+        )
+        return batch, output
 
 
-class ShardStats:
-    """Counts of a shard that its header keeps, so that a report need not read the maps.
+def _count(
+    counts: dict[str, Any],
+    truth: np.ndarray,
+    batch: DecodedBatch,
+    output: TeacherOutput,
+    layout: MapLayout,
+) -> None:
+    """Add a batch's rows, but for those with an error, to what a shard's header counts.
 
-    Attributes:
-        attrs: root attributes of the shard, of the rows that were added.
+    A report then need not read the maps.
     """
-
-    def __init__(self, labels: np.ndarray, layout: MapLayout) -> None:
-        self._labels, self._layout, self._row = labels, layout, 0
-        self.attrs: dict[str, Any] = {"labelled": 0, "top1": 0, "top5": 0, "mass": 0.0}
-
-    def add(self, batch: DecodedBatch, output: TeacherOutput) -> None:
-        """Count the next rows, but for those with an error."""
-        good = np.array([not error for error in batch.errors])
-        labels = self._labels[self._row : self._row + len(good)]
-        self._row += len(good)
-        hits = output.top5.numpy() == labels[:, None]
-        codes = output.planes["codes"].numpy()[good]
-        if not np.isfinite(nats(codes[:, :, 0], self._layout)).all():
-            raise JobError(
-                "logits must be finite; the teacher's are not for an image of this shard. "
-                "Remedy: precision bfloat16 or float32"
-            )
-        _, rest = decode(codes, self._layout)
-        known = good & (labels >= 0)
-        self.attrs["labelled"] += int(known.sum())
-        self.attrs["top1"] += int(hits[known, 0].sum())
-        self.attrs["top5"] += int(hits[known].any(1).sum())
-        self.attrs["mass"] += float((1 - rest).mean((1, 2, 3)).sum(dtype=np.float64))
+    good = np.array([not error for error in batch.errors])
+    codes = output.planes["codes"].numpy()[good]
+    if not np.isfinite(nats(codes[:, :, 0], layout)).all():
+        raise JobError(
+            "logits must be finite; the teacher's are not for an image of this shard. "
+            "Remedy: precision bfloat16 or float32"
+        )
+    hits, known = output.top5.numpy() == truth[:, None], good & (truth >= 0)
+    counts["labelled"] += int(known.sum())
+    counts["top1"] += int(hits[known, 0].sum())
+    counts["top5"] += int(hits[known].any(1).sum())
+    _, rest = decode(codes, layout)
+    counts["mass"] += float((1 - rest).mean((1, 2, 3)).sum(dtype=np.float64))

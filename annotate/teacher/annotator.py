@@ -2,20 +2,23 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ...dataset.format.score_map import MapLayout
 from ...errors import TeacherError
 from .encode import encode
 from .passes import Pass
-from .preprocess import Images, Preprocessing
 from .teacher import TOLERANCE, PatchHead, Teacher
 from .weights import weights_digest
 
+Images = npt.NDArray[np.uint8] | Tensor
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _log = logging.getLogger(__name__)
@@ -54,14 +57,13 @@ class Annotator:
         channels_last: Whether images and weights are laid out channels last.
         compile: Whether what gives the features is compiled.
         device: A torch device, or "auto": CUDA where there is one.
-        interpolation: How images are resized (Pillow's name); default: the teacher's own.
-        mean, std: Of the colour channels, as a fraction of white; default: the teacher's own.
+        interpolation, mean, std: How images are resized and normalised; default: as in `Teacher`.
 
     Attributes:
         name, num_classes, class_names: As in `Teacher`.
-        input_sizes: (h, w) of the images of each pass.
         grid: (H, W) of the map.
         head: The classifier of the first pass.
+        preprocessing: How images are prepared, as JSON-able values; `tiles` of each pass.
         weights_digest: Hex SHA-256 of the weights and of `code`.
 
     Raises:
@@ -87,8 +89,7 @@ class Annotator:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self.device = torch.device(device)
-            torch.empty(0, device=self.device)
+            self.device = torch.empty(0, device=device).device
         except Exception as error:  # torch asserts for a missing CUDA, raises for a bad name
             rule = f"one that is there ({error})"
             raise _wrong("device", rule, device, "device: auto") from error
@@ -96,15 +97,17 @@ class Annotator:
         self.name, self.num_classes = teacher.name, teacher.num_classes
         self.class_names = teacher.class_names
         self.weights_digest = weights_digest(teacher.network, code)
-        self._preprocessing = Preprocessing(
-            input_sizes or [teacher.input_size],
-            interpolation or teacher.interpolation,
-            teacher.mean if mean is None else mean,
-            teacher.std if std is None else std,
-            self.device,
-        )
-        self.input_sizes = self._preprocessing.input_sizes
-        self.interpolation = self._preprocessing.interpolation
+        self.input_sizes = tuple(input_sizes or [teacher.input_size])
+        self.interpolation = interpolation or teacher.interpolation
+        filters = [resampling.name.lower() for resampling in Image.Resampling]
+        if self.interpolation not in filters:
+            rule = f"one of {', '.join(filters)}"
+            raise _wrong("interpolation", rule, self.interpolation, "name one of these")
+        mean = _three("mean", teacher.mean if mean is None else mean)
+        std = _three("std", teacher.std if std is None else std)
+        # On the device already: to send them with each batch would wait for a GPU.
+        self._mean = torch.tensor(mean, device=self.device)[:, None, None]
+        self._std = torch.tensor(std, device=self.device)[:, None, None]
 
         self._memory = torch.channels_last if channels_last else torch.contiguous_format
         network: Any = teacher.network.eval().requires_grad_(False)
@@ -112,6 +115,14 @@ class Annotator:
         self.head = self._patch_head(self.input_sizes[0])
         self.grid = self.head.grid
         self._later = [self._later_pass(size) for size in self.input_sizes[1:]]
+        self.preprocessing: dict[str, Any] = {
+            "resize": "squash",
+            "input_size": [list(size) for size in self.input_sizes],
+            "interpolation": self.interpolation,
+            "mean": mean,
+            "std": std,
+            "tiles": [[1, 1], *(list(later.tiles) for later in self._later)],
+        }
         self._extract = teacher.features
         if compile:
             # A graph for each batch size. With dynamic shapes, the batches before would decide
@@ -133,7 +144,7 @@ class Annotator:
         Raises:
             ValueError: `images` are not one for each pass, or have another dtype or shape.
         """
-        return self._look(self._preprocessing.normalise(images))[0]
+        return self._look(self._normalised(images))[0]
 
     @torch.inference_mode()
     def annotate(
@@ -142,14 +153,11 @@ class Annotator:
         """Label every patch of a batch of whole images; does not wait for a GPU to finish.
 
         Args:
-            images: as for `logits`.
+            images: as for `logits`, which raises the same errors.
             layout: what to store, of which views; its grid must be the annotator's.
             floor: classes less probable than this in a patch are dropped there.
-
-        Raises:
-            ValueError: `images` are not one for each pass, or have another dtype or shape.
         """
-        pixels = self._preprocessing.normalise(images)
+        pixels = self._normalised(images)
         logits, pooled = self._look(pixels)
         views = [encode(logits, layout, floor)]
         if "hflip" in layout.views:
@@ -160,15 +168,12 @@ class Annotator:
 
     @torch.inference_mode()
     def check(self, images: Sequence[Images]) -> float:
-        """Return how far the mean of the first pass's map is from its pooled logits, at most.
-
-        Args:
-            images: as for `logits`.
+        """How far the mean of the first pass's map is from its pooled logits, at most.
 
         Raises:
             TeacherError: Logits are not finite, or the two differ although the head is exact.
         """
-        features = self._features(self._preprocessing.normalise(images)[0])
+        features = self._features(self._normalised(images)[0])
         pooled = self.head.pooled_logits(features)
         error = float((self.head.patch_logits(features).mean((1, 2)) - pooled).abs().max())
         scale = float(pooled.abs().max())
@@ -185,17 +190,6 @@ class Annotator:
             )
         return error
 
-    def preprocessing(self) -> dict[str, Any]:
-        """Return how images are prepared, as JSON-able values; `tiles` of each pass."""
-        return {
-            "resize": "squash",
-            "input_size": [list(size) for size in self.input_sizes],
-            "interpolation": self.interpolation,
-            "mean": list(self._preprocessing.mean),
-            "std": list(self._preprocessing.std),
-            "tiles": [[1, 1], *(list(later.tiles) for later, _ in self._later)],
-        }
-
     def _patch_head(self, size: tuple[int, int]) -> PatchHead:
         """The teacher's classifier for one size; runs it once on an empty image of that size."""
         try:
@@ -209,11 +203,10 @@ class Annotator:
             ) from error
         return self.teacher.patch_head(features, size)
 
-    def _later_pass(self, size: tuple[int, int]) -> tuple[Pass, Callable[[Tensor], Tensor]]:
-        """A pass at another size, and the look at a tile that it needs.
+    def _later_pass(self, size: tuple[int, int]) -> Pass:
+        """A pass at another size, by tiles of the first one's if the teacher does not take it.
 
-        A teacher that does not take the size looks at tiles of the first one's. Whether it does is
-        found by asking it: there is no list of models.
+        Whether it does is found by asking it: there is no list of models.
         """
         tile, head = self.input_sizes[0], self.head
         try:
@@ -227,14 +220,42 @@ class Annotator:
         def look(part: Tensor) -> Tensor:
             return head.patch_logits(self._features(part))
 
-        return Pass(size, tile, head.grid, self.grid, self.device), look
+        return Pass(look, size, tile, head.grid, self.grid, self.device)
+
+    def _normalised(self, images: Sequence[Images]) -> list[Tensor]:
+        """float32 [B, 3, h, w] of each pass, on the device; does not wait for a GPU."""
+        pixels = []
+        if len(images) != len(self.input_sizes):
+            raise ValueError(
+                f"images must be one array for each pass, {len(self.input_sizes)} here; "
+                f"got {len(images)}"
+            )
+        for batch, (h, w) in zip(images, self.input_sizes, strict=True):
+            kind = getattr(batch, "dtype", type(batch).__name__)
+            if not isinstance(batch, np.ndarray | Tensor) or kind not in (np.uint8, torch.uint8):
+                raise ValueError(f"images must be a uint8 array or tensor; got {kind}")
+            shape = tuple(batch.shape)
+            if len(shape) != 4 or shape[1:] != (h, w, 3) or not shape[0]:
+                raise ValueError(
+                    f"images must be [B, h, w, 3] = [1 or more, {h}, {w}, 3]; got {shape}"
+                )
+            if isinstance(batch, np.ndarray):
+                # A copy: torch warns of read-only arrays, and only pinned memory is sent while the
+                # host goes on.
+                pinned = self.device.type == "cuda"
+                host = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+                host.numpy()[...] = batch
+                batch = host
+            sent = batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
+            pixels.append(sent.div_(255).sub_(self._mean).div_(self._std))
+        return pixels
 
     def _look(self, pixels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits of the patches [B, H, W, C], and pooled logits of the first pass [B, C]."""
         features = self._features(pixels[0])
         logits, pooled = self.head.patch_logits(features), self.head.pooled_logits(features)
-        for batch, (later, look) in zip(pixels[1:], self._later, strict=True):
-            logits = logits + later(batch, look)
+        for batch, later in zip(pixels[1:], self._later, strict=True):
+            logits = logits + later(batch)
         return logits / len(pixels), pooled
 
     def _features(self, pixels: Tensor) -> Tensor:
@@ -243,6 +264,19 @@ class Annotator:
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             features = self._extract(pixels)
         return features.float()
+
+
+def _three(name: str, values: Sequence[float]) -> list[float]:
+    """The mean or std of the colour channels."""
+    try:
+        channels = [float(value) for value in values]
+    except (TypeError, ValueError):
+        channels = []
+    least, kind = (1e-9, "positive") if name == "std" else (0, "non-negative")
+    if len(channels) != 3 or not all(least <= channel < math.inf for channel in channels):
+        rule = f"three {kind} numbers, one for each colour channel"
+        raise _wrong(name, rule, values, "leave it out for the model's own")
+    return channels
 
 
 def _wrong(option: str, rule: str, value: object, remedy: str) -> TeacherError:

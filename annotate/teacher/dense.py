@@ -31,10 +31,10 @@ _CLASS_ATTENTION = {"Cait", "Xcit", "VOLO"}
 
 
 def dense_head(net: Any, name: str, features: object, input_size: tuple[int, int]) -> PatchHead:
-    """Find the faithful per-patch form of a timm classifier.
+    """Find the faithful per-patch form of a timm classifier in eval mode.
 
     Args:
-        net: A timm classifier in eval mode.
+        net: The classifier.
         name: What to call it in an error.
         features: What its `forward_features` gives for an image of `input_size`.
         input_size: (h, w) of the images it will see, in pixels.

@@ -39,19 +39,13 @@ def encode(logits: Tensor, layout: MapLayout, floor: float = 0.0) -> dict[str, T
     if layout.residual:
         left = (logits - level[..., None]).exp_()
         left.scatter_(-1, classes, torch.where(kept, 0.0, left.gather(-1, classes)))
-        named, parts = _residual(left.mean((1, 2)), layout.residual)
-        planes |= {"residual_classes": named.to(ids), "residual_codes": parts}
+        # Of classes with equal mass the lower ids are taken: `topk` does not say which it takes.
+        mass = left.mean((1, 2))
+        named = mass.argsort(descending=True, stable=True)[:, : layout.residual].sort().values
+        parts = mass.gather(1, named) / mass.sum(1, keepdim=True)
+        codes = (parts.log() * -RESIDUAL_STEPS).round()
+        codes = torch.where(codes < DROPPED, codes, DROPPED).to(torch.uint8)
+        planes |= {"residual_classes": named.to(ids), "residual_codes": codes}
     if layout.level:
         planes["level"] = level.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half()
     return planes
-
-
-def _residual(mass: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` classes with the most of `mass` [B, C], ascending, and the codes of their parts.
-
-    Of equal ones the lower class id is taken: `topk` does not say which it takes.
-    """
-    classes = mass.argsort(descending=True, stable=True)[:, :count].sort().values
-    parts = mass.gather(1, classes) / mass.sum(1, keepdim=True)
-    codes = (parts.log() * -RESIDUAL_STEPS).round()
-    return classes, torch.where(codes < DROPPED, codes, DROPPED).to(torch.uint8)

@@ -3,12 +3,13 @@
 import platform
 import re
 from contextlib import suppress
-from importlib.metadata import version
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 
 import torch
 
+from ... import __version__
 from ...dataset.sources.image_source import ImageSource
 from ...errors import StorageError, TeacherError
 from ..config import AnnotateConfig
@@ -22,7 +23,7 @@ from .weights import PRETRAINED
 
 #: Images on which the patch logits are compared with the pooled ones at start-up.
 _CHECKED = 8
-_LIBRARIES = ("tokenlabel", "torch", "timm", "numpy", "pillow", "h5py")
+_LIBRARIES = ("torch", "timm", "numpy", "pillow", "h5py")
 
 
 def build_teacher(config: AnnotateConfig) -> Annotator:
@@ -46,16 +47,14 @@ def build_teacher(config: AnnotateConfig) -> Annotator:
         device=config.device,
         interpolation=config.interpolation,
     )
-    names = annotator.class_names
-    source = f"those of {annotator.name} are"
+    names, source = annotator.class_names, f"those of {annotator.name} are"
     if config.class_names:
         source = f"{config.class_names} has"
         try:
             names = Path(config.class_names).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise TeacherError(
-                f"class_names: {config.class_names} cannot be read: {error}"
-            ) from error
+            unreadable = f"class_names: {config.class_names} cannot be read: {error}"
+            raise TeacherError(unreadable) from error
     count = annotator.num_classes
     different = {name for name in names or () if isinstance(name, str) and name}
     if names is not None and not len(names) == len(different) == count:
@@ -74,16 +73,13 @@ def load_teacher(
     num_classes: int | None = None,
     input_size: tuple[int, int] | None = None,
 ) -> tuple[Teacher, bytes]:
-    """A teacher of any family, by its name.
+    """A teacher of any family, and the bytes of its file: none of timm's.
 
     Args:
         model: timm's name of a model, or `FILE.py:FUNCTION` of somebody's own.
         weights: as `build_model` takes it; for timm only, like what follows.
         num_classes: likewise.
         input_size: likewise.
-
-    Returns:
-        The teacher, and the bytes of its file, which belong to its digest; none of timm's.
 
     Raises:
         TeacherError: it cannot be built.
@@ -120,7 +116,7 @@ def identify(annotator: Annotator, source: ImageSource) -> Identity:
     return Identity(
         model=annotator.name,
         weights_digest=annotator.weights_digest,
-        preprocessing=annotator.preprocessing(),
+        preprocessing=annotator.preprocessing,
         grid=annotator.grid,
         num_classes=annotator.num_classes,
         class_names=list(annotator.class_names) if annotator.class_names else None,
@@ -135,10 +131,11 @@ def identify(annotator: Annotator, source: ImageSource) -> Identity:
 def libraries(device: torch.device) -> dict[str, str]:
     """Everything but the settings that decides the last bits of a score here: name to value.
 
-    `processor` is what computes: a GPU's name; a CPU's, its vector instructions and the threads in
-    use.
+    `processor` is a GPU's name, or a CPU's with its vector instructions and the threads in use.
     """
-    versions = {name: version(name) for name in _LIBRARIES}
+    # A node of a cluster may have tokenlabel as the code that the job brought along, not installed.
+    versions = {"tokenlabel": __version__}
+    versions |= {name: metadata.version(name) for name in _LIBRARIES}
     if device.type == "cuda":
         return {**versions, "processor": torch.cuda.get_device_name(device)}
     name = platform.processor() or platform.machine()

@@ -74,11 +74,10 @@ def split_file(model: str) -> tuple[Path, str] | None:
 
 
 def load_file(path: Path, function: str) -> tuple[Teacher, bytes]:
-    """Run somebody's file, and make a teacher of what its function returns.
+    """Run somebody's file: the teacher that its function gives, and the bytes of the file.
 
-    Returns:
-        The teacher, called by the file's name without its folder, and the bytes of the file, which
-        belong to the digest of its weights.
+    The bytes belong to the digest of its weights. It is called by the file's name without its
+    folder.
 
     Raises:
         TeacherError: The file cannot be read or run, or its function returns no teacher.
@@ -100,11 +99,8 @@ def load_file(path: Path, function: str) -> tuple[Teacher, bytes]:
     except TeacherError:
         raise
     except Exception as error:  # it is not our code
-        lines = [
-            at.lineno
-            for at in traceback.extract_tb(error.__traceback__)
-            if at.filename == module.__file__
-        ]
+        trace = traceback.extract_tb(error.__traceback__)
+        lines = [at.lineno for at in trace if at.filename == module.__file__]
         where = f" in line {lines[-1]}" if lines else ""
         got = f"raises {type(error).__name__}{where}: {error}"
         raise _refusal("be built without an error", name, got, "correct the file") from error

@@ -18,6 +18,7 @@ class Pass:
     """One look at the whole image: at once, or by tiles.
 
     Args:
+        look: the teacher, from tiles [B, 3, h, w] to logits [B, h, w, C].
         size: (h, w) of the image in pixels.
         tile: (h, w) of what the teacher sees at a time; `size` for the whole.
         cells: (h, w) of the map that it gives of that.
@@ -29,9 +30,16 @@ class Pass:
     """
 
     def __init__(
-        self, size: Size, tile: Size, cells: Size, grid: Size, device: torch.device
+        self,
+        look: Callable[[Tensor], Tensor],
+        size: Size,
+        tile: Size,
+        cells: Size,
+        grid: Size,
+        device: torch.device,
     ) -> None:
-        self._tile, starts, matrices = tile, [], []
+        self._look, self._tile = look, tile
+        starts, matrices = [], []
         for side, part, count, wanted in zip(size, tile, cells, grid, strict=True):
             last = -(-side // part) - 1
             starts.append([round(at * (side - part) / max(last, 1)) for at in range(last + 1)])
@@ -40,22 +48,16 @@ class Pass:
         self.tiles = (len(starts[0]), len(starts[1]))
         self._parts = list(zip(product(*starts), product(*matrices), strict=True))
 
-    def __call__(self, pixels: Tensor, look: Callable[[Tensor], Tensor]) -> Tensor:
-        """Logits on the grid.
-
-        Args:
-            pixels: [B, 3, h, w], of `size`.
-            look: the teacher, from tiles [B, 3, h, w] to logits [B, h, w, C].
-
-        Returns:
-            float32 [B, H, W, C].
-        """
-        total: Tensor | None = None
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Logits on the grid, float32 [B, H, W, C], of images [B, 3, h, w] of `size`."""
         height, width = self._tile
-        for (y, x), (down, across) in self._parts:
-            part = _read(look(pixels[..., y : y + height, x : x + width]), down, across)
-            total = part if total is None else total.add_(part)
-        assert total is not None
+        parts = (
+            _read(self._look(pixels[..., y : y + height, x : x + width]), down, across)
+            for (y, x), (down, across) in self._parts
+        )
+        total = next(parts)
+        for part in parts:
+            total += part
         return total
 
 
@@ -75,15 +77,9 @@ def _reading(
 ) -> list[Tensor]:
     """Matrices [count, cells] that read maps of parts of an axis onto `count` cells of all of it.
 
-    Args:
-        count: cells to read onto.
-        cells: of each part's map.
-        parts: where each begins and ends, as fractions of the axis.
-        device: of the matrices.
-
-    Returns:
-        One for each part; together each row sums to 1. Where parts overlap, one counts the less the
-        nearer its end is, for beyond it the teacher saw nothing.
+    `parts` are where each begins and ends, as fractions of the axis. The rows of all matrices
+    together sum to 1. Where parts overlap, one counts the less the nearer its end is, for beyond it
+    the teacher saw nothing.
     """
     edges = np.linspace(0, 1, count + 1)
     found, weights = [], []

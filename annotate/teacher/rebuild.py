@@ -57,30 +57,25 @@ def rebuild_teachers(attrs: dict[str, Any], weights: str | None = None) -> Teach
             f"the shards must say how the teacher was run (`settings`, `preprocessing`); {error}. "
             "Remedy: only labels of `annotate` can be compared with their teacher"
         ) from error
-    candidates: list[tuple[str, str, int | None]]
-    if weights and split_file(weights):
-        candidates = [(weights, PRETRAINED, None)]
-    elif split_file(name):
+    file = split_file(weights) if weights else None
+    if split_file(name) and not file:
         raise ConfigError(
             f"the labels were made by a network of somebody's own, {name}, and no label set may "
             f"say what code to run; got weights {weights!r}. Remedy: --weights /path/to/{name}"
         )
-    else:
-        sample = [SAMPLE] if name.partition(".")[0] == SAMPLE_MODEL else []
-        found = [weights] if weights else [*sample, PRETRAINED]
-        candidates = [(name, source, num_classes) for source in found]
+    sample = [SAMPLE] if name.partition(".")[0] == SAMPLE_MODEL else []
     tried = []
-    for model, source, classes in candidates:
-        what = source if model == name else model
+    for source in [weights] if weights else [*sample, PRETRAINED]:
         try:
-            teacher, code = load_teacher(model, source, classes, size)
+            given = (source,) if file else (name, source, num_classes, size)
+            teacher, code = load_teacher(*given)
             annotator = Annotator(teacher, code=code, input_sizes=sizes, **options)
         except TeacherError as error:
-            tried.append(f"{what}: {error}")
+            tried.append(f"{source}: {error}")
             continue
         if annotator.weights_digest == digest:
             break
-        tried.append(f"{what}: these weights have the digest {annotator.weights_digest[:12]}")
+        tried.append(f"{source}: these weights have the digest {annotator.weights_digest[:12]}")
     else:
         raise ConfigError(
             f"the labels were made by {name} with weights of digest {digest[:12]}, which were not "

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import timm
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
-from timm.models import get_pretrained_cfg, is_model, is_model_pretrained
+from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, is_model_pretrained
 from torch import Tensor, nn
 
 from ...errors import TeacherError
@@ -72,8 +72,8 @@ def build_model(
     """Build a timm model with trained weights.
 
     Args:
-        name: timm's name, with or without a tag, or `hf-hub:` and a repository, or
-            `local-dir:` and a folder.
+        name: timm's name, with or without a tag, or `hf-hub:` and a repository, or `local-dir:` and
+            a folder.
         weights: "pretrained", or what `load_weights` takes.
         num_classes: Classes of the weights, if not the model's default.
         input_size: (h, w) of the images in pixels, for models that are built for one size.
@@ -128,7 +128,7 @@ def _settings(name: str) -> Any:
     """What timm knows of a registered model, a `PretrainedCfg`."""
     try:
         if is_model(name):
-            return get_pretrained_cfg(name)
+            return get_pretrained_cfg(name) or PretrainedCfg()  # none: a model of the user's own
         known = timm.list_models()
     except RuntimeError:  # no such tag
         known = timm.list_pretrained(f"{name.partition('.')[0]}.*")

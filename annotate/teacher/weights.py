@@ -51,14 +51,11 @@ def load_weights(model: nn.Module, weights: str) -> None:
 
 
 def weights_digest(model: nn.Module, code: bytes = b"") -> str:
-    """Return the hex SHA-256 of a model's parameters and persistent buffers.
+    """Hex SHA-256 of a model's parameters and persistent buffers, and of `code`.
 
     It covers name, dtype, shape and little-endian bytes of each tensor, sorted by name, so it does
-    not depend on the file format the weights came in, nor on device or memory format.
-
-    Args:
-        model: Any network.
-        code: Bytes that belong to it: of the file that defines it, where that is somebody's own.
+    not depend on the file format the weights came in, nor on device or memory format. `code` is the
+    file that defines a network of somebody's own.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -118,19 +115,18 @@ def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
     differing = [name for name in wanted | given if wanted.get(name) != given.get(name)]
-    problems = {
-        "missing": [name for name in differing if name not in given],
-        "unexpected": [name for name in differing if name not in wanted],
-        "of another shape": [
-            f"{name} {given[name]} for {wanted[name]}"
-            for name in differing
-            if name in given and name in wanted
-        ],
-    }
+    kinds: dict[str, list[str]] = {}
+    for name in differing:
+        if name not in given:
+            kinds.setdefault("missing", []).append(name)
+        elif name not in wanted:
+            kinds.setdefault("unexpected", []).append(name)
+        else:
+            changed = f"{name} {given[name]} for {wanted[name]}"
+            kinds.setdefault("of another shape", []).append(changed)
     text = "; ".join(
-        f"{len(names)} {what} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
-        for what, names in problems.items()
-        if names
+        f"{len(names)} {kind} ({', '.join(names[:5])}{', …' * (len(names) > 5)})"
+        for kind, names in kinds.items()
     )
     head = getattr(model, "pretrained_cfg", {}).get("classifier") or "?"
     heads = (head,) if isinstance(head, str) else tuple(head)

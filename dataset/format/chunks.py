@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# libdeflate inflates faster. Never used to write: its bytes differ from those of zlib.
+# libdeflate inflates faster. Its compressed bytes would differ from those of zlib.
 _fast: Any = import_module("deflate") if find_spec("deflate") else None
 
 #: zlib strategies by dataset, of the lowest bytes of the items and of all others, measured on real
@@ -34,15 +34,13 @@ def encode_chunk(array: np.ndarray, strategies: tuple[int, int]) -> bytes:
         array: what the chunk holds; little-endian.
         strategies: of zlib, for the lowest bytes and for the others.
     """
-    width = array.dtype.itemsize
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, width).T
+    data, width = shuffle(array), array.dtype.itemsize
     stream = [b"\x78\x5e"]  # RFC 1950: deflate, window of 32 kB, fast algorithm
-    for byte, plane in enumerate(data):
+    for byte in range(width):
         packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS, 8, strategies[byte > 0])
-        last = byte == width - 1
-        stream += [packer.compress(plane.tobytes())]
-        stream += [packer.flush(zlib.Z_FINISH if last else zlib.Z_SYNC_FLUSH)]
-    return b"".join((*stream, zlib.adler32(data.tobytes()).to_bytes(4, "big")))
+        stream.append(packer.compress(data[byte * array.size : (byte + 1) * array.size]))
+        stream.append(packer.flush(zlib.Z_SYNC_FLUSH if byte < width - 1 else zlib.Z_FINISH))
+    return b"".join((*stream, zlib.adler32(data).to_bytes(4, "big")))
 
 
 def inflate(data: bytes | bytearray | memoryview, size: int) -> bytes | bytearray:
@@ -63,10 +61,16 @@ def inflate(data: bytes | bytearray | memoryview, size: int) -> bytes | bytearra
     return plain
 
 
+def shuffle(array: np.ndarray) -> bytes:
+    """The bytes of an array after HDF5's shuffle filter: all lowest bytes first, then the next."""
+    items = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return items.reshape(-1, array.dtype.itemsize).T.tobytes()
+
+
 def unshuffle(
     plain: bytes | bytearray | memoryview, dtype: np.dtype, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """The array whose bytes are in `plain`, all lowest bytes first; writable, and not shared."""
+    """The array that `shuffle` gave as `plain`; writable, and not shared."""
     whole, width = bytearray(plain), dtype.itemsize
     count = len(whole) // width
     for byte in range(width if width > 1 else 0):  # slices: faster than NumPy at this size

@@ -1,8 +1,8 @@
 """The container of shards, index and manifest: an HDF5 file with our own directory in front.
 
-HDF5 skips its user block; there the directory records what the file holds and at which offsets.
-A damaged file can crash libhdf5, so nothing here reads HDF5: each number of the directory is
-compared with the size of the file before it is used. docs/format.md specifies the layout.
+HDF5 skips its user block; there the directory says what the file holds, and where (docs/format.md).
+A damaged file can crash libhdf5, so nothing here reads HDF5, and each number of the directory is
+compared with the size of the file before it is used.
 """
 
 import json
@@ -152,15 +152,13 @@ class StoredFile:
             raise FormatError(
                 f"{self.path}: expected format {kind!r}, found {name!r}. {self._remedy}"
             )
-        if type(number) is not int or number < 1:
-            raise ValueError(f"the format version must be 1 or more, got {number!r}")
+        if type(number) is not int or number < version:
+            raise ValueError(f"no release reads version {number!r} of {kind}")
         if number > version:
             raise NewerVersionError(
                 f"{self.path} is version {number} of {kind}; this release of tokenlabel reads up "
                 f"to version {version}. Remedy: install a newer tokenlabel"
             )
-        if number < version:
-            raise ValueError(f"it is version {number} of {kind}, which no release reads")
 
     def _column(
         self, dtype: str, shape: list[int], offset: int, size: int, crc: int, **more: Any
@@ -177,13 +175,10 @@ class StoredFile:
             raise ValueError(f"bytes {offset} to {offset} + {size} lie outside of it")
 
     def column(self, name: str, dtype: np.dtype | str, shape: tuple[int, ...]) -> Column:
-        """A column that must have this dtype and shape; FormatError where it has not.
-
-        "S" stands for texts of any length.
-        """
+        """A column of this dtype ("S": texts of any length) and shape, else FormatError."""
         if name not in self.columns:
             raise self.damaged(f"the dataset {name!r} is missing")
-        column: Column = self.columns[name]
+        column = self.columns[name]
         fits = column.dtype.kind == "S" if dtype == "S" else column.dtype == dtype
         if column.shape != shape or not fits:
             raise self.damaged(
@@ -207,10 +202,11 @@ class StoredFile:
             data = self.pread(column.size, column.offset)
             if zlib.crc32(data) != column.crc:
                 raise self.damaged(f"{name} has a wrong checksum")
-            try:
-                data = inflate(data, row * column.shape[0]) if column.gzip else data
-            except ValueError as error:
-                raise self.damaged(f"{name}: {error}") from error
+            if column.gzip:
+                try:
+                    data = inflate(data, row * column.shape[0])
+                except ValueError as error:
+                    raise self.damaged(f"{name}: {error}") from error
             data = data[row * start : row * stop]
         return np.frombuffer(bytearray(data), column.dtype).reshape(count, *column.shape[1:])
 

@@ -1,13 +1,14 @@
 """`index`: the row of every key of a split, derived from the shards and rebuilt at any time.
 
-The index holds the key table, labels, sizes and error flags of all rows, and the size and digest of
-each shard, by which a stale index is recognised. The shards are authoritative.
+It holds the key table, labels, sizes and error flags of all rows, and the size and digest of each
+shard, by which a stale index is recognised. The shards are authoritative.
 """
 
 import logging
 import os
 import tempfile
 from bisect import bisect_right
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,23 +65,16 @@ class Index(NamedTuple):
         # Read rather than mapped: mapped pages would stay in memory.
         ends = self.file.read("key_offsets", first, last + 1)
         keys = shard.read("key").tolist()
-        same = np.diff(ends).tolist() == list(map(len, keys))
-        return (
-            same
-            and self.file.read("key_bytes", int(ends[0]), int(ends[-1])).tobytes() == b"".join(keys)
-            and all(
-                np.array_equal(self.file.read(name, first, last), column)
-                for name, column in _columns(shard).items()
-            )
-        )
+        if np.diff(ends).tolist() != list(map(len, keys)):
+            return False
+        pairs = [(self.file.read(name, first, last), part) for name, part in _columns(shard)]
+        text = self.file.read("key_bytes", int(ends[0]), int(ends[-1]))
+        return text.tobytes() == b"".join(keys) and all(np.array_equal(*pair) for pair in pairs)
 
 
-def _columns(shard: Shard) -> dict[str, np.ndarray]:
-    return {
-        "label": shard.read("label"),
-        "size": shard.read("size"),
-        "failed": (shard.read("error") != b"").view(np.uint8),
-    }
+def _columns(shard: Shard) -> list[tuple[str, np.ndarray]]:
+    failed = (shard.read("error") != b"").view(np.uint8)
+    return [("label", shard.read("label")), ("size", shard.read("size")), ("failed", failed)]
 
 
 def find_shards(root: Path) -> list[Path]:
@@ -108,14 +102,15 @@ def find_shards(root: Path) -> list[Path]:
             f"{root} mixes shards of splits of {' and '.join(map(str, totals))} shards. "
             "Remedy: keep one set, move the others away"
         )
-    present = {shard for (shard, _), _ in found}
-    missing = [shard for shard in range(totals[0]) if shard not in present]
-    if missing:
-        names = ", ".join(shard_name(shard, totals[0]) for shard in missing[:3])
+    present, total = {shard for (shard, _), _ in found}, totals[0]
+    if missing := total - sum(shard < total for shard in present):
+        # Not counted one by one: the total is only what the name of a file says.
+        first = islice((shard for shard in range(total) if shard not in present), 3)
+        names = ", ".join(shard_name(shard, total) for shard in first)
         raise FormatError(
-            f"{root} is incomplete: {len(missing)} of {totals[0]} shards are missing ({names}"
-            f"{', …' if len(missing) > 3 else ''}). Remedy: wait for the job that makes them, or "
-            "run the same `annotate` again"
+            f"{root} is incomplete: {missing} of {total} shards are missing ({names}"
+            f"{', …' if missing > 3 else ''}). Remedy: wait for the job that makes them, or run "
+            "the same `annotate` again"
         )
     return [Path(path) for _, path in found]
 
@@ -130,19 +125,16 @@ def open_index(root: Path) -> Index:
     for _ in range(_TRIES):
         try:
             return load_index(path, shards)
-        except FileNotFoundError:
-            _log.info("%s has no index yet: building it", root)
-        except (FormatError, OSError) as error:
-            _log.info("rebuilding the index: %s", error)
+        except (FormatError, OSError) as error:  # none yet, or one that does not fit
+            _log.info("building the index of %s: %s", root, error)
         try:
             build_index(root, shards)
         except OSError as error:
             _log.info("the index cannot be kept in %s (%s): it is built in memory", root, error)
             return _built_in_memory(root, shards, error)
+    reason = OSError("it vanishes or is of other shards each time")
     try:  # other processes delete or replace the index all the time
-        return _built_in_memory(
-            root, shards, OSError("it vanishes or is of other shards each time")
-        )
+        return _built_in_memory(root, shards, reason)
     except FormatError as error:
         raise FormatError(
             f"{root} changes while it is read: {error}. Remedy: wait for the job that writes to it"
@@ -229,10 +221,7 @@ def open_shard(path: Path) -> Shard:
 
 
 def write_index(path: Path, shards: list[Path]) -> None:
-    """Write the index of `shards` to `path`, row by row in constant memory.
-
-    Raises FormatError for shards that do not belong together or have gone meanwhile.
-    """
+    """Write the index of `shards` to `path`, in constant memory; raises as `build_index`."""
     # What finds an index starts without h5py.
     from .new_file import create
 
@@ -244,7 +233,7 @@ def write_index(path: Path, shards: list[Path]) -> None:
                 first = first or shard
                 _check_neighbours(shard, number, rows[-1], first)
                 keys.append(shard.read("key").tolist())
-                for name, column in _columns(shard).items():
+                for name, column in _columns(shard):
                     file.append(name, column)
                 rows.append(rows[-1] + shard.rows)
                 sizes.append(shard.end)
@@ -257,19 +246,19 @@ def write_index(path: Path, shards: list[Path]) -> None:
 
 def _check_neighbours(shard: Shard, number: int, row: int, first: Shard) -> None:
     """Raise FormatError unless this shard begins where the one before it ended."""
-    attrs, path = shard.attrs, shard.path
     for what, one, other in (
-        ("fingerprint", first.attrs["fingerprint"], attrs["fingerprint"]),
+        ("fingerprint", first.attrs["fingerprint"], shard.attrs["fingerprint"]),
         ("layout", first.layout, shard.layout),
     ):
         if one != other:
             raise FormatError(
                 f"shards of different runs in one folder: {first.path.name} has {what} {one}, "
-                f"{path.name} has {other}. Remedy: delete those of the run that is not wanted and "
-                "annotate again"
+                f"{shard.path.name} has {other}. Remedy: delete those of the run that is not "
+                "wanted and annotate again"
             )
-    if (attrs["shard"], attrs["first_row"]) != (number, row):
+    said = shard.attrs["shard"], shard.attrs["first_row"]
+    if said != (number, row):
         raise FormatError(
-            f"{path} says it is shard {attrs['shard']} from row {attrs['first_row']}; its name and "
-            f"neighbours say {number} from row {row}. Remedy: delete it and annotate again"
+            f"{shard.path} says it is shard {said[0]} from row {said[1]}; its name and neighbours "
+            f"say {number} from row {row}. Remedy: delete it and annotate again"
         )

@@ -1,8 +1,7 @@
 """Millions of image keys in a file, searched through the page cache instead of Python objects.
 
-A key table is two columns that are not compressed, `key_bytes` (the UTF-8 keys, end to end) and
-`key_offsets` (where each starts, and the end). Opening costs nothing, data-loader workers share the
-system's cache, and a look-up is a binary search. Keys are sorted by their UTF-8 bytes.
+A key table is two columns that are not compressed, `key_bytes` (the UTF-8 keys, sorted, end to end)
+and `key_offsets` (where each starts, and the end).
 """
 
 import sys
@@ -90,11 +89,9 @@ class KeyTable(Sequence[str]):
         first, last = self._ends(row, row + 2)
         return self._text(first, last)
 
-    def find(self, key: str, near: int = -1) -> int:
-        """Row of `key`, or -1; fastest where that is row `near`."""
+    def find(self, key: str) -> int:
+        """Row of `key`, or -1."""
         wanted = key.encode(errors="surrogatepass")  # no key has them
-        if 0 <= near < self._rows and self._raw(near) == wanted:
-            return near
         fences = range(0, self._rows, self._rows // _FENCES + 1)
         after = bisect_right(fences, wanted, key=self._fence)
         if after == 0:
@@ -102,8 +99,7 @@ class KeyTable(Sequence[str]):
         start = fences[after - 1]
         stop = fences[after] if after < len(fences) else self._rows
         ends = self._ends(start, stop + 1)
-        begin = ends[0]
-        text = self._text(begin, ends[-1])
+        text, begin = self._text(ends[0], ends[-1]), ends[0]
 
         def at(row: int) -> bytes:
             return text[ends[row] - begin : ends[row + 1] - begin]

@@ -1,11 +1,10 @@
 """One job at a time on an output folder.
 
-filelock's lock on `.lock` decides. The kernel frees it when its process ends, however it ends. On a
-file system without kernel locks (Lustre mounted without `flock`, say) filelock creates the file
-exclusively instead, and takes it over from a process of the same host that has died. The empty
-file stays when a job ends: removing it could free a folder that somebody else has just locked.
+filelock's lock on `.lock` decides: the kernel frees it when its process ends, however it ends. The
+empty file stays: removing it could free a folder that somebody else has just locked.
 """
 
+import errno
 import json
 import os
 import socket
@@ -16,14 +15,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from ...errors import LockedError, OutputError
 from .files import replacing
 
 NAME = ".lock"
+#: Decides where the file system has no kernel locks (Lustre mounted without `flock`, say). It is
+#: there while a job runs; that of a killed job is taken over by the next one on the same host.
+SOFT = ".lock.soft"
 #: Beside the lock: host, process and run that hold it.
 HOLDER = ".lock.json"
+_NO_KERNEL_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
@@ -36,10 +39,18 @@ def folder_lock(folder: Path) -> Iterator[str]:
     """
     run = uuid.uuid4().hex
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "run": run}
+    path = folder / NAME
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(folder / NAME, timeout=0))
+            try:
+                # filelock's own fallback would take an empty file for the lock of another job.
+                stack.enter_context(FileLock(path, timeout=0, fallback_to_soft=False))
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_LOCKS:
+                    raise
+                path = folder / SOFT
+                stack.enter_context(SoftFileLock(path, timeout=0))
             with replacing(folder / HOLDER) as temporary:
                 temporary.write_text(json.dumps(owner))
         except Timeout:
@@ -50,7 +61,7 @@ def folder_lock(folder: Path) -> Iterator[str]:
             raise LockedError(
                 f"another job is writing to {folder}: host {other.get('host', 'unknown')}, "
                 f"pid {other.get('pid', 'unknown')}. Remedy: wait for it, or choose another folder "
-                f"with `out`; if that job is certainly gone, delete {folder / NAME}"
+                f"with `out`; if that job is certainly gone, delete {path}"
             ) from None
         except OSError as error:
             raise OutputError(

@@ -42,14 +42,7 @@ def write_manifest(
     label_space: str,
     class_names: Sequence[str] | None,
 ) -> None:
-    """Store a manifest at `path`.
-
-    Args:
-        path: file to write.
-        blocks: keys, sorted by UTF-8 bytes, and their int32 labels; one row or more in all.
-        label_space: as in `Manifest`.
-        class_names: as in `Manifest`.
-    """
+    """Store a manifest of `blocks`: keys, sorted by UTF-8 bytes, and the int32 labels of each."""
     from .new_file import create, encode_texts
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +64,7 @@ def write_manifest(
 
 
 def open_manifest(path: Path, verify: bool = False) -> Manifest:
-    """Map a stored manifest; with `verify`, read all of it and compare its checksum.
+    """Map a stored manifest; with `verify`, read it all and compare its checksum.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -93,8 +86,3 @@ def open_manifest(path: Path, verify: bool = False) -> Manifest:
 def shard_rows(rows: int, shard_size: int, shard: int) -> range:
     """Rows of shard number `shard`."""
     return range(shard * shard_size, min((shard + 1) * shard_size, rows))
-
-
-def shard_count(rows: int, shard_size: int) -> int:
-    """How many shards a split of `rows` images has."""
-    return -(-rows // shard_size)

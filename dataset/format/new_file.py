@@ -86,8 +86,8 @@ class NewFile:
                 compression=_GZIP,
                 shuffle=dtype.itemsize > 1,
             )
-            # HDF5 allocates its table of chunks with the first one. So a first one of one byte is
-            # written now and replaced later, and no table ends up between the maps.
+            # HDF5 allocates its table of chunks with the first one: a byte, replaced later, so that
+            # no table ends up between the maps.
             dataset.id.write_direct_chunk((0,) * dataset.ndim, b"\0")
         # HDF5 fills gaps that it remembers. Reopened it knows of none, and maps stay in order.
         self._file.close()

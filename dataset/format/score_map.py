@@ -1,7 +1,7 @@
 """What is stored of one image: the planes of a score map, and what they mean.
 
-This module is the definition, in NumPy, of how stored codes become probabilities; the reader of
-docs/format.md finds the same in words, and `windows` the same in torch for whole batches.
+This module defines, in NumPy, how stored codes become probabilities; docs/format.md says the same
+in words, `targets.cells` in torch for whole batches.
 """
 
 import math

@@ -6,6 +6,7 @@ All names and dtypes of the format stand here and in `score_map`; writer and rea
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,8 +48,6 @@ _REMEDY = "delete the file and run `annotate` again; it remakes just what is mis
 #: What the planes of an image without a map hold, so that no reader takes them for labels.
 _BLANK: dict[str, float] = {"codes": DROPPED, "residual_codes": DROPPED, "level": np.nan}
 
-_Extent = tuple[float, float, float, float]
-
 
 def shard_name(shard: int, shards: int) -> str:
     """File name of shard `shard` (from 0) of `shards`."""
@@ -65,23 +64,23 @@ class ContentDigest:
     """The sha256 of a shard's decoded arrays, fed block by block."""
 
     def __init__(self) -> None:
-        self._parts: dict[str, tuple[str, Any]] = {}
-        self._rows: dict[str, int] = {}
+        self._rows: Counter[str] = Counter()
+        self._contents: dict[str, Any] = {}
+        self._kinds: dict[str, str] = {}
 
     def update(self, name: str, block: np.ndarray) -> None:
         """Add the next rows of dataset `name`."""
         little = np.ascontiguousarray(block, block.dtype.newbyteorder("<"))
-        if name not in self._parts:
-            self._parts[name] = (f"{little.dtype.str} {block.shape[1:]}", hashlib.sha256())
-        self._parts[name][1].update(little.data)
-        self._rows[name] = self._rows.get(name, 0) + len(block)
+        self._kinds[name] = f"{little.dtype.str} {block.shape[1:]}"
+        self._contents.setdefault(name, hashlib.sha256()).update(little.data)
+        self._rows[name] += len(block)
 
     def hexdigest(self) -> str:
         """Digest over name, dtype, row shape, row count and content, in order of the names."""
         total = hashlib.sha256()
-        for name in sorted(self._parts):
-            kind, content = self._parts[name]
-            total.update(f"{name} {kind} {self._rows[name]}\n".encode() + content.digest())
+        for name, content in sorted(self._contents.items()):
+            head = f"{name} {self._kinds[name]} {self._rows[name]}\n"
+            total.update(head.encode() + content.digest())
         return total.hexdigest()
 
 
@@ -89,8 +88,7 @@ class ShardWriter:
     """Fills a new file with one shard, rows in order. Made by `write_shard`.
 
     Attributes:
-        attrs: further attributes (str, list of str, int or float); may be added to until the
-            `with` block ends.
+        attrs: further attributes, as those of `NewFile`.
     """
 
     def __init__(
@@ -136,15 +134,13 @@ class ShardWriter:
         bad = np.array([bool(error) for error in errors])
         blocks = {}
         for name, (dtype, shape) in self._planes.items():
-            block = maps[name]
-            if block.dtype != dtype or block.shape != (count, *shape):
-                raise ValueError(
-                    f"{name} must be {dtype} {(count, *shape)}, got {block.dtype} {block.shape}"
-                )
+            block, shape = maps[name], (count, *shape)
+            if block.dtype != dtype or block.shape != shape:
+                raise ValueError(f"{name} must be {dtype} {shape}, got {block.dtype} {block.shape}")
             if bad.any():
                 block = block.copy()  # arrays from Ray's object store are read-only
-                blank = np.inf if dtype == np.float16 and name == "codes" else _BLANK.get(name, 0)
-                block[bad] = blank
+                no_class = dtype == np.float16 and name == "codes"
+                block[bad] = np.inf if no_class else _BLANK.get(name, 0)
             blocks[name] = block
             self._digest.update(name, block)
         # Row by row: all planes of an image end to end, so that one read gets them.
@@ -225,7 +221,6 @@ class Shard(StoredFile):
     """One shard open for reading; its header and shapes are checked before anything is read.
 
     Attributes:
-        attrs: the attributes as str, int, float and lists.
         layout: shapes and dtypes.
         rows: number of images.
     """
@@ -257,15 +252,9 @@ class Shard(StoredFile):
         if maps is None or "codes" not in maps.planes or "key" not in self.columns:
             raise ValueError("it has no codes or no key")
         _, _, height, width = maps.planes["codes"][1]  # ValueError for other ranks
-        self.layout = MapLayout(
-            tuple(attrs["views"]),
-            (height, width),
-            attrs["k"],
-            attrs["num_classes"],
-            attrs["residual"],
-            attrs["step"],
-            "level" in maps.planes,
-        )
+        counts = attrs["k"], attrs["num_classes"], attrs["residual"], attrs["step"]
+        level = "level" in maps.planes
+        self.layout = MapLayout(tuple(attrs["views"]), (height, width), *counts, level)
         self._planes = self.layout.planes()
         if list(maps.planes.items()) != list(self._planes.items()):
             raise ValueError(f"its planes must be {self._planes}, got {maps.planes}")
@@ -274,14 +263,11 @@ class Shard(StoredFile):
         for name, (dtype, tail) in COLUMNS.items():
             if name != "extent" or name in self:
                 self.column(name, dtype, (self.rows, *tail))
-        chunks = self.rows * len(self._sizes)
-        self._chunks = maps
+        self._chunks, chunks = maps, self.rows * len(self._sizes)
         wide = "bounds" in self.columns and self.columns["bounds"].dtype == "<u8"
         self._bounds = self.column("bounds", "<u8" if wide else "<u4", (chunks + 1,))
-        if self._bounds.gzip or min(self._sizes) == 0 or self.rows == 0:
-            raise ValueError(
-                "its maps must have rows and bytes, and bounds that are not compressed"
-            )
+        if self._bounds.gzip or 0 in (*self._sizes, self.rows):
+            raise ValueError("it must have rows, planes with bytes, and bounds not compressed")
         if sum(self._sizes) * self.rows > (maps.size + SLACK * chunks) * MOST_TIMES:
             raise ValueError(f"{maps.size} bytes cannot be {self.rows} maps of {self._planes}")
 
@@ -316,10 +302,8 @@ class Shard(StoredFile):
         """Planes `first` to `last` - 1 of a row."""
         width = self._bounds.dtype.itemsize
         start = self._bounds.offset + (row * len(self._sizes) + first) * width
-        bounds = np.frombuffer(
-            self.pread((last - first + 1) * width, start), self._bounds.dtype
-        ).tolist()
-        sizes = self._sizes[first:last]
+        stored, sizes = self.pread((last - first + 1) * width, start), self._sizes[first:last]
+        bounds = np.frombuffer(stored, self._bounds.dtype).tolist()
         # Deflate cannot do worse: a larger chunk is damage, and must not cost its memory.
         most = min(self._chunks.size, bounds[0] + sum(2 * size + 1024 for size in sizes))
         if bounds != sorted(bounds) or bounds[-1] > most:
@@ -356,19 +340,10 @@ class Shard(StoredFile):
         label, extent = self.read("label", row, row + 1).item(), self.extent(row)
         return ScoreMap(self.layout, label=label, size=(width, height), extent=extent, **found)
 
-    def extent(self, row: int) -> _Extent:
+    def extent(self, row: int) -> tuple[float, float, float, float]:
         """Box (x0, y0, x1, y1), normalised to the image, that the row's map covers."""
         box = self.read("extent", row, row + 1)[0] if "extent" in self else self.attrs["extent"]
         x0, y0, x1, y1 = map(float, box)
         if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
             raise self._unreadable(row, f"it cannot cover {(x0, y0, x1, y1)} of its image")
         return x0, y0, x1, y1
-
-    def content_digest(self, block: int = 256) -> str:
-        """The sha256 of the decoded arrays as they are now; `attrs["sha256"]` is what it was."""
-        digest = ContentDigest()
-        for name in (*self._planes, *(name for name in COLUMNS if name in self)):
-            step = block if name in self._planes else self.rows
-            for start in range(0, self.rows, step):
-                digest.update(name, self.read(name, start, start + step))
-        return digest.hexdigest()

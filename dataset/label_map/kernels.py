@@ -72,6 +72,7 @@ def _source_of_crop(inpt: TokenLabelMap, top: int, left: int, height: int, width
 @_moves(F.center_crop)
 def center_crop(inpt: TokenLabelMap, output_size: int | Sequence[int]) -> TokenLabelMap:
     height, width = _pair(output_size)
+    # torchvision pads where the crop is larger, and rounds the other way there.
     top, left = (
         -((crop - side) // 2) if crop > side else round((side - crop) / 2)
         for crop, side in zip((height, width), inpt.canvas_size, strict=True)
@@ -84,7 +85,7 @@ def five_crop(inpt: TokenLabelMap, size: int | Sequence[int]) -> tuple[TokenLabe
     height, width = _pair(size)
     h, w = inpt.canvas_size
     if height > h or width > w:
-        raise ValueError(f"Requested crop size {size} is bigger than input size {(h, w)}")
+        raise ValueError(f"a crop must fit the image of (h, w) = {(h, w)}, got {size}")
     corners = [(0, 0), (0, w - width), (h - height, 0), (h - height, w - width)]
     return (
         *(crop(inpt, top, left, height, width) for top, left in corners),
@@ -102,11 +103,7 @@ def ten_crop(
 
 @_moves(F.resize)
 def resize(
-    inpt: TokenLabelMap,
-    size: int | Sequence[int] | None,
-    interpolation: Any = None,
-    max_size: int | None = None,
-    **_: Any,
+    inpt: TokenLabelMap, size: int | Sequence[int] | None, max_size: int | None = None, **_: Any
 ) -> TokenLabelMap:
     h, w = inpt.canvas_size
     if isinstance(size, Sequence) and len(size) == 2 and max_size is None:
@@ -141,10 +138,7 @@ def resized_crop(
 
 @_moves(F.pad)
 def pad(
-    inpt: TokenLabelMap,
-    padding: int | Sequence[int],
-    fill: Any = None,
-    padding_mode: str = "constant",
+    inpt: TokenLabelMap, padding: int | Sequence[int], padding_mode: str = "constant", **_: Any
 ) -> TokenLabelMap:
     sides = (padding,) if isinstance(padding, int) else tuple(padding)
     if len(sides) not in (1, 2, 4):
@@ -171,15 +165,12 @@ def affine(
     translate: Sequence[float],
     scale: float,
     shear: float | Sequence[float],
-    interpolation: Any = None,
-    fill: Any = None,
     center: Sequence[float] | None = None,
+    **_: Any,
 ) -> TokenLabelMap:
-    h, w = inpt.canvas_size
     shears = [shear, 0.0] if isinstance(shear, (int, float)) else [*shear, *shear][:2]
-    pivot = (w / 2, h / 2) if center is None else center
-    matrix = _affine_matrix(pivot, angle, translate, scale, shears)
-    return inpt.with_path(inpt.path.guarded((h, w)).after(matrix), (h, w))
+    matrix = _affine_matrix(inpt, center, angle, translate, scale, shears)
+    return inpt.with_path(inpt.path.guarded(inpt.canvas_size).after(matrix), inpt.canvas_size)
 
 
 @_moves(F.rotate)
@@ -203,9 +194,8 @@ def rotate(
         }
         matrix, canvas = turns[angle]
         return inpt.with_path(inpt.path.after(matrix), canvas)
-    pivot = (w / 2, h / 2) if center is None else center
     # F.rotate turns counter-clockwise, F.affine clockwise.
-    matrix = _affine_matrix(pivot, -angle, (0, 0), 1.0, (0.0, 0.0))
+    matrix = _affine_matrix(inpt, center, -angle, (0, 0), 1.0, (0.0, 0.0))
     height, width = h, w
     if expand:
         # As torchvision rounds it: asked of an image without data.
@@ -237,9 +227,7 @@ def perspective(
 def elastic(inpt: TokenLabelMap, displacement: torch.Tensor, **_: Any) -> TokenLabelMap:
     expected = (1, *inpt.canvas_size, 2)
     if displacement.shape != expected:
-        raise ValueError(
-            f"Argument displacement shape should be {expected}, but given {displacement.shape}"
-        )
+        raise ValueError(f"displacement must be {expected}, got {tuple(displacement.shape)}")
     path = inpt.path.guarded(inpt.canvas_size).warped(Elastic(displacement))
     return inpt.with_path(path, inpt.canvas_size)
 
@@ -252,14 +240,17 @@ def _pair(size: int | Sequence[int]) -> Size:
 
 
 def _affine_matrix(
-    pivot: Sequence[float],
+    inpt: TokenLabelMap,
+    center: Sequence[float] | None,
     angle: float,
     translate: Sequence[float],
     scale: float,
     shear: Sequence[float],
 ) -> Matrix:
     """Matrix from new points to old ones; angles in degrees, clockwise, as `F.affine` has them."""
-    matrix = _get_inverse_affine_matrix([*pivot], angle, [*translate], scale, [*shear])
+    h, w = inpt.canvas_size
+    pivot = [w / 2, h / 2] if center is None else [*center]
+    matrix = _get_inverse_affine_matrix(pivot, angle, [*translate], scale, [*shear])
     # The cosine of a right angle must be 0, not 6e-17, for a quarter turn to count as rectilinear.
     a, b, c, d, e, f = (0.0 if abs(value) < 1e-12 else value for value in matrix)
     return (a, b, c, d, e, f, 0.0, 0.0, 1.0)

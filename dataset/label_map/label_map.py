@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torchvision import tv_tensors
 
+from ..format.chunks import shuffle
 from ..format.score_map import MapLayout
 from .path import UNIT_BOX, Box, PixelPath
 
@@ -26,11 +27,10 @@ class TokenLabelMap(tv_tensors.Mask):
         image, leaf = transform(image, leaf)  # the map follows its image
         labels = TokenLabels.of(leaf)  # a record, for batches
 
-    The tensor itself is empty. The map's stored planes travel untouched beside it, and geometric
-    transforms only compose `path`; `TokenLabels` reads the map through it after the batch is on
-    its device. It is a Mask so that transforms that cannot move it (stock RandAugment, MixUp)
-    raise. Photometric transforms and erasing leave it alone: an erased patch keeps its label, as
-    in token labeling, where the student is to infer it from its surroundings.
+    The tensor itself is empty: the map's stored planes travel beside it, and geometric transforms
+    only compose `path`. It is a Mask so that transforms that cannot move it (stock RandAugment,
+    MixUp) raise. Photometric transforms and erasing leave it alone: an erased patch keeps its
+    label, as in token labeling, where the student is to infer it from its surroundings.
 
     Args:
         planes: the planes of the map in the order of `layout.planes()`, end to end, each as stored:
@@ -66,7 +66,7 @@ class TokenLabelMap(tv_tensors.Mask):
         extent: Box = UNIT_BOX,
         label: int = -1,
     ) -> Self:
-        """A map as described on the class."""
+        """A map of `canvas_size`, untouched."""
         leaf: Self = Tensor._make_subclass(cls, _NOTHING)
         leaf.__dict__.update(
             planes=planes,
@@ -176,20 +176,18 @@ class TokenLabelMap(tv_tensors.Mask):
         return super().__torch_function__(func, types, args, kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        (height, width), views = self.map_layout.grid, len(self.map_layout.views)
+        (height, width), k = self.map_layout.grid, self.map_layout.k
         return (
-            f"TokenLabelMap({height}x{width} cells, {self.map_layout.k} classes a cell, {views} "
-            f"view(s), canvas_size={self.canvas_size}, source_size={self.source_size}, "
-            f"extent={self.extent}, label={self.label})"
+            f"TokenLabelMap({height}x{width} cells of {k} classes, label={self.label}, "
+            f"canvas_size={self.canvas_size}, source_size={self.source_size})"
         )
 
 
 def _array(array: ArrayLike) -> np.ndarray:
-    if isinstance(array, Tensor):
-        array = array.detach().cpu()
-        array = array.float() if array.dtype == torch.bfloat16 else array  # NumPy has no bfloat16
-        return array.numpy()
-    return np.asarray(array)
+    if not isinstance(array, Tensor):
+        return np.asarray(array)
+    array = array.detach().cpu()
+    return (array.float() if array.dtype == torch.bfloat16 else array).numpy()  # NumPy has none
 
 
 def _encoded(
@@ -224,28 +222,13 @@ def _encoded(
     ids = np.where(np.isneginf(scores), -1 - np.arange(scores.shape[-1]), classes.astype(np.int64))
     if not np.diff(np.sort(ids, -1)).all():
         raise ValueError("the classes of a cell must differ, but for those with a score of -inf")
-    layout = MapLayout(
-        ("identity", "hflip")[: len(views)],
-        (scores.shape[1], scores.shape[2]),
-        scores.shape[3],
-        total,
-        residual=0,
-        step=0.0,
-    )
+    count, height, width, k = scores.shape
+    views_of = ("identity", "hflip")[:count]
+    layout = MapLayout(views_of, (height, width), k, total, residual=0, step=0.0)
     # In float16 a whole cell can round below 0, where it would count as more than all.
     codes = np.maximum(level[..., None] - scores.astype(np.float64), 0)
-    arrays = {
-        "codes": codes.transpose(0, 3, 1, 2),
-        "classes": classes.transpose(0, 3, 1, 2),
-        "level": level,
-    }
+    arrays = (codes.transpose(0, 3, 1, 2), classes.transpose(0, 3, 1, 2), level)
     with np.errstate(over="ignore"):  # beyond float16 is no class
-        planes = [arrays[name].astype(dtype) for name, (dtype, _) in layout.planes().items()]
-    return layout, b"".join(map(shuffled, planes))
-
-
-def shuffled(plane: np.ndarray) -> bytes:
-    """The bytes of a plane after HDF5's shuffle filter: all first bytes, then all second ones."""
-    width = plane.dtype.itemsize
-    flat = np.ascontiguousarray(plane).reshape(-1).view(np.uint8).reshape(-1, width)
-    return flat.T.tobytes()
+        types = (dtype for dtype, _ in layout.planes().values())
+        planes = [array.astype(dtype) for array, dtype in zip(arrays, types, strict=True)]
+    return layout, b"".join(map(shuffle, planes))

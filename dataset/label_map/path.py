@@ -52,11 +52,6 @@ def product(p: Matrix, q: Matrix) -> Matrix:
     )
 
 
-def intersection(p: Box, q: Box) -> Box:
-    """What two boxes have in common; x0 >= x1 or y0 >= y1 where that is nothing."""
-    return (max(p[0], q[0]), max(p[1], q[1]), min(p[2], q[2]), min(p[3], q[3]))
-
-
 @dataclass(frozen=True, slots=True)
 class Fold:
     """Padding that repeats the image: points outside it, folded back inside.
@@ -116,9 +111,8 @@ class PixelPath(NamedTuple):
 
     A point goes through `matrix`, must then lie in `box` to show any of the image (else it shows
     fill), and continues through `warp` and `inner`. The innermost path ends in the source image,
-    normalised: (0, 0) is its top left corner, (1, 1) its bottom right one. Immutable and shared.
-    Composing costs microseconds; crops, flips, resizes, padding and quarter turns in any number
-    stay one matrix and one box.
+    normalised: (0, 0) is its top left corner, (1, 1) its bottom right one. Crops, flips, resizes,
+    padding and quarter turns in any number stay one matrix and one box.
     """
 
     matrix: Matrix
@@ -137,13 +131,13 @@ class PixelPath(NamedTuple):
 
     def guarded(self, size: tuple[int, int]) -> "PixelPath":
         """The same path where points outside this image of `size` (h, w) show fill."""
-        h, w = size
-        box: Box = (0.0, 0.0, float(w), float(h))
-        if self.is_rectilinear:
-            return self._replace(box=intersection(self.box, transform_box(self.matrix, box)))
-        # Turned, the image is no upright box behind the matrix: it guards before it, in a new
-        # segment.
-        return PixelPath(IDENTITY, box, None, self)
+        image: Box = (0.0, 0.0, float(size[1]), float(size[0]))
+        if not self.is_rectilinear:
+            # Behind the matrix the image is no upright box: it guards before it, in a new segment.
+            return PixelPath(IDENTITY, image, None, self)
+        x0, y0, x1, y1 = transform_box(self.matrix, image)
+        p0, q0, p1, q1 = self.box
+        return self._replace(box=(max(x0, p0), max(y0, q0), min(x1, p1), min(y1, q1)))
 
     def warped(self, warp: Fold | Elastic) -> "PixelPath":
         """The path of a new image whose point p shows this one's point `warp`(p)."""

@@ -24,6 +24,8 @@ class Entry(NamedTuple):
 class ImageSource(Protocol):
     """Which images a split has, and their bytes, wherever they are stored.
 
+        from tokenlabel.dataset.sources.folder import FolderSource
+
         source = FolderSource(Path("imagenet/val"))
         keys = [entry.key.decode() for entry in source.scan()]
         for data in source.read(keys[:64]):

@@ -41,9 +41,9 @@ def footprints(records: Records, grid: Grid) -> tuple[Footprints, Tensor]:
     across_x, down_x, across_y, down_y = layout.reach
     across, down = across_x / grid[1] + across_y / grid[0], down_x / grid[1] + down_y / grid[0]
     size = min(rows, int(down - 1e-4) + 3), min(columns, int(across - 1e-4) + 3)
-    found = _upright(records, grid, size)
+    found = _integrated(records, grid, size)
     if layout.tilted:
-        found = _chosen(records.has(TILTED), _scattered(records, grid, size), found)
+        found = _chosen(records.has(TILTED), _sampled(records, grid, size), found)
     there = (found.weight > _NOTHING) & records.has(HAS_MAP)[:, None]
     offsets = torch.arange(size[0], device=there.device)[:, None] * columns
     offsets = (offsets + torch.arange(size[1], device=there.device)).flatten()
@@ -69,7 +69,7 @@ def _extent(records: Records) -> list[Tensor]:
 # --- upright paths: integrals --------------------------------------------------------------------
 
 
-def _upright(records: Records, grid: Grid, size: Grid) -> Footprints:
+def _integrated(records: Records, grid: Grid, size: Grid) -> Footprints:
     """Exact windows where the path is one upright matrix: a product of rows and columns."""
     layout = records.layout
     rows, columns = layout.maps.grid
@@ -114,17 +114,11 @@ def _upright(records: Records, grid: Grid, size: Grid) -> Footprints:
 def _integrals(
     ends: list[Tensor], shown: list[Tensor], cells: int, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Integrals of the cells' hats over intervals [B, h, w] of one axis, in cells.
+    """Integrals of the cells' hats over the patches' intervals on one axis, in cells.
 
-    Args:
-        ends: where each patch's interval begins and ends; the other way round in a mirrored image.
-        shown: first and last point of [0, cells] that the image shows, [B, 1, 1].
-        cells: of the axis.
-        size: cells of a window.
-
-    Returns:
-        The first cell, int64 [B, N]; amounts of `size` cells, [B, N, size], which sum to 1, or to 0
-        outside; and the fraction inside, [B, N].
+    `ends` are the intervals' bounds [B, h, w], in either order; `shown` [B, 1, 1] the first and the
+    last point of [0, cells] that the image shows. Returns the first cell, int64 [B, N]; amounts of
+    `size` cells, [B, N, size], which sum to 1, or to 0 outside; and the fraction inside, [B, N].
     """
     (start, end), (low, high) = ends, shown
     # A box beyond the extent shows nothing: from the last point to the last.
@@ -143,25 +137,24 @@ def _integrals(
         return x - 0.5 * x * x.abs()
 
     amount = hat(far[..., None] - centre) - hat(near[..., None] - centre)
-    inner = amount[..., 1:-1]
-    edges = torch.stack([amount[..., 0] * (first == 0), amount[..., -1] * (first == cells - size)])
-    inner = inner + torch.nn.functional.pad(edges[0][..., None], (0, size - 1))
-    inner = inner + torch.nn.functional.pad(edges[1][..., None], (size - 1, 0))
-    total = inner.sum(-1)
+    before = amount[..., :1] * (first == 0)[..., None]
+    after = amount[..., -1:] * (first == cells - size)[..., None]
+    inner = amount[..., 1:-1] + torch.nn.functional.pad(before, (0, size - 1))
+    inner = inner + torch.nn.functional.pad(after, (size - 1, 0))
     inside = (far - near) / length.flatten(1).clamp(min=_TINY)
-    return first.long(), _normalised(inner, total), inside
+    return first.long(), _normalised(inner), inside
 
 
-def _normalised(amounts: Tensor, total: Tensor) -> Tensor:
-    """Amounts [..., M] divided by their totals [...]; 0 where these are 0."""
-    total = total[..., None]
+def _normalised(amounts: Tensor) -> Tensor:
+    """Amounts [..., M] divided by their sums; 0 where these are 0."""
+    total = amounts.sum(-1, keepdim=True)
     return torch.where(total > 0, amounts / total.clamp(min=_TINY), 0.0)
 
 
 # --- all other paths: sub-points -----------------------------------------------------------------
 
 
-def _scattered(records: Records, grid: Grid, size: Grid) -> Footprints:
+def _sampled(records: Records, grid: Grid, size: Grid) -> Footprints:
     """Windows for any path, from sub-points."""
     most = max(records.layout.maps.grid)
     per = [max(_POINTS_PER_PATCH, -(-_POINTS_PER_CELL * most // side)) for side in grid]
@@ -247,6 +240,5 @@ def _from_points(records: Records, size: Grid, x: Tensor, y: Tensor) -> Footprin
         (next_row + next_column, below * right),
     ):
         window.scatter_add_(2, base + step, amount * one)
-    total = window.sum(-1)
-    weight = total / u.shape[-1]
-    return Footprints(origin[0] * columns + origin[1], _normalised(window, total), weight)
+    weight = window.sum(-1) / u.shape[-1]
+    return Footprints(origin[0] * columns + origin[1], _normalised(window), weight)

@@ -59,17 +59,14 @@ def _crop_boxes(records: Records) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     height, width = records.word("canvas_h"), records.word("canvas_w")
     ends = [torch.stack([c, c + a * width]), torch.stack([f, f + e * height])]
     (x0, x1), (y0, y1) = (end.sort(0).values for end in ends)
-    extent = [records.word(name) for name in ("x0", "y0", "x1", "y1")]
-    low_x, low_y = torch.maximum(path[:, 9], extent[0]), torch.maximum(path[:, 10], extent[1])
-    high_x, high_y = torch.minimum(path[:, 11], extent[2]), torch.minimum(path[:, 12], extent[3])
-    room = _ROUNDING
-    outside = (x0 < low_x - room) | (y0 < low_y - room) | (x1 > high_x + room)
-    outside = (outside | (y1 > high_y + room) | (a == 0)) & records.has(HAS_MAP)
-    if bool(outside.any()):
+    left, top, right, bottom = (records.word(name) for name in ("x0", "y0", "x1", "y1"))
+    low = torch.maximum(path[:, 9:11], torch.stack([left, top], 1)) - _ROUNDING
+    high = torch.minimum(path[:, 11:13], torch.stack([right, bottom], 1)) + _ROUNDING
+    outside = (x0 < low[:, 0]) | (y0 < low[:, 1]) | (x1 > high[:, 0]) | (y1 > high[:, 1])
+    if bool(((outside | (a == 0)) & records.has(HAS_MAP)).any()):
         raise error
     mirrored = records.has(MIRRORED)
-    wide, high = extent[2] - extent[0], extent[3] - extent[1]
-    x0, x1 = (x0 - extent[0]) / wide, (x1 - extent[0]) / wide
+    x0, x1 = (x0 - left) / (right - left), (x1 - left) / (right - left)
     x0, x1 = torch.where(mirrored, 1 - x1, x0), torch.where(mirrored, 1 - x0, x1)
-    boxes = torch.stack([x0, (y0 - extent[1]) / high, x1, (y1 - extent[1]) / high], 1)
-    return boxes, e < 0, (a < 0) ^ mirrored
+    y0, y1 = (y0 - top) / (bottom - top), (y1 - top) / (bottom - top)
+    return torch.stack([x0, y0, x1, y1], 1), e < 0, (a < 0) ^ mirrored

@@ -95,12 +95,16 @@ def pack(leaves: Sequence[TokenLabelMap], grid: Grid | None, shrink: float) -> T
 
 def _head(leaf: TokenLabelMap, grid: Grid | None, shrink: float) -> tuple[bytes, bytes]:
     """Header and path of a record, and its lattice."""
-    layout, path, (height, width) = leaf.map_layout, leaf.path, leaf.canvas_size
+    layout, path, size = leaf.map_layout, leaf.path, leaf.canvas_size
     segments, lattice = list(path.segments()), b""
     # A displacement field has no matrix, and there is room for so many only: their source points
     # are stored instead.
     if len(segments) > SEGMENTS or any(isinstance(part.warp, Elastic) for part in segments):
-        segments, lattice = [], _lattice(path, (height, width))
+        segments = []
+        x, y, inside = _points(path, size, LATTICE)
+        inside &= (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1)
+        points = np.rint(np.stack([x, y], -1) * (_OUTSIDE - 1))
+        lattice = np.where(inside[..., None], points, _OUTSIDE).astype("<u2").tobytes()
     head = _HEADER.pack(
         MAGIC,
         len(layout.views),
@@ -115,9 +119,8 @@ def _head(leaf: TokenLabelMap, grid: Grid | None, shrink: float) -> tuple[bytes,
         HAS_MAP * bool(leaf.planes) + MIRRORED * leaf.is_mirrored + TILTED * (not path.is_single),
         len(segments),
         bool(lattice),
-        height,
-        width,
-        _shrink(path, (height, width), shrink) if shrink else 0.0,
+        *size,
+        _shrink(path, size, shrink) if shrink else 0.0,
         *leaf.extent,
         *_reach(leaf),
     )
@@ -138,13 +141,6 @@ def _points(path: PixelPath, size: Grid, side: int) -> tuple[np.ndarray, np.ndar
     x, y, inside = path(at * size[1], (at * size[0])[:, None])
     x, y = (np.where(np.isfinite(v), v, 0.0) for v in np.broadcast_arrays(x, y))
     return x, y, inside
-
-
-def _lattice(path: PixelPath, size: Grid) -> bytes:
-    x, y, inside = _points(path, size, LATTICE)
-    inside = (inside & (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1))[..., None]
-    codes = np.where(inside, np.rint(np.stack([x, y], -1) * (_OUTSIDE - 1)), _OUTSIDE)
-    return codes.astype("<u2").tobytes()
 
 
 def _reach(leaf: TokenLabelMap) -> tuple[float, float, float, float]:
@@ -170,12 +166,8 @@ def _reach(leaf: TokenLabelMap) -> tuple[float, float, float, float]:
         steps = np.abs(np.diff(values, axis=axis), where=both, out=np.zeros(both.shape))
         return 1.1 * _SAMPLES * float(steps.max(initial=0.0))
 
-    return (
-        steepest(x, 1) * across,
-        steepest(y, 1) * down,
-        steepest(x, 0) * across,
-        steepest(y, 0) * down,
-    )
+    xx, xy, yx, yy = steepest(x, 1), steepest(y, 1), steepest(x, 0), steepest(y, 0)
+    return (xx * across, xy * down, yx * across, yy * down)
 
 
 def _shrink(path: PixelPath, size: Grid, factor: float) -> float:
@@ -224,15 +216,9 @@ def read_layout(data: Tensor) -> RecordLayout:
             "the records of a batch must be tokenlabel's, all of one layout. Remedy: make them "
             "with TokenLabelDataset or ToTokenLabels, and batch those of one label set"
         )
-    maps = MapLayout(
-        ("identity", "hflip")[: first["views"]],
-        (first["height"], first["width"]),
-        first["k"],
-        first["num_classes"],
-        first["residual"],
-        floats[0, _WORD["step"]].item(),
-        bool(first["level"]),
-    )
+    views, cells = ("identity", "hflip")[: first["views"]], (first["height"], first["width"])
+    counts, step = (first["k"], first["num_classes"], first["residual"]), floats[0, _WORD["step"]]
+    maps = MapLayout(views, cells, *counts, step.item(), bool(first["level"]))
     # In eighths of the map, so that a compiled step meets few different ones.
     steps = np.array([maps.grid[1], maps.grid[0]] * 2) / 8
     reach = floats[:, _WORD["reach_xx"] : _WORD["reach_yy"] + 1].max(0)
@@ -276,18 +262,16 @@ class Records(NamedTuple):
 
     def plane(self, name: str) -> Tensor:
         """A plane in the view that matches each image: int32 [B, ...], or float32 of float16."""
-        start = HEAD
+        end = HEAD
         for plane, (dtype, shape) in self.layout.maps.planes().items():
-            end = start + dtype.itemsize * math.prod(shape)
+            start, end = end, end + dtype.itemsize * math.prod(shape)
             if plane == name:
                 break
-            start = end
         data = self.data[:, start:end].contiguous().unflatten(1, (dtype.itemsize, *shape))
-        if len(self.layout.maps.views) > 1:
-            mirrored = self.has(MIRRORED).view(-1, *[1] * (data.ndim - 2))
-            data = torch.where(mirrored, data[:, :, 1], data[:, :, 0])
-        else:
-            data = data[:, :, 0]
+        data, *second = data.unbind(2)
+        if second:
+            mirrored = self.has(MIRRORED).view(-1, *[1] * (data.ndim - 1))
+            data = torch.where(mirrored, second[0], data)
         if dtype.kind == "f":
             # Copied even where it is contiguous: bytes that lie at an odd offset are no float16.
             items: Tensor = data.movedim(1, -1).clone(memory_format=torch.contiguous_format)

@@ -24,10 +24,9 @@ class TokenLabels(Tensor):
         loss = TokenLabelLoss()(*student(images), labels)
 
     A row is a record: the map of the sample's image as it is stored, and where its crop lies on it.
-    Nothing is computed before the batch is on its device; `targets` reads the maps there, all at
-    once. The tensor moves like any other (`to`, `pin_memory`, pickling, shared memory), has the
-    length of the batch and is indexed by image. What keeps whole records stays `TokenLabels`;
-    anything else, such as arithmetic on the last dimension, gives a plain tensor.
+    `targets` reads the maps, all at once, on the device of the batch. The tensor moves like any
+    other (`to`, `pin_memory`, pickling, shared memory), has the length of the batch and is indexed
+    by image. What keeps whole records stays `TokenLabels`; anything else is a plain tensor.
     """
 
     #: Read where records are batched, on the CPU, and handed on from there: asking a GPU waits.
@@ -40,8 +39,7 @@ class TokenLabels(Tensor):
         Args:
             leaf: the map and its path.
             grid: (h, w) of the student's patches, used where `targets` is called without one.
-            shrink: factor by which targets of small crops are drawn towards the image's mean, as
-                `TokenLabelDataset` describes it.
+            shrink: as in `TokenLabelDataset`.
         """
         record: Self = cls.collate([leaf], grid, shrink)[0]  # type: ignore[assignment]
         return record

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cells import LEAST, Cells, decode
+from .cells import LEAST, decode
 from .footprints import footprints
 from .record import Grid, Records
 
@@ -55,12 +55,7 @@ class TokenWindows(NamedTuple):
 
     def take(self, index: Tensor) -> "TokenWindows":
         """The targets of other images of the batch, int64 [B']."""
-        return TokenWindows(
-            *(
-                part if name == "offsets" else part[index]
-                for name, part in zip(self._fields, self, strict=True)
-            )
-        )
+        return TokenWindows(*(part if part is self.offsets else part[index] for part in self))
 
     def dense(self) -> Tensor:
         """The targets as one distribution a patch, float32 [B, N, C]."""
@@ -77,7 +72,7 @@ class TokenWindows(NamedTuple):
 
 
 class TokenTargets(NamedTuple):
-    """Soft targets of a batch, merged and cut to K classes: for inspection, or for another loss.
+    """Soft targets of a batch, merged and cut to K classes, for inspection or another loss.
 
         targets = labels.sparse(grid=14, k=5)
         targets.classes[0, 97], targets.probs[0, 97]  # of one patch of the first image
@@ -120,11 +115,9 @@ class TokenTargets(NamedTuple):
 
     def windows(self, num_classes: int) -> TokenWindows:
         """The same as windows: each patch a cell of its own, the rest spread over the others."""
-        listed = (self.probs > 0).sum(-1, keepdim=True)
-        others = num_classes - listed
+        others = num_classes - (self.probs > 0).sum(-1, keepdim=True)
         each = torch.where(others > 0, self.rest[..., None] / others.clamp(min=1), 0.0)
-        batch, patches = self.weight.shape
-        device = self.weight.device
+        (batch, patches), device = self.weight.shape, self.weight.device
         there = (self.weight > 0)[..., None].to(self.probs.dtype)
         return TokenWindows(
             self.classes.long(),
@@ -138,9 +131,9 @@ class TokenTargets(NamedTuple):
         )
 
 
-def patch_windows(records: Records, grid: Grid, cells: Cells | None = None) -> TokenWindows:
+def patch_windows(records: Records, grid: Grid) -> TokenWindows:
     """The targets of each patch of `grid`; `TokenLabels.targets` describes it."""
-    cells = decode(records) if cells is None else cells
+    cells = decode(records)
     (origin, window, weight), offsets = footprints(records, grid)
     at = (origin[..., None] + offsets).flatten(1)
     share = (cells.leftover.gather(1, at).view_as(window) * window).sum(-1, keepdim=True)

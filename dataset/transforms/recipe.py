@@ -42,17 +42,15 @@ def train_transform(
     alone; images PIL (mode RGB) or uint8 tensors [3, H, W]. Erasing leaves the map as it is: the
     student is to name what was there, as in LV-ViT.
 
-    `auto_augment` draws from Python's `random` and NumPy's global generator, as it is timm that
-    draws; all else from torch's. A DataLoader seeds all three in each worker from torch's, so with
-    workers `torch.manual_seed` makes a run repeatable; with `num_workers=0`, seed all three.
+    `auto_augment` draws as `TimmAugment` does, from Python's `random` and NumPy; all else from
+    torch's generator. With `num_workers=0`, seed all three.
 
     Args:
         size: of the output, pixels; an integer for a square, or (height, width).
         scale: bounds of the crop's area as a fraction of the image's.
         ratio: bounds of the crop's width / height.
         interpolation: "bilinear", "bicubic", "nearest", or "random": bilinear or bicubic by draw.
-        auto_augment: as timm spells it: "rand-m9-mstd0.5-inc1", "original", "3a"; None for none,
-            which needs no timm. See `TimmAugment`.
+        auto_augment: policy of `TimmAugment`; None for none, which needs no timm.
         color_jitter: strength for brightness, contrast and saturation, or one of each, hue perhaps
             fourth; None for none. As in timm, it is left out when `auto_augment` is on, unless
             that is a 3-Augment or `force_color_jitter` is set.
@@ -76,10 +74,7 @@ def train_transform(
         if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
             raise ValueError(f"{name} is (low, high) with 0 < low <= high; got {tuple(bounds)}")
     modes = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
-    crops = [
-        v2.RandomResizedCrop(size, scale, ratio, interpolation=_mode(mode), antialias=True)
-        for mode in modes
-    ]
+    crops = [v2.RandomResizedCrop(size, scale, ratio, _mode(mode)) for mode in modes]
     steps: list[Any] = [v2.RandomChoice(crops) if len(crops) > 1 else crops[0]]
     if hflip:
         steps.append(v2.RandomHorizontalFlip(hflip))
@@ -89,7 +84,14 @@ def train_transform(
         fill = [min(255, round(255 * value)) for value in mean]
         steps.append(TimmAugment(auto_augment, fill=fill, interpolation=interpolation))
     if color_jitter and (not auto_augment or force_color_jitter or "3a" in auto_augment):
-        steps.append(v2.ColorJitter(*_jitter(color_jitter)))
+        if isinstance(color_jitter, int | float):
+            color_jitter = (color_jitter,) * 3
+        if len(color_jitter) not in (3, 4):
+            raise ValueError(
+                "color_jitter is one number, or brightness, contrast, saturation and perhaps hue; "
+                f"got {len(color_jitter)} numbers"
+            )
+        steps.append(v2.ColorJitter(*color_jitter))
     steps += _to_normalised(mean, std)
     if erase_prob:
         steps.append(RandomErasing(erase_prob))
@@ -120,23 +122,15 @@ def eval_transform(
         raise ValueError(f"crop_pct must be in (0, 1]; got {crop_pct}")
     height, width = _height_width(size)
     around = math.floor(height / crop_pct), math.floor(width / crop_pct)
-    return v2.Compose(
-        [
-            ResizeToCover(around, _mode(interpolation)),
-            v2.CenterCrop([height, width]),
-            *_to_normalised(mean, std),
-        ]
-    )
+    resize, crop = ResizeToCover(around, _mode(interpolation)), v2.CenterCrop([height, width])
+    return v2.Compose([resize, crop, *_to_normalised(mean, std)])
 
 
 class RandomErasing(v2.RandomErasing):
     """Erase a random box with normal noise, as timm's mode "pixel"; label maps stay as they are.
 
-    Args:
-        p: probability of erasing.
-
     The box covers 2 to 33 percent of the area, with sides in a ratio of 0.3 to 1 / 0.3. It is for
-    normalised images, tensors.
+    tensors of normalised images.
     """
 
     def __init__(self, p: float = 0.25) -> None:
@@ -169,15 +163,12 @@ class ResizeToCover(v2.Transform):
         else:
             shrink = min(height / box_height, width / box_width)
             new_size = [round(height / shrink), round(width / shrink)]
-        return F.resize(inpt, new_size, self.interpolation, antialias=True)
+        return F.resize(inpt, new_size, self.interpolation)
 
 
 def _to_normalised(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
-    return [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(list(mean), list(std)),
-    ]
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    return [v2.ToImage(), to_float, v2.Normalize(list(mean), list(std))]
 
 
 def _height_width(size: int | Sequence[int]) -> tuple[int, int]:
@@ -195,14 +186,3 @@ def _mode(name: str) -> v2.InterpolationMode:
         raise ValueError(
             f"interpolation is one of {known}, or 'random' for training; got {name!r}"
         ) from None
-
-
-def _jitter(strength: float | Sequence[float]) -> tuple[float, ...]:
-    if isinstance(strength, int | float):
-        return (float(strength),) * 3
-    if len(strength) not in (3, 4):
-        raise ValueError(
-            "color_jitter is one number, or brightness, contrast, saturation and perhaps hue; "
-            f"got {len(strength)} numbers"
-        )
-    return tuple(strength)

@@ -41,7 +41,12 @@ class ToTokenLabels(v2.Transform):
 
     def check_inputs(self, flat_inputs: list[Any]) -> None:
         """Refuse maps that do not lie on the sample's image."""
-        sizes = {tuple(F.get_size(image)) for image in _images(flat_inputs)}
+        explicit = (PIL.Image.Image, tv_tensors.Image, tv_tensors.Video)
+        images = [leaf for leaf in flat_inputs if isinstance(leaf, explicit)]
+        if not images:  # v2 takes the first plain tensor for the image
+            plain = [leaf for leaf in flat_inputs if F.is_pure_tensor(leaf)]
+            images = [leaf for leaf in plain[:1] if leaf.ndim >= 2]
+        sizes = {tuple(F.get_size(image)) for image in images}
         for leaf in flat_inputs:
             if isinstance(leaf, TokenLabelMap) and sizes - {leaf.canvas_size}:
                 raise ValueError(
@@ -53,13 +58,3 @@ class ToTokenLabels(v2.Transform):
     def transform(self, inpt: TokenLabelMap, params: dict[str, Any]) -> TokenLabels:
         """The record of one map."""
         return TokenLabels.of(inpt, self.grid, self.shrink)
-
-
-def _images(flat_inputs: list[Any]) -> list[Any]:
-    """The leaves of a sample that v2 transforms take for images."""
-    explicit = (PIL.Image.Image, tv_tensors.Image, tv_tensors.Video)
-    images = [leaf for leaf in flat_inputs if isinstance(leaf, explicit)]
-    if images:
-        return images
-    pure = [leaf for leaf in flat_inputs if F.is_pure_tensor(leaf)]
-    return [leaf for leaf in pure[:1] if leaf.ndim >= 2]

@@ -62,8 +62,9 @@ class _WithMaps(v2.Transform):
         return tree_unflatten(leaves, spec)
 
     def _flatten_and_extract_image_or_video(self, inputs: Any, *_: Any) -> Any:
-        # Masks go through, which torchvision refuses.
-        refused = tv_tensors.BoundingBoxes, tv_tensors.KeyPoints
+        # Masks go through, which torchvision refuses. It has keypoints from 0.23 on.
+        kinds = [getattr(tv_tensors, name, None) for name in ("BoundingBoxes", "KeyPoints")]
+        refused = tuple(filter(None, kinds))
         found, image = super()._flatten_and_extract_image_or_video(inputs, refused)
         check_canvas([image, *(leaf for leaf in found[0] if isinstance(leaf, tv_tensors.Mask))])
         return found, image

@@ -1,8 +1,10 @@
 """A page to browse label maps: one HTML file that needs no network and no server."""
 
+import base64
 import hashlib
+import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -10,18 +12,109 @@ from string import Template
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from ...dataset.store import LabelStore
 from ...errors import ConfigError, FormatError, ImageError, TokenLabelError
+from ...terminal import Watch
+from ..label_sets import ClassNames, patch_map
 from ..pictures.image_files import ImageFiles
-from ..pictures.map_facts import COLOURS, LETTERS, OTHER, VIRIDIS
+from ..pictures.map_facts import COLOURS, LETTERS, OTHER, VIRIDIS, legend, map_facts
 from ..pictures.output import output_file
-from .data import SplitData, encoded
 
+#: Longer side of an image on the page, in pixels.
+IMAGE_SIDE = 480
+#: Limit for its JPEG: with the map's bytes, it keeps 200 images under 20 MB, whatever they show.
+IMAGE_BYTES = 52_000
+#: Classes of a patch that the page lists, and of all patches of a map: fine maps list fewer.
+PATCH_CLASSES, MAP_CLASSES = 10, 4096
+_QUALITIES = (80, 65, 50, 30, 15)
 #: Images without a map that a page lists by name.
 LISTED_ERRORS = 1000
 #: In the order in which they make up the one script.
 _SCRIPTS = ("data.js", "summary.js", "gallery.js", "viewer.js", "patches.js", "start.js")
+
+
+class SplitData:
+    """What the images of one split have in common; gathers the names of the classes shown.
+
+    Args:
+        store: the label set.
+        name: of the split, for people.
+    """
+
+    def __init__(self, store: LabelStore, name: str) -> None:
+        self.store = store
+        self.name = name
+        height, width = store.grid
+        self.listed = max(min(store.k, PATCH_CLASSES, MAP_CLASSES // (height * width)), 1)
+        self._names = ClassNames(store.classes)
+        self._indices: dict[int, int] = {}
+
+    def index(self, class_id: int) -> int:
+        """Index of a class among those of this split that the page names."""
+        return self._indices.setdefault(class_id, len(self._indices))
+
+    def image(self, key: str, image: Image.Image) -> dict[str, Any]:
+        """One image: its pixels, its map and facts about the map."""
+        patches = patch_map(self.store, key)
+        facts = map_facts(patches)
+        ids, ranks = np.unique(patches.classes[..., : self.listed], return_inverse=True)
+        return {
+            "key": key,
+            "size": patches.entry.size,
+            "extent": patches.entry.extent,
+            "label": self.index(patches.label) if patches.label >= 0 else -1,
+            "folderLabel": patches.entry.label,
+            "src": "data:image/jpeg;base64," + encoded(jpeg(image)),
+            "classes": [self.index(class_id) for class_id in ids.tolist()],
+            "ranks": encoded(ranks.astype("<u2").tobytes()),
+            "probs": _quantised(patches.probs[..., : self.listed]),
+            "masses": _quantised(patches.mass),
+            "legend": [
+                self.index(entry.class_id) for entry in legend(patches.best, patches.probs[..., 0])
+            ],
+            **facts,
+            "seen": self.index(facts["seen"]),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Of the split, once all its images are there."""
+        return {
+            "name": self.name,
+            "teacher": self.store.attrs["teacher"],
+            "fingerprint": self.store.attrs["fingerprint"],
+            "grid": self.store.grid,
+            "k": self.store.k,
+            "listed": self.listed,
+            "numClasses": self.store.num_classes,
+            "images": len(self.store),
+            "classes": [[class_id, self._names[class_id]] for class_id in self._indices],
+        }
+
+
+def _quantised(values: np.ndarray) -> str:
+    """Probabilities in steps of 1/65535, in base64."""
+    return encoded(np.rint(np.clip(values, 0, 1) * 65535).astype("<u2").tobytes())
+
+
+def jpeg(image: Image.Image) -> bytes:
+    """An image small enough for a page, in at most `IMAGE_BYTES`."""
+    side = IMAGE_SIDE
+    while True:
+        small = image.copy()
+        small.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        for quality in _QUALITIES:
+            target = io.BytesIO()
+            small.save(target, "JPEG", quality=quality, optimize=True)
+            if target.tell() <= IMAGE_BYTES:
+                return target.getvalue()
+        side //= 2  # noise
+
+
+def encoded(data: bytes) -> str:
+    """Base64."""
+    return base64.b64encode(data).decode("ascii")
 
 
 class PageReport(NamedTuple):
@@ -48,7 +141,7 @@ def save_page(
     *,
     limit: int = 200,
     keys: Sequence[str] | None = None,
-    watch: Callable[[int, int], None] = lambda *_: None,
+    watch: Watch = lambda *_: None,
 ) -> PageReport:
     """Write a page with images and label maps to browse.
 

@@ -29,9 +29,7 @@ class Augmentation(NamedTuple):
         shown: bool [GRID, GRID], False for patches that show none of the image.
         outline: float [4, 2], its corners in the source image, normalised (x, y), clockwise as the
             augmented image shows them, from the top left.
-        mirrored: whether it was flipped.
-        fraction: of the source image's area, enclosed by the outline.
-        angle: degrees by which its content was turned, counter-clockwise.
+        title: the fraction of the image's area that it shows, and how that was flipped and turned.
     """
 
     image: Image.Image
@@ -39,9 +37,7 @@ class Augmentation(NamedTuple):
     probs: Floats
     shown: npt.NDArray[np.bool_]
     outline: Floats
-    mirrored: bool
-    fraction: float
-    angle: float
+    title: str
 
 
 def augmentations(
@@ -69,17 +65,13 @@ def augmentations(
             outline, mirrored = outline_of(augmented_map), augmented_map.path.is_mirrored
             x, y = outline.T
             area = 0.5 * abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))))
+            angle = angle_of(outline, mirrored)
+            title = (
+                f"crop of {area:.0%}{', mirrored' * mirrored}, turned {abs(angle):.0f} degrees "
+                f"{'left' if angle >= 0 else 'right'}"
+            )
             found.append(
-                Augmentation(
-                    image=augmented,
-                    best=best.astype(np.int64),
-                    probs=probs,
-                    shown=weight > 0,
-                    outline=outline,
-                    mirrored=mirrored,
-                    fraction=area,
-                    angle=angle_of(outline, mirrored),
-                )
+                Augmentation(augmented, best.astype(np.int64), probs, weight > 0, outline, title)
             )
     return found
 

@@ -11,7 +11,6 @@ from ...annotate.images import decode_image, file_digest
 from ...annotate.sample import sample_images
 from ...dataset.format.shard import Shard
 from ...dataset.sources.folder import FolderSource
-from ...dataset.sources.image_source import ImageSource
 from ...dataset.store import LabelStore
 from ...errors import ConfigError, ImageError, StorageError
 
@@ -31,29 +30,28 @@ class ImageFiles:
     """
 
     def __init__(self, store: LabelStore, images: Path | None = None) -> None:
+        # The sample's files are installed in one folder, under the names that end their keys.
         self._store, self._flat = store, images is None
-        annotated = np.flatnonzero(~store.failed)
-        example = store.keys[int(annotated[0])] if len(annotated) else store.keys[0]
+        example = store.keys[int(np.argmin(store.failed))]  # of the first that was annotated
         if images is not None:
-            self._source = self._find(example, [images, images / store.root.name])
+            folders = [images, images / store.root.name]
         elif PurePosixPath(example).match("imagenet_[0-9][0-9]_*.jpg"):
-            # Its files are installed in one folder, under the names that end their keys.
-            self._source = self._find(example, [sample_images()[0].parent])
+            folders = [sample_images()[0].parent]
         else:
             raise ConfigError(
                 f"the images must be found to be shown, and {store.root} does not record where its "
                 f"images are. {_REMEDY}"
             )
-
-    def _find(self, example: str, folders: list[Path]) -> ImageSource:
-        for source in map(FolderSource, folders):
+        name = self._name(example)
+        for folder in folders:
             with suppress(StorageError):
-                next(source.read([self._name(example)]))
-                return source
-        tried = " and no ".join(repr(str(folder / self._name(example))) for folder in folders)
+                self._source = FolderSource(folder)
+                next(self._source.read([name]))
+                return
+        tried = " and no ".join(repr(str(folder / name)) for folder in folders)
         raise ConfigError(
-            f"the images of {self._store.root} must lie in {folders[0]} under the keys of the "
-            f"labels, but there is no {tried}. {_REMEDY}"
+            f"the images of {store.root} must lie in {folders[0]} under the keys of the labels, "
+            f"but there is no {tried}. {_REMEDY}"
         )
 
     def _name(self, key: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,9 +66,7 @@ def class_overlay(
         shown: bool [H, W]; patches without a target are hatched.
     """
     colours = {entry.class_id: entry.colour for entry in entries}
-    drawn = _tinted(
-        image, best.shape, extent, lambda r, c: colours.get(int(best[r, c]), OTHER), 0.5
-    )
+    drawn = _tinted(image, best, extent, lambda class_id: colours.get(class_id, OTHER), 0.5)
     draw = ImageDraw.Draw(drawn)
     letters = letters_of(best, probs, entries)
     for row, column, box in _cells(best.shape, extent, image.size):
@@ -94,21 +93,22 @@ def class_overlay(
 def mass_overlay(image: Image.Image, mass: Floats, extent: Box) -> Image.Image:
     """The image in grey under the colour of each patch's top-k mass, [H, W]."""
     grey = image.convert("L").convert("RGB")  # colours of the image would look like mass
-    return _tinted(grey, mass.shape, extent, lambda r, c: viridis(float(mass[r, c])), 0.75)
+    return _tinted(grey, mass, extent, viridis, 0.75)
 
 
 def _tinted(
     image: Image.Image,
-    grid: tuple[int, ...],
+    values: np.ndarray,
     extent: Box,
-    colour: Callable[[int, int], str | tuple[int, int, int]],
+    colour: Callable[[Any], str | tuple[int, int, int]],
     alpha: float,
 ) -> Image.Image:
     tint = image.copy()
     draw = ImageDraw.Draw(tint)
-    for row, column, (left, top, right, bottom) in _cells(grid, extent, image.size):
+    for row, column, (left, top, right, bottom) in _cells(values.shape, extent, image.size):
         if right > left and bottom > top:
-            draw.rectangle((left, top, right - 1, bottom - 1), fill=colour(row, column))
+            fill = colour(values[row, column].item())
+            draw.rectangle((left, top, right - 1, bottom - 1), fill)
     return Image.blend(image, tint, alpha)
 
 

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from ...dataset.format.files import sync_folder
@@ -20,9 +21,10 @@ from ...dataset.format.shard import Shard, parse_shard_name, shard_name
 from ...dataset.format.sums import NAME as SUMS
 from ...dataset.format.sums import read_sums
 from ...errors import FormatError, NewerVersionError, OutputError
+from ...terminal import Watch
 from .shard_check import Fault, check_alone, reason, settings_of, sum_faults
 
-Watch = Callable[[int, int], None]
+_LISTED = 10_000  # missing files by name
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +59,10 @@ class SplitCheck:
         """Names of the files that `annotate` can redo."""
         return sorted({fault.file for fault in self.faults if fault.redone_by_annotate})
 
+    def add(self, file: str, text: str) -> None:
+        """Note a fault of a file."""
+        self.faults.append(Fault(file, text))
+
     def as_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
         facts = vars(self) | {"ok": self.ok, "bad_files": self.bad_files}
@@ -78,8 +84,15 @@ def verify(
     paths = sorted(path for path in root.iterdir() if parse_shard_name(path.name))
     result = SplitCheck(str(root), shards=len(paths))
     sums = _read_sums(root, paths, result)
-    manifest = _read_manifest(root / MANIFEST, sums.get(MANIFEST, ""), result)
-    others = root / MANIFEST if manifest else None, images
+    manifest, path = None, root / MANIFEST
+    try:
+        manifest = open_manifest(path, verify=True)
+        result.faults += sum_faults(path, sums.get(MANIFEST, ""))
+    except FileNotFoundError:
+        result.notes.append(f"there is no {MANIFEST}: the order of the images was not compared")
+    except FormatError as error:
+        result.add(MANIFEST, reason(error, path))
+    others = path if manifest else None, images
     # Threads: each waits for the process that checks its shard.
     with ThreadPoolExecutor(workers) as pool:
         tasks = [pool.submit(check_alone, path, sums.get(path.name), *others) for path in paths]
@@ -131,32 +144,18 @@ def _read_sums(root: Path, paths: Sequence[Path], result: SplitCheck) -> dict[st
     try:
         sums = read_sums(root)
     except FormatError as error:
-        result.faults.append(Fault(SUMS, reason(error, root / SUMS)))
+        result.add(SUMS, reason(error, root / SUMS))
         return {}
     if not sums:
         result.notes.append(f"there is no {SUMS}: the checksums inside the files were compared")
         return {}
     files = [path for path in (*paths, root / MANIFEST, root / INDEX) if path.exists()]
     if unlisted := [path.name for path in files if path.name not in sums]:
-        text = f"it lacks {len(unlisted)} files, {unlisted[0]} the first of them"
-        result.faults.append(Fault(SUMS, text))
+        result.add(SUMS, f"it lacks {len(unlisted)} files, {unlisted[0]} the first of them")
     for name in sums:
         if name not in (MANIFEST, INDEX) and not parse_shard_name(name):
-            result.faults.append(Fault(SUMS, f"it lists {name!r}, which is no file of a split"))
+            result.add(SUMS, f"it lists {name!r}, which is no file of a split")
     return sums
-
-
-def _read_manifest(path: Path, sha256: str, result: SplitCheck) -> Manifest | None:
-    try:
-        manifest = open_manifest(path, verify=True)
-    except FileNotFoundError:
-        result.notes.append(f"there is no {MANIFEST}: the order of the images was not compared")
-        return None
-    except FormatError as error:
-        result.faults.append(Fault(MANIFEST, reason(error, path)))
-        return None
-    result.faults += sum_faults(path, sha256)
-    return manifest
 
 
 def _compare_shards(paths: Sequence[Path], result: SplitCheck) -> list[Shard]:
@@ -168,30 +167,35 @@ def _compare_shards(paths: Sequence[Path], result: SplitCheck) -> list[Shard]:
             opened.append((shard, [] if path.name in bad else shard.texts("key")[ends]))
             result.rows += shard.rows
             result.nbytes += shard.end
-    runs = Counter(shard.attrs["fingerprint"] for shard, _ in opened)
-    run = max(runs, key=runs.__getitem__, default="")
+    run = mode(shard.attrs["fingerprint"] for shard, _ in opened) if opened else ""
     before = {-1: (0, "")}
     for shard, keys in opened:
-        number, row, texts = shard.attrs["shard"], shard.attrs["first_row"], []
+        number, row, name = shard.attrs["shard"], shard.attrs["first_row"], shard.path.name
         if (found := shard.attrs["fingerprint"]) != run:
-            texts = [f"it is of another run: its fingerprint is {found}, most shards have {run}"]
+            text = f"it is of another run: its fingerprint is {found}, most shards have {run}"
+            result.add(name, text)
         elif keys:
             end, last = before.get(number - 1, (row, ""))
             before[number] = row + shard.rows, keys[-1]
             good.append(shard)
             if row != end:
-                texts = [f"it must begin at row {end}, where the last shard ends, not at {row}"]
+                text = f"it must begin at row {end}, where the last shard ends, not at {row}"
+                result.add(name, text)
             if keys[0].encode() <= last.encode():
-                texts.append(f"keys must ascend: {keys[0]!r} comes after {last!r}")
+                result.add(name, f"keys must ascend: {keys[0]!r} comes after {last!r}")
             if shard.layout != good[0].layout:
-                texts.append(f"its layout must be {good[0].layout}, it is {shard.layout}")
-        result.faults += [Fault(shard.path.name, text) for text in texts]
-    totals = Counter(int(path.stem.rpartition("-")[2]) for path in paths)
-    total = max(totals, key=totals.__getitem__, default=0)
-    expected, there = {shard_name(n, total) for n in range(total)}, {path.name for path in paths}
-    result.missing = sorted(expected - there)
+                result.add(name, f"its layout must be {good[0].layout}, it is {shard.layout}")
+    numbers = [parsed for path in paths if (parsed := parse_shard_name(path.name))]
+    total = mode(shards for _, shards in numbers) if numbers else 0
+    there = {path.name for path in paths}
+    expected = {shard_name(number, total) for number, _ in numbers if number < total}
+    gone = (name for n in range(total) if (name := shard_name(n, total)) not in there)
+    # A file's name can claim more shards than memory has room for their names.
+    result.missing = [*islice(gone, _LISTED)]
+    if more := total - len(there & expected) - len(result.missing):
+        result.notes.append(f"{more} more of {total} shards are missing")
     for name in sorted(there - expected):
-        result.faults.append(Fault(name, f"most shards here are of a split of {total} shards"))
+        result.add(name, f"most shards here are of a split of {total} shards")
     return good
 
 
@@ -205,7 +209,7 @@ def _compare_manifest(manifest: Manifest, settings: dict[str, Any], result: Spli
     elif result.ok and len(manifest.keys) != result.rows:
         text = f"it has {len(manifest.keys)} images, the shards have {result.rows}"
     if text:
-        result.faults.append(Fault(MANIFEST, text))
+        result.add(MANIFEST, text)
 
 
 def _compare_index(path: Path, shards: list[Path], sha256: str, result: SplitCheck) -> None:

@@ -42,12 +42,12 @@ def pair(size: int | Sequence[int]) -> Grid:
     return height, width
 
 
-def as_map(features: Tensor, image_size: Grid, prefix: int = 0, *, channels_last: bool) -> Tensor:
+def as_map(features: Tensor, images: Tensor, prefix: int = 0, *, channels_last: bool) -> Tensor:
     """Patch features [B, h, w, D] of tokens [B, prefix + N, D] or a feature map.
 
     Args:
         features: tokens, or a map [B, h, w, D] or [B, D, h, w].
-        image_size: (H, W) of the images.
+        images: [B, channels, H, W].
         prefix: number of class, distillation and register tokens in front.
         channels_last: whether a feature map is [B, h, w, D].
 
@@ -67,7 +67,7 @@ def as_map(features: Tensor, image_size: Grid, prefix: int = 0, *, channels_last
         raise ValueError(
             f"a backbone's features must hold patch tokens, got {list(features.shape)}. {OVERRIDE}"
         )
-    grid: Tensor = patches.unflatten(1, grid_of(patches.shape[1], image_size))
+    grid: Tensor = patches.unflatten(1, grid_of(patches.shape[1], pair(images.shape[-2:])))
     return grid
 
 

@@ -14,13 +14,13 @@ def timm_backbone(model: Any) -> Backbone | None:
     if not all(callable(getattr(model, name, None)) for name in _INTERFACE):
         return None
     size = getattr(_embedding(model), "img_size", None)
-    if size is None:
+    if size is None:  # timm's factory notes the img_size of models that keep it elsewhere
         config = getattr(model, "pretrained_cfg", None) or {}
-        size = tuple(config.get("input_size", (3, 224, 224)))[-2:]
+        size = getattr(model, "_traits", {}).get("img_size") or config.get("input_size", (224, 224))
     dense = getattr(model, "aux_head", None) is not None  # VOLO
     return Backbone(
         _volo_features if dense else _features,
-        (int(size[0]), int(size[1])),
+        (int(size[-2]), int(size[-1])),
         int(model.num_classes),
         _reset,
         _embedding,
@@ -38,22 +38,28 @@ def _features(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     logits = model.forward_head(features)
     if isinstance(logits, tuple):  # DeiT in its distilled training: both heads, as in evaluation
         logits = (logits[0] + logits[1]) / 2
+    channels_last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
     if isinstance(features, Tensor):
-        features = _final_norm(model)(features)
+        width = features.shape[1 if features.ndim == 4 and not channels_last else -1]
+        features = _final_norm(model, width)(features)
     patches = as_map(
         features,
-        (images.shape[-2], images.shape[-1]),
+        images,
         getattr(model, "num_prefix_tokens", 0),
-        channels_last=str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC"),
+        channels_last=channels_last,
     )
     return logits, patches
 
 
-def _final_norm(model: Any) -> nn.Module:
-    """The norm that some models apply after pooling; their patches need it as much."""
+def _final_norm(model: Any, width: int) -> nn.Module:
+    """The norm that some models apply after pooling; their patches need it as much.
+
+    A norm of another width is of a hidden layer in the head (InceptionNeXt), not of the features.
+    """
     for owner, name in ((model, "fc_norm"), (getattr(model, "head", None), "norm")):
         norm = getattr(owner, name, None)
-        if isinstance(norm, nn.Module):
+        weight = getattr(norm, "weight", None)
+        if isinstance(norm, nn.Module) and (weight is None or len(weight) == width):
             return norm
     return nn.Identity()
 
@@ -73,5 +79,4 @@ def _volo_features(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     else:  # adds half of the patches' maximum
         logits = model.forward_head(tokens)
     dense = model.aux_head(model.head_drop(tokens))
-    size = (images.shape[-2], images.shape[-1])
-    return logits, as_map(dense, size, prefix=1, channels_last=True)
+    return logits, as_map(dense, images, prefix=1, channels_last=True)

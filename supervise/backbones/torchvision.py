@@ -7,26 +7,17 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ConvNeXt, ResNet, SwinTransformer, VisionTransformer
 
-from .backbone import Backbone, as_map, last_linear, replace_linear
+from .backbone import Backbone, as_map, last_linear, pair, replace_linear
 
 
 def torchvision_backbone(model: Any) -> Backbone | None:
     """Describe a classifier of torchvision; None for another model."""
-    features: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
-    size = 224
-    if isinstance(model, VisionTransformer):
-        features, size = _vit_features, model.image_size
-    elif isinstance(model, SwinTransformer):
-        features = _swin_features
-    elif isinstance(model, ConvNeXt):
-        features = _convnext_features
-    elif isinstance(model, ResNet):
-        features = _resnet_features
-    else:
-        return None
-    found = last_linear(model)
-    classes = 0 if found is None else found[1].out_features
-    return Backbone(features, (size, size), classes, _reset, _embedding)
+    for kind, features in _FAMILIES.items():
+        if isinstance(model, kind):
+            found, size = last_linear(model), pair(getattr(model, "image_size", 224))
+            classes = 0 if found is None else found[1].out_features
+            return Backbone(features, size, classes, _reset, _embedding)
+    return None
 
 
 def _embedding(model: Any) -> nn.Module | None:
@@ -39,8 +30,7 @@ def _vit_features(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     patches = model._process_input(images)
     tokens = torch.cat([model.class_token.expand(len(patches), -1, -1), patches], dim=1)
     tokens = model.encoder(tokens)
-    size = (images.shape[-2], images.shape[-1])
-    return model.heads(tokens[:, 0]), as_map(tokens, size, prefix=1, channels_last=True)
+    return model.heads(tokens[:, 0]), as_map(tokens, images, prefix=1, channels_last=True)
 
 
 def _swin_features(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,6 +49,14 @@ def _resnet_features(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     x = model.maxpool(model.relu(model.bn1(model.conv1(images))))
     x = model.layer4(model.layer3(model.layer2(model.layer1(x))))
     return model.fc(model.avgpool(x).flatten(1)), x.permute(0, 2, 3, 1)
+
+
+_FAMILIES: dict[type[nn.Module], Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
+    VisionTransformer: _vit_features,
+    SwinTransformer: _swin_features,
+    ConvNeXt: _convnext_features,
+    ResNet: _resnet_features,
+}
 
 
 def _reset(model: Any, num_classes: int) -> None:

@@ -78,10 +78,9 @@ def _classifier_features(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _patches(model: Any, features: Any, images: Tensor) -> tuple[Tensor, int]:
-    size = (images.shape[-2], images.shape[-1])
-    prefix = 0
+    prefix, (rows, columns) = 0, pair(getattr(model.config, "patch_size", 16))
     if isinstance(features, Tensor) and features.ndim == 3:
-        patch = pair(getattr(model.config, "patch_size", 16))
+        patches = (images.shape[-2] // rows) * (images.shape[-1] // columns)
         # Hierarchical models (Swin) have far fewer tokens than patches, and no prefix.
-        prefix = max(features.shape[1] - (size[0] // patch[0]) * (size[1] // patch[1]), 0)
-    return as_map(features, size, prefix, channels_last=False), prefix
+        prefix = max(features.shape[1] - patches, 0)
+    return as_map(features, images, prefix, channels_last=False), prefix

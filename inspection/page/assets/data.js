@@ -39,28 +39,23 @@ function numbers(text) {
   return Uint16Array.from({ length: bytes.length / 2 }, (_, i) => view.getUint16(2 * i, true));
 }
 
-/** The map of an image: classes on top of patch i, best first, as [[index, probability], …].
- * Indices are into the names of its split. */
-function mapOf(image) {
-  if (image.map) return image.map;
-  const { listed } = data.splits[image.split];
-  const ranks = numbers(image.ranks);
-  const probs = numbers(image.probs);
-  image.map = {
-    mass: Array.from(numbers(image.masses), (step) => step / 65535),
-    top: (patch, rank = 0) => image.classes[ranks[patch * listed + rank]],
-    // Probability 0: no class is stored.
+/** The map of an image; classes are indices into the names of its split. */
+function mapOf({ split, classes, ranks, probs, masses }) {
+  const { listed } = data.splits[split];
+  const [places, chances] = [numbers(ranks), numbers(probs)];
+  const at = (i) => [classes[places[i]], chances[i] / 65535];
+  return {
+    mass: Array.from(numbers(masses), (step) => step / 65535),
+    top: (patch) => at(patch * listed)[0],
+    /** The classes of a patch, best first, as [[index, probability], …]; 0: none is stored. */
     patch: (patch) =>
-      Array.from({ length: listed }, (_, rank) => [
-        image.classes[ranks[patch * listed + rank]],
-        probs[patch * listed + rank] / 65535,
-      ]).filter(([, chance]) => chance > 0),
+      Array.from({ length: listed }, (_, rank) => at(patch * listed + rank)).filter(([, p]) => p > 0),
   };
-  return image.map;
 }
 
 for (const image of data.images) {
   const split = data.splits[image.split];
+  image.map = mapOf(image);
   image.id = `${split.name}/${image.key}`;
   image.labelName = image.label >= 0 ? split.names[image.label] : "";
   const seen = [image.seen, ...image.legend].map((index) => split.names[index]);

@@ -1,12 +1,11 @@
 // Cards that can be searched, sorted and walked through with the arrow keys.
 
-const links = new Map();
 let order = []; // images as the gallery shows them
 let current = 0; // the one that Tab reaches
 
 const hashOf = (image) => `#${image.id.split("/").map(encodeURIComponent).join("/")}`;
 
-function cardOf(image) {
+for (const image of data.images) {
   const { names } = data.splits[image.split];
   const seen = names[image.seen];
   const label = image.label >= 0 ? image.labelName : "label unknown";
@@ -26,12 +25,10 @@ function cardOf(image) {
     text.append(make("p", { className: kind, title: seen }, `seen as ${seen}`));
   }
   const thumbnail = make("img", { src: image.src, alt: "", decoding: "async", loading: "lazy" });
-  const link = make("a", { className: "card", href: hashOf(image), tabIndex: -1 }, thumbnail, text);
-  links.set(image, link);
-  return make("li", {}, link);
+  const properties = { className: "card", href: hashOf(image), tabIndex: -1 };
+  image.link = make("a", properties, thumbnail, text);
+  image.card = make("li", {}, image.link);
 }
-
-const cards = new Map(data.images.map((image) => [image, cardOf(image)]));
 
 function refresh() {
   const terms = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -43,20 +40,20 @@ function refresh() {
     const value = (image) => (image[by] === null ? Infinity : direction * image[by]);
     order.sort((a, b) => (value(a) === value(b) ? 0 : value(a) - value(b)));
   }
-  $("gallery").replaceChildren(...order.map((image) => cards.get(image)));
+  $("gallery").replaceChildren(...order.map((image) => image.card));
   $("count").textContent = `${whole(order.length)} of ${whole(data.images.length)} images`;
   reach(0);
 }
 
 /** Make one card the gallery's stop for Tab. */
 function reach(number) {
-  for (const link of links.values()) link.tabIndex = -1;
+  for (const { link } of data.images) link.tabIndex = -1;
   current = number;
-  if (order[current]) links.get(order[current]).tabIndex = 0;
+  if (order[current]) order[current].link.tabIndex = 0;
 }
 
 function columns() {
-  const tops = order.map((image) => cards.get(image).offsetTop);
+  const tops = order.map((image) => image.card.offsetTop);
   const next = tops.findIndex((top) => top !== tops[0]);
   return next < 0 ? tops.length : next;
 }
@@ -76,10 +73,10 @@ $("gallery").addEventListener("keydown", (event) => {
   const number = steps[event.key]();
   if (number < 0 || number >= order.length) return;
   reach(number);
-  links.get(order[number]).focus();
+  order[number].link.focus();
 });
 $("gallery").addEventListener("focusin", (event) => {
-  const number = order.findIndex((image) => links.get(image) === event.target);
+  const number = order.findIndex((image) => image.link === event.target);
   if (number >= 0) reach(number);
 });
 $("search").addEventListener("input", refresh);

@@ -4,7 +4,7 @@
 function paint() {
   if (!open) return;
   const kind = document.querySelector("input[name=overlay]:checked").value;
-  const map = mapOf(open);
+  const { map } = open;
   const lit = highlighted !== null;
   const grid = $("grid");
   grid.classList.toggle("lit", lit);
@@ -54,8 +54,7 @@ function goTo(patch, focus = false) {
   if (focus) cell.focus({ preventScroll: true });
   $("patch-title").textContent =
     `Patch in row ${Math.floor(patch / width) + 1}, column ${(patch % width) + 1}`;
-  const map = mapOf(open);
-  const best = map.patch(patch);
+  const best = open.map.patch(patch);
   const lines = best.map(([index, chance]) => {
     const bar = make("i");
     bar.style.width = `${100 * chance}%`;

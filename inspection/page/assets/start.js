@@ -29,7 +29,7 @@ function closed() {
   const number = order.indexOf(image);
   if (number < 0) return;
   reach(number);
-  links.get(image).focus();
+  image.link.focus();
 }
 
 // Not pointerover: that also comes when a new image appears under a pointer at rest.

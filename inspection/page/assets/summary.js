@@ -62,12 +62,11 @@ function frequentClasses() {
   let patches = 0;
   for (const image of data.images) {
     const { names } = data.splits[image.split];
-    const map = mapOf(image);
-    for (let patch = 0; patch < map.mass.length; patch += 1) {
-      const name = names[map.top(patch)];
+    image.map.mass.forEach((_, patch) => {
+      const name = names[image.map.top(patch)];
       counts.set(name, (counts.get(name) || 0) + 1);
-    }
-    patches += map.mass.length;
+    });
+    patches += image.map.mass.length;
   }
   const first = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 8);
   const list = make("ul", { className: "bars" });

@@ -50,7 +50,6 @@ function showImage(image) {
 
 function buildGrid(image, split) {
   const [height, width] = split.grid;
-  const map = mapOf(image);
   const [x0, y0, x1, y1] = image.extent;
   const grid = $("grid");
   grid.setAttribute("aria-label", `${height} by ${width} patches`);
@@ -65,7 +64,7 @@ function buildGrid(image, split) {
     const line = make("div", { role: "row" });
     for (let column = 0; column < width; column += 1) {
       const patch = row * width + column;
-      const best = map.patch(patch).slice(0, 3);
+      const best = image.map.patch(patch).slice(0, 3);
       const words = best.map(([index, chance]) => `${split.names[index]} ${percent(chance)}`);
       const cell = make("div", {
         className: "cell",
@@ -85,7 +84,7 @@ function buildGrid(image, split) {
 const cells = () => $("grid").getElementsByClassName("cell");
 
 function buildLegend(image, split) {
-  const map = mapOf(image);
+  const { map } = image;
   const counts = new Map();
   map.mass.forEach((_, patch) => counts.set(map.top(patch), (counts.get(map.top(patch)) || 0) + 1));
   const swatch = (colour, letter) => {
