@@ -8,12 +8,14 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..dataset.sources.image_source import ImageSource
+from ..dataset.sources.thumbprint import SIDE, thumbprint
 from ..errors import ImageError
 
 #: What an image may be inside, whatever its name says. The list keeps out formats that start
@@ -30,12 +32,16 @@ class DecodedBatch(NamedTuple):
             black where the image could not be read.
         sizes: int32 [B, 2], (width, height) of the image in its file, 0 where unknown.
         digests: uint64 [B], `file_digest` of each.
+        thumbprints: uint8 [B, 64], `thumbprint` of the decoded image, 0 where there is none.
+        orientations: uint8 [B], `exif_orientation` of the decoded image.
         errors: B texts, empty where the image was read.
     """
 
     images: tuple[np.ndarray, ...]
     sizes: np.ndarray
     digests: np.ndarray
+    thumbprints: np.ndarray
+    orientations: np.ndarray
     errors: list[str]
 
 
@@ -59,6 +65,8 @@ def decode_batch(
             batch.digests[row] = file_digest(data)
             image = decode_image(data)
             batch.sizes[row] = image.size
+            batch.thumbprints[row] = thumbprint(image)
+            batch.orientations[row] = exif_orientation(image)
             for images, (h, w) in zip(batch.images, sizes, strict=True):
                 images[row] = np.asarray(image.resize((w, h), resample))
         except ImageError as error:
@@ -72,6 +80,8 @@ def failed_batch(count: int, sizes: Sequence[tuple[int, int]], error: str) -> De
         tuple(np.zeros((count, *size, 3), np.uint8) for size in sizes),
         np.zeros((count, 2), np.int32),
         np.zeros(count, np.uint64),
+        np.zeros((count, SIDE * SIDE), np.uint8),
+        np.zeros(count, np.uint8),
         [error] * count,
     )
 
@@ -82,6 +92,8 @@ def join_batches(parts: Sequence[DecodedBatch]) -> DecodedBatch:
         tuple(np.concatenate(images) for images in zip(*(p.images for p in parts), strict=True)),
         np.concatenate([part.sizes for part in parts]),
         np.concatenate([part.digests for part in parts]),
+        np.concatenate([part.thumbprints for part in parts]),
+        np.concatenate([part.orientations for part in parts]),
         [error for part in parts for error in part.errors],
     )
 
@@ -111,3 +123,16 @@ def decode_image(data: bytes) -> Image.Image:
     except Exception as error:  # decoders raise nearly anything on damaged input
         text = re.sub(r"<[^<>]*0x[0-9a-f]+>", "data", str(error)) or type(error).__name__
         raise ImageError(f"cannot be decoded: {text}"[:_MAX_ERROR_CHARS]) from error
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """What other loaders may turn or mirror this image by: EXIF's 1 to 8; 0 if it does not say.
+
+    Pillow turns a TIFF itself, so that its images say nothing.
+    """
+    # Damaged EXIF can make Pillow raise nearly anything.
+    with warnings.catch_warnings(), suppress(Exception):
+        warnings.simplefilter("ignore")
+        found = int(image.getexif()[ExifTags.Base.Orientation])
+        return found if found in range(1, 9) else 0
+    return 0

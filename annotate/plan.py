@@ -18,7 +18,7 @@ from .classes import build_manifest
 from .config import AnnotateConfig
 
 #: Raised by one whenever the same settings would give other bytes.
-CONTENT_VERSION = 1
+CONTENT_VERSION = 2
 
 
 @dataclass(frozen=True)

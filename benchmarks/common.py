@@ -107,5 +107,7 @@ def write_split(
         path = root / shard_name(number, shards)
         with write_shard(path, layout, part, labels[rows], attrs) as writer:
             some = {name: plane[rows] for name, plane in planes.items()}
-            writer.append(some, sizes[rows], rows.astype(np.uint64), [""] * len(part))
+            size, unknown = len(part), np.zeros(len(part), np.uint8)
+            prints = np.zeros((size, 64), np.uint8)
+            writer.append(some, sizes[rows], rows.astype(np.uint64), prints, unknown, [""] * size)
     build_index(root)

@@ -208,10 +208,16 @@ def make_shards(folder: Path, images: int) -> None:
             with write_shard(path, plan.layout, keys[:size], labels, attrs) as writer:
                 planes = plan.layout.planes().items()
                 blank = {name: np.zeros((size, *shape), dtype) for name, (dtype, shape) in planes}
-                ones, zeros = np.ones((size, 2), np.int32), np.zeros(size, np.uint64)
-                writer.append(blank, ones, zeros, [""] * size)
+                columns = blank_columns(size)
+                writer.append(blank, *columns, [""] * size)
             first[size] = path.read_bytes()
         path.write_bytes(renumbered(first[size], number, row, keys[row : row + size]))
+
+
+def blank_columns(rows: int) -> list[np.ndarray]:
+    """Sizes of one pixel, and no digest, thumbprint and orientation."""
+    zeros = np.zeros((rows, 64), np.uint8)
+    return [np.ones((rows, 2), np.int32), np.zeros(rows, np.uint64), zeros, zeros[:, 0]]
 
 
 def renumbered(data: bytes, number: int, row: int, keys: list[str]) -> bytes:
@@ -364,7 +370,7 @@ def measure_reader(options: argparse.Namespace) -> None:
     layout = MapLayout(("identity",), (18, 18), 16, CLASSES)
     logits = torch.from_numpy(rng.normal(0, 3, (64, 18, 18, CLASSES)).astype(np.float32))
     maps = {name: plane.numpy()[:, None] for name, plane in encode(logits, layout, 0.003).items()}
-    ones, zeros = np.ones((64, 2), np.int32), np.zeros(64, np.uint64)
+    columns = blank_columns(64)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         attrs = {"fingerprint": "f", "shards": shards, "extent": [0.0, 0.0, 1.0, 1.0]}
         for shard in range(shards):
@@ -374,7 +380,7 @@ def measure_reader(options: argparse.Namespace) -> None:
             path = Path(name) / shard_name(shard, shards)
             with write_shard(path, layout, keys, np.zeros(SHARD, int), given) as writer:
                 for _ in range(SHARD // 64):
-                    writer.append(maps, ones, zeros, [""] * 64)
+                    writer.append(maps, *columns, [""] * 64)
         store = LabelStore(name)
         before = resident("VmRSS")
         first_reads = [cpu_seconds(lambda row=n * SHARD + 5: store[row]) for n in range(shards)]

@@ -249,6 +249,20 @@ class LabelStore:
             raise IndexError(f"row {key} is outside 0..{len(keys) - 1} of {self.root}")
         return int(row)
 
+    def thumbprint(self, key: str | int) -> np.ndarray:
+        """The thumbprint of the annotated image, uint8 [64]; all 0 where there is none.
+
+        `tokenlabel.dataset.sources.thumbprint` says what an image is compared with this one.
+        """
+        shard, local = self._shard(self.row(key))
+        stored: np.ndarray = shard.read("thumbprint", local, local + 1)[0]
+        return stored
+
+    def orientation(self, key: str | int) -> int:
+        """EXIF orientation of the annotated file, 1 to 8, not applied; 0 where it does not say."""
+        shard, local = self._shard(self.row(key))
+        return int(shard.read("orientation", local, local + 1).item())
+
     def error(self, key: str | int) -> str:
         """Why an image has no map; empty when it has one."""
         shard, local = self._shard(self.row(key))

@@ -8,10 +8,11 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from ..errors import MissingMapError
+from ..errors import ImageError, MissingMapError
 from .keyed_images import KeyedImages
 from .label_map.label_map import TokenLabelMap
 from .label_map.path import PixelPath
+from .sources.thumbprint import difference
 from .store import LabelStore
 from .targets.token_labels import TokenLabels
 from .transforms import executor
@@ -19,6 +20,8 @@ from .transforms.to_token_labels import ToTokenLabels
 
 #: Keys that are looked up at the start, where a missing map is no error.
 _SAMPLED = 100
+#: With check="sample": so many images of a process at first, and then one in so many.
+_FIRST, _EVERY = 8, 128
 Sample = tuple[Any, TokenLabels]
 
 
@@ -52,6 +55,10 @@ class TokenLabelDataset(Dataset[Sample]):
         shrink: draw the targets of small crops towards the mean of their image's map, since a cell
             of a map of the whole image is worth less the more it is enlarged: by the fraction
             min(.5, shrink * log2(linear zoom)). 0 turns it off; .3 was nearest to the teacher.
+        check: whose pixels are compared with the thumbprint of the annotated image, before the
+            transform: "sample", the first 8 images that each process gives and one in 128 after
+            that; "always", all; "never", none. The sizes are always compared.
+        resized: allow images of another size that show the whole annotated image.
 
     Raises:
         FileNotFoundError, FormatError: as `LabelStore`.
@@ -70,17 +77,27 @@ class TokenLabelDataset(Dataset[Sample]):
         missing: Literal["error", "ignore"] = "error",
         label_source: Literal["auto", "images", "maps"] = "auto",
         shrink: float = 0.0,
+        check: Literal["sample", "always", "never"] = "sample",
+        resized: bool = False,
     ) -> None:
         for name, value, choices in (
             ("missing", missing, ("error", "ignore")),
             ("label_source", label_source, ("auto", "images", "maps")),
+            ("check", check, ("sample", "always", "never")),
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        if resized and check == "never":
+            raise ValueError(
+                "resized=True must be checked, for a crop has another size as well. Remedy: "
+                'check="sample" or "always"'
+            )
         self.images = KeyedImages(images, key)
         self.store = labels if isinstance(labels, LabelStore) else LabelStore(labels)
         self.transform = transform
         self._to_labels = ToTokenLabels(grid, shrink=shrink)
+        self._check, self._resized = check, resized
+        self._process, self._given = 0, 0
         self._ignore_missing = missing == "ignore"
         is_folder = isinstance(images, str | os.PathLike)
         self._label_source = "maps" if label_source == "auto" and is_folder else label_source
@@ -106,6 +123,7 @@ class TokenLabelDataset(Dataset[Sample]):
             IndexError: there is no such image.
             MissingMapError: the image has no map, and `missing` is "error".
             TypeError: `transform` returned no map.
+            ImageError: the image is not the annotated one, by its thumbprint.
             ValueError: the image is not the annotated one: another size, or another class.
         """
         return self.__getitems__([index])[0]
@@ -151,12 +169,19 @@ class TokenLabelDataset(Dataset[Sample]):
         height, width = F.get_size(image)
         if not leaf.planes:
             leaf = leaf.with_path(PixelPath.of((height, width)), (height, width))
-        elif (height, width) != leaf.canvas_size:
-            raise ValueError(
-                f"{key!r} must be the image that was annotated; that was {leaf.canvas_size[1]} x "
-                f"{leaf.canvas_size[0]} pixels, this one is {width} x {height}. Remedy: use the "
-                "same files, untransformed, or annotate these"
-            )
+        else:
+            if (height, width) != leaf.canvas_size:
+                if not self._resized:
+                    raise ValueError(
+                        f"{key!r} must be the image that was annotated; that was "
+                        f"{leaf.canvas_size[1]} x {leaf.canvas_size[0]} pixels, this one is "
+                        f"{width} x {height}. Remedy: use the same files, untransformed, or "
+                        "annotate these; resized=True allows copies of another size"
+                        + self._orientation_hint(key)
+                    )
+                leaf = leaf.with_path(PixelPath.of((height, width)), (height, width))
+            if self._is_sampled():
+                self._compare(key, image)
         stored, source = leaf.label, self._label_source
         if source == "auto" and label >= 0 and stored >= 0 and label != stored:
             raise ValueError(
@@ -175,6 +200,48 @@ class TokenLabelDataset(Dataset[Sample]):
             label = names.index(folder) if folder in names else -1
         leaf.label = label
         return leaf
+
+    def _is_sampled(self) -> bool:
+        """Whether `check` asks for the next image."""
+        if self._check != "sample":
+            return self._check == "always"
+        if self._process != os.getpid():  # a worker, which has its parent's count
+            self._process, self._given = os.getpid(), 0
+        number = self._given
+        self._given += 1
+        return number < _FIRST or number % _EVERY == 0
+
+    def _compare(self, key: str, image: Any) -> None:
+        """Refuse an image that is not the annotated one by its thumbprint."""
+        wrong = difference(self.store.thumbprint(key), image)
+        if wrong is None:
+            return
+        if wrong.startswith("another image"):
+            wrong += ", or its colours were changed"
+            remedy = (
+                "check that images and labels are of one split, and that the data set gives the "
+                "whole image of each key (timm's gives the next one for one that it cannot read); "
+                "annotate the images that you train on"
+            )
+        else:
+            remedy = (
+                "find the transform inside the data set, its wrappers or its loader, and give it "
+                "to TokenLabelDataset(transform=...) instead" + self._orientation_hint(key)
+            )
+        raise ImageError(
+            f"{key!r} must be the image that was annotated, untransformed; this one is {wrong}. "
+            f"Remedy: {remedy}"
+        )
+
+    def _orientation_hint(self, key: str) -> str:
+        """What ends the remedy where EXIF may be the cause."""
+        orientation = self.store.orientation(key)
+        if orientation < 2:
+            return ""
+        return (
+            f". The annotated file has EXIF orientation {orientation}, which ImageFolder does not "
+            "apply: use a loader that does not either"
+        )
 
     def _checked(self, sample: Any) -> tuple[Any, TokenLabelMap]:
         """What the transform returned."""

@@ -71,7 +71,7 @@ def assert_nearly_equal(one: Path, other: Path) -> None:
     for path in sorted(one.glob("shard-*")):
         with Shard(path) as left, Shard(other / path.name) as right:
             assert left.attrs["fingerprint"] == right.attrs["fingerprint"]
-            for name in ("label", "size", "digest"):
+            for name in ("label", "size", "digest", "thumbprint", "orientation"):
                 np.testing.assert_array_equal(left.read(name), right.read(name))
             assert left.texts("error") == right.texts("error")
     maps = [(a[row], b[row]) for row in np.flatnonzero(~a.failed)]

@@ -20,6 +20,8 @@ class Rows(NamedTuple):
     maps: dict[str, np.ndarray]
     sizes: np.ndarray
     digests: np.ndarray
+    thumbprints: np.ndarray
+    orientations: np.ndarray
     errors: list[str]
 
 
@@ -41,6 +43,8 @@ def random_rows(layout: MapLayout, count: int, seed: int = 0) -> Rows:
         random_maps(layout, count, seed),
         rng.integers(1, 4000, (count, 2)),
         rng.integers(0, 2**64, count, dtype="u8", endpoint=False),
+        rng.integers(0, 256, (count, 64), dtype="u1"),
+        rng.integers(0, 9, count, dtype="u1"),
         [""] * count,
     )
 

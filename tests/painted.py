@@ -17,6 +17,7 @@ from tokenlabel.dataset.format import manifest
 from tokenlabel.dataset.format.new_file import create, encode_texts
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import shard_name, write_shard
+from tokenlabel.dataset.sources.thumbprint import thumbprint
 
 #: Class ids of the four quadrants, row by row, and their colours in the image.
 QUADRANTS = (7, 3, 40, 21)
@@ -66,18 +67,20 @@ def write_store(
         "codes": -np.log(probs).astype("f2"),
         "classes": np.stack([top, (top + 1) % 50], 2).astype("u2"),
     }
-    sizes = []
+    sizes, prints = [], []
     for key in keys:
         path = images / key
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(files[key])
         with Image.open(path) as image:
             sizes.append(image.size)
+            prints.append(thumbprint(image))
     root.mkdir(parents=True, exist_ok=True)
     header = attrs(0, 1, 0, **{"label_space": "teacher", **more})
     with write_shard(root / shard_name(0, 1), layout, keys, [label] * count, header) as writer:
         digests = np.array([file_digest(files[key]) for key in keys], "u8")
-        writer.append(maps, np.array(sizes), digests, [""] * count)
+        turns = np.zeros(count, "u1")
+        writer.append(maps, np.array(sizes), digests, np.array(prints), turns, [""] * count)
     return LabelStore(root)
 
 

@@ -56,6 +56,8 @@ def test_round_trip(tmp_path: Path, layout: MapLayout) -> None:
         assert shard.read("label").tolist() == [0, 1, 2]
         assert (shard.read("size") == rows.sizes).all()
         assert (shard.read("digest") == rows.digests).all()
+        assert (shard.read("thumbprint") == rows.thumbprints).all()
+        assert (shard.read("orientation") == rows.orientations).all()
         for row in range(3):
             found = shard.map(row)
             for name, (dtype, shape) in layout.planes().items():
@@ -138,7 +140,9 @@ def test_other_versions_formats_and_headers_are_refused(
         Shard(tmp_path / "s.h5")
 
 
-@pytest.mark.parametrize("name", ["key", "label", "size", "digest", "error", "bounds"])
+@pytest.mark.parametrize(
+    "name", ["key", "label", "size", "digest", "thumbprint", "orientation", "error", "bounds"]
+)
 def test_missing_or_misshapen_columns_are_refused(tmp_path: Path, name: str) -> None:
     make(tmp_path / "s.h5")
     content = (tmp_path / "s.h5").read_bytes()

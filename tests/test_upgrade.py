@@ -21,7 +21,7 @@ SHARD = shard_name(0, 1)
 #: breaks the promise. Version 1 was never published; its folder shows how it is refused.
 FROZEN = {
     "v1": "c3a0ed1023e1ceceea82b0ac08b981ff7c89d154107334330040e811a344eca7",
-    "v2": "3fa61d29347dd8134ef4095f1ed5d06af3a918cb58c3f71c71ef65f823811f46",
+    "v2": "1fa2ff818987f889c9744c821c29a4e5cd77e0481f6908efe5d555735742a47a",
 }
 
 
@@ -103,7 +103,8 @@ def test_old_digests_are_those_of_the_content(old: Path) -> None:
     want = values(old)
     with Shard(old / SHARD) as shard:
         assert content_digest(shard) == shard.attrs["sha256"]
-        np.testing.assert_array_equal(shard.read("digest"), want["digest"])
+        for name in ("digest", "thumbprint", "orientation"):
+            np.testing.assert_array_equal(shard.read(name), want[name])
 
 
 def test_content_written_by_this_release_has_the_old_digest(old: Path, tmp_path: Path) -> None:
@@ -116,7 +117,8 @@ def test_content_written_by_this_release_has_the_old_digest(old: Path, tmp_path:
         with write_shard(
             tmp_path / SHARD, shard.layout, keys, labels, shard.attrs, extents
         ) as writer:
-            writer.append(maps, want["size"], want["digest"], want["error"].tolist())
+            columns = (want[name] for name in ("size", "digest", "thumbprint", "orientation"))
+            writer.append(maps, *columns, want["error"].tolist())
         with Shard(tmp_path / SHARD) as new:
             assert new.attrs["sha256"] == shard.attrs["sha256"]
 

@@ -64,7 +64,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         digests = np.array([file_digest((images / key).read_bytes()) for key in keys], "u8")
         path, header = train / shard_name(number, 2), attrs(number, 2, 8 * number, **more)
         with write_shard(path, LAYOUT, keys, classes, header) as writer:
-            writer.append(rows.maps, rows.sizes, digests, rows.errors)
+            writer.append(*rows._replace(digests=digests))
     build_index(train)
     write_sums(train, {path.name: file_sha256(path) for path in train.iterdir()})
     return root
@@ -158,12 +158,13 @@ def rewrite(path: Path, change: Change) -> None:
     """Write a shard again with other values, by the real writer, but with the digest of before."""
     with Shard(path) as shard:
         layout, header = shard.layout, dict(shard.attrs)
-        arrays = {name: shard.read(name) for name in (*layout.planes(), "label", "size", "digest")}
+        columns = ("size", "digest", "thumbprint", "orientation")
+        arrays = {name: shard.read(name) for name in (*layout.planes(), "label", *columns)}
         arrays |= {name: shard.texts(name) for name in ("key", "error")}
     change(arrays)
     path.unlink()
     with write_shard(path, layout, arrays["key"], arrays["label"], header) as writer:
-        writer.append(arrays, arrays["size"], arrays["digest"], arrays["error"])
+        writer.append(arrays, *(arrays[name] for name in columns), arrays["error"])
     edit_directory(
         path,
         lambda found: found["attrs"].update(errors=header["errors"], sha256=header["sha256"]),
@@ -194,6 +195,8 @@ def class_of_no_code(arrays: dict[str, Any]) -> None:
         (put("size", (4, 0), 0), 4, "width and height must be positive"),
         (put("error", 1, "?"), None, "counts 0 rows with an error, there are 1"),
         (put("digest", 1, 1), None, "sha256 of the decoded arrays"),
+        (put("thumbprint", 1, 1), None, "sha256 of the decoded arrays"),
+        (put("orientation", 1, 9), None, "sha256 of the decoded arrays"),
         (put("key", 3, "../../secret.jpg"), 3, "a key must be a path inside the split's folder"),
         (put("key", 3, "z"), 4, "keys must be unique and ascend"),
         (put("key", 7, "z"), 7, "its key must be that of the manifest, 'n00000001/15.jpg'"),

@@ -104,7 +104,7 @@ class Worker:
             with self._device:
                 for batch, output in self._annotated(decoded, plan.layout):
                     planes = {name: plane.numpy() for name, plane in output.planes.items()}
-                    writer.append(planes, batch.sizes, batch.digests, batch.errors)
+                    writer.append(planes, *batch[1:])
                     _count(counts, truth[: len(batch.errors)], batch, output, plan.layout)
                     truth = truth[len(batch.errors) :]
             writer.attrs |= counts

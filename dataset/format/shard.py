@@ -39,6 +39,8 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "label": ("<i4", ()),
     "size": ("<i4", (2,)),
     "digest": ("<u8", ()),
+    "thumbprint": ("|u1", (64,)),
+    "orientation": ("|u1", ()),
     "error": ("S", ()),
     "extent": ("<f4", (4,)),
 }
@@ -110,6 +112,8 @@ class ShardWriter:
             "label": np.asarray(labels, "<i4"),
             "size": np.zeros((rows, 2), "<i4"),
             "digest": np.zeros(rows, "<u8"),
+            "thumbprint": np.zeros((rows, 64), "u1"),
+            "orientation": np.zeros(rows, "u1"),
         }
         if extents is not None:
             self._rows["extent"] = np.asarray(extents, "<f4").reshape(rows, 4)
@@ -120,6 +124,8 @@ class ShardWriter:
         maps: Mapping[str, np.ndarray],
         sizes: np.ndarray,
         digests: np.ndarray,
+        thumbprints: np.ndarray,
+        orientations: np.ndarray,
         errors: Sequence[str],
     ) -> None:
         """Write the next rows.
@@ -128,6 +134,8 @@ class ShardWriter:
             maps: the planes of `layout.planes()` by name, [b, *shape] each, in the stored dtype.
             sizes: int [b, 2], images' (width, height) in pixels.
             digests: uint64 [b] of the image files.
+            thumbprints: uint8 [b, 64] of the images.
+            orientations: uint8 [b], the EXIF orientations.
             errors: b texts, empty where the image has a map. The planes of the others are blanked.
         """
         start, count = len(self._errors), len(errors)
@@ -148,8 +156,11 @@ class ShardWriter:
             self._file.append_map(
                 [encode_chunk(block[row], STRATEGIES[name]) for name, block in blocks.items()]
             )
-        self._rows["size"][start : start + count] = sizes
-        self._rows["digest"][start : start + count] = digests
+        rows = slice(start, start + count)
+        self._rows["size"][rows] = sizes
+        self._rows["digest"][rows] = digests
+        self._rows["thumbprint"][rows] = thumbprints
+        self._rows["orientation"][rows] = orientations
         self._errors += errors
 
     def finish(self) -> None:
@@ -184,7 +195,8 @@ def write_shard(
         with write_shard(path, layout, ["a/1.jpg", "a/2.jpg"], [0, 0], attrs) as writer:
             maps = {name: np.zeros((2, *s), d) for name, (d, s) in layout.planes().items()}
             sizes, digests = np.full((2, 2), 224), np.zeros(2, np.uint64)
-            writer.append(maps, sizes, digests, errors=["", ""])
+            prints, turns = np.zeros((2, 64), np.uint8), np.zeros(2, np.uint8)
+            writer.append(maps, sizes, digests, prints, turns, errors=["", ""])
 
     Any exception out of the block, or a row too few, discards it.
 
