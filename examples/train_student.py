@@ -6,7 +6,7 @@
 
 DATA holds train/CLASS/* and val/CLASS/*; OUT gets log.csv and checkpoint.pt, from which the same
 command resumes. `--labels` is all that differs: the images, their order and their augmentation, the
-backbone's first weights and the schedule are the same with and without it.
+backbone's first weights, its weight decay and the schedule are the same with and without it.
 
 Everything random in an epoch follows from the seed, the epoch, the rank and the number of workers.
 So a run that was killed resumes after its last finished epoch and ends with the weights of an

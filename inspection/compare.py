@@ -1,7 +1,7 @@
 """Comparison of two label sets of the same images."""
 
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +147,8 @@ def _check_classes(a: LabelStore, b: LabelStore) -> None:
 
 def _common(a: KeyTable, b: KeyTable) -> np.ndarray:
     """Rows of the keys in both, int64 [n, 2]."""
-
-    def pairs() -> Iterator[tuple[int, int]]:
-        near = 0  # both tables are sorted: the next key is mostly the next row
-        for one, key in enumerate(a):
-            if (two := b.find(key, near)) >= 0:
-                yield one, two
-                near = two + 1
-
-    return np.fromiter(pairs(), np.dtype((np.int64, 2)))
+    pairs = ((one, b.find(key)) for one, key in enumerate(a))
+    return np.fromiter((pair for pair in pairs if pair[1] >= 0), np.dtype((np.int64, 2)))
 
 
 def _distributions(

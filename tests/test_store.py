@@ -67,10 +67,10 @@ def test_maps_by_key_and_row(split: tuple[Path, list[Rows]]) -> None:
 
 def test_missing_keys_are_named(split: tuple[Path, list[Rows]]) -> None:
     store = LabelStore(split[0])
-    for row, key in enumerate(KEYS):  # whatever row is guessed
+    for row, key in enumerate(KEYS):
         assert store.row(key) == row
     with pytest.raises(MissingMapError):
-        store.row("nope.jpg", 3)
+        store.row("nope.jpg")
     with pytest.raises(KeyError, match=r"no score map for 'nope.jpg' .* such as 'a.b/z.png'"):
         store["nope.jpg"]
     for row in (8, -9):
