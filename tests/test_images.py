@@ -12,6 +12,7 @@ from torchvision.datasets.folder import pil_loader
 from tokenlabel.annotate.images import decode_batch, file_digest, join_batches
 from tokenlabel.dataset.sources import folder
 from tokenlabel.dataset.sources.folder import FolderSource
+from tokenlabel.dataset.sources.thumbprint import thumbprint
 from tokenlabel.errors import StorageError
 
 
@@ -59,6 +60,7 @@ def test_readable_images_are_what_the_student_sees(tmp_path: Path, mode: str, ki
         want = pil_loader(str(path)).resize(size, Image.Resampling.BICUBIC)
         np.testing.assert_array_equal(images[0], np.asarray(want))
     assert batch.digests[0] == file_digest(path.read_bytes())
+    assert (batch.thumbprints[0] == thumbprint(pil_loader(str(path)))).all()
 
 
 def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
@@ -67,6 +69,25 @@ def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
     assert batch.sizes.tolist() == [[40, 30]]
     want = np.asarray(pil_loader(str(tmp_path / "a.jpg")))
     np.testing.assert_array_equal(batch.images[0][0], want)
+    assert batch.orientations.tolist() == [6]
+
+
+def test_odd_exif_is_no_orientation(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 9
+    for number, data in enumerate((exif, b"Exif\0\0II*\0" + b"\xff" * 30)):
+        image("RGB").save(tmp_path / f"{number}.jpg", "JPEG", exif=data)
+    batch = decode_batch(FolderSource(tmp_path), ["0.jpg", "1.jpg"], [(8, 8)], "bicubic")
+    assert batch.errors == ["", ""] and batch.orientations.tolist() == [0, 0]
+
+
+def test_pillow_applies_the_orientation_of_a_tiff(tmp_path: Path) -> None:
+    """So that nothing is left for another reader to apply."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image("RGB").save(tmp_path / "a.tif", exif=exif)
+    batch = decode_batch(FolderSource(tmp_path), ["a.tif"], [(8, 8)], "bicubic")
+    assert batch.sizes.tolist() == [[30, 40]] and batch.orientations.tolist() == [0]
 
 
 def test_bad_files_become_rows_and_their_neighbours_stay(
@@ -100,6 +121,8 @@ def test_bad_files_become_rows_and_their_neighbours_stay(
     for error, (name, reason) in zip(batch.errors, reasons.items(), strict=True):
         assert error.startswith(reason) and bool(error) == bool(reason), name
         assert str(tmp_path) not in error and "0x" not in error
+    bad = [bool(error) for error in batch.errors]
+    assert not batch.thumbprints[bad].any() and not batch.orientations[bad].any()
     again = decode_batch(FolderSource(tmp_path), list(reasons), [(8, 8)], "bicubic")
     assert again.errors == batch.errors, "error texts belong to the bytes of a shard"
     alone = [decode_batch(FolderSource(tmp_path), [name], [(8, 8)], "bicubic") for name in reasons]
