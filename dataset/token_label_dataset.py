@@ -58,7 +58,8 @@ class TokenLabelDataset(Dataset[Sample]):
         check: whose pixels are compared with the thumbprint of the annotated image, before the
             transform: "sample", the first 8 images that each process gives and one in 128 after
             that; "always", all; "never", none. The sizes are always compared.
-        resized: allow images of another size that show the whole annotated image.
+        resized: allow images of another size that show the whole annotated image; not with
+            check="never".
 
     Raises:
         FileNotFoundError, FormatError: as `LabelStore`.
