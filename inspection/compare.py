@@ -149,11 +149,15 @@ def _common(a: KeyTable, b: KeyTable) -> np.ndarray:
     """Rows of the keys in both, int64 [n, 2]."""
 
     def pairs() -> Iterator[tuple[int, int]]:
-        near = 0  # both tables are sorted: the next key is mostly the next row
-        for one, key in enumerate(a):
-            if (two := b.find(key, near)) >= 0:
+        others = enumerate(b)
+        two, other = next(others)
+        for one, key in enumerate(a):  # code points sort as their UTF-8 bytes do
+            while other < key:
+                if (following := next(others, None)) is None:
+                    return
+                two, other = following
+            if other == key:
                 yield one, two
-                near = two + 1
 
     return np.fromiter(pairs(), np.dtype((np.int64, 2)))
 
