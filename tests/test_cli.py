@@ -140,7 +140,7 @@ def stop(_):
     for _ in range(1000): pass
 
 def fail(_):
-    raise ValueError("told")
+    raise ValueError("ours")
 
 with _stop_on_signals() as stopped:
     for callback in (stop, fail):
@@ -152,4 +152,4 @@ with _stop_on_signals() as stopped:
     done = run(sys.executable, "-c", code)
     assert done.stdout == "True\n"
     assert "KeyboardInterrupt" not in done.stderr
-    assert "ValueError: told" in done.stderr, "other errors are told as before"
+    assert "ValueError: ours" in done.stderr, "other errors are reported as before"

@@ -285,10 +285,10 @@ def test_offsets_are_right_whatever_hdf5_counts_from(
     want = (tmp_path / "s.h5").read_bytes()
     real = new_file.find_bytes
 
-    def told(file: IO[bytes], block: int, told: int, size: int, crc: int) -> int:
-        return real(file, block, told - (0 if added else block), size, crc)
+    def shifted(file: IO[bytes], block: int, offset: int, size: int, crc: int) -> int:
+        return real(file, block, offset - (0 if added else block), size, crc)
 
-    monkeypatch.setattr(new_file, "find_bytes", told)
+    monkeypatch.setattr(new_file, "find_bytes", shifted)
     make(tmp_path / "t.h5")
     assert (tmp_path / "t.h5").read_bytes() == want
     with Shard(tmp_path / "t.h5") as shard:

@@ -1,5 +1,6 @@
 """LabelStore and its index: look-up, rebuilds, processes, threads, folders that are not right."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +221,20 @@ def test_threads_read_the_same(split: tuple[Path, list[Rows]]) -> None:
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+def test_files_close_with_the_store_and_not_at_some_later_time(
+    split: tuple[Path, list[Rows]],
+) -> None:
+    store = LabelStore(split[0])
+    assert len(store[KEYS[0]].probabilities()) == 3
+    keys = weakref.ref(store.keys)  # holds the index's file
+    gc.disable()
+    try:
+        del store
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 def test_few_open_files_suffice(tmp_path: Path) -> None:

@@ -92,7 +92,6 @@ def test_upright_windows_are_integrals(grid: tuple[int, int]) -> None:
 
 
 CORNERS = [(0, 0), (119, 0), (119, 89), (0, 89)]
-MOVED = [(9, 4), (100, 0), (119, 80), (3, 89)]
 BENT = 0.06 * torch.sin(torch.linspace(0, 6, 90 * 120 * 2)).reshape(1, 90, 120, 2)
 
 

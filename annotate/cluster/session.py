@@ -20,8 +20,8 @@ from ..config import AnnotateConfig
 
 _log = logging.getLogger(__name__)
 _ROOT = Path(__file__).parents[2]  # the folder that is the package
-#: What a teacher actor imports.
-_ROOMS = ("annotate", "configs", "dataset")
+#: What a teacher actor imports, and what a teacher's file may: a student can be a teacher.
+_ROOMS = ("annotate", "configs", "dataset", "supervise")
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 

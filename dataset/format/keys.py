@@ -5,10 +5,11 @@ and `key_offsets` (where each starts, and the end).
 """
 
 import sys
+import weakref
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, overload
 
@@ -47,8 +48,9 @@ class KeyTable(Sequence[str]):
         self._file, self._rows, self._size = file, rows, size
         if rows < 1 or (self._ends(0, 1)[0], self._ends(rows, rows + 1)[0]) != (0, size):
             raise file.damaged("the key offsets do not span the key bytes")
-        # Every search begins with the same few rows.
-        self._fence = lru_cache(2 * _FENCES)(self._raw)
+        # Every search begins with the same few rows. A proxy: in a cycle with its own cache, the
+        # table would keep the file open until the garbage collector runs.
+        self._fence = lru_cache(2 * _FENCES)(partial(KeyTable._raw, weakref.proxy(self)))
 
     def _ends(self, first: int, last: int) -> Sequence[int]:
         """Where keys `first` to `last` - 2 begin, and the last of them ends."""
