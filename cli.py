@@ -66,6 +66,8 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # as of `… | head`: click ends the process quietly
+            raise
         except (TokenLabelError, OSError) as error:
             kind = _UsageFailure if isinstance(error, ConfigError) else click.ClickException
             raise kind(visible(str(error))) from error

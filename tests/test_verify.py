@@ -219,7 +219,8 @@ def test_impossible_values_name_shard_and_row(
         ("first_row", 7, "first_row must be 8 by its settings; it is 7"),
         ("extent", [0, 0, 2, 1], "the extent must be a box in the image; it is [0. 0. 2. 1.]"),
         ("first_row", "zero", "first_row must be int, got 'zero'"),
-        ("settings", "[" * 1000, "recursion"),
+        # Which of the two depends on the recursion limit, which hypothesis raises at times.
+        ("settings", "[" * 1000, "recursion|Expecting value"),
         ("settings", "[1]", "cannot convert"),
         ("extent", [[[[]]]], "extent must be a box of 4 numbers"),
         ("teacher", "another", "its attribute teacher is 'another', to HDF5 'made up'"),
@@ -227,7 +228,8 @@ def test_impossible_values_name_shard_and_row(
 )
 def test_wrong_headers_are_named(labels: Path, attribute: str, value: object, message: str) -> None:
     edit_directory(labels / SECOND, lambda found: found["attrs"].update({attribute: value}))
-    assert any(message in fault.text for fault in check_shard(labels / SECOND))
+    texts = [fault.text for fault in check_shard(labels / SECOND)]
+    assert any(part in text for text in texts for part in message.split("|"))
 
 
 def test_codes_that_are_exact_are_checked_too(tmp_path: Path) -> None:

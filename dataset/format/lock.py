@@ -58,10 +58,12 @@ def folder_lock(folder: Path) -> Iterator[str]:
                 if other := _read(folder):
                     break
                 time.sleep(0.05)
+            # The kernel frees its lock when the job ends; a file may stay.
+            gone = f"; if that job is certainly gone, delete {path}" if path.name == SOFT else ""
             raise LockedError(
                 f"another job is writing to {folder}: host {other.get('host', 'unknown')}, "
                 f"pid {other.get('pid', 'unknown')}. Remedy: wait for it, or choose another folder "
-                f"with `out`; if that job is certainly gone, delete {path}"
+                f"with `out`{gone}"
             ) from None
         except OSError as error:
             raise OutputError(
