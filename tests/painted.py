@@ -74,7 +74,10 @@ def write_store(
         path.write_bytes(files[key])
         with Image.open(path) as image:
             sizes.append(image.size)
-            prints.append(thumbprint(image))
+            try:
+                prints.append(thumbprint(image))
+            except OSError:  # the test has cut the file
+                prints.append(np.zeros(64, "u1"))
     root.mkdir(parents=True, exist_ok=True)
     header = attrs(0, 1, 0, **{"label_space": "teacher", **more})
     with write_shard(root / shard_name(0, 1), layout, keys, [label] * count, header) as writer:
