@@ -34,7 +34,7 @@ def labels(data: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None)
 
 
 class Seeded(Dataset[Any]):
-    """Every item with a seed of its own, and with the process that made it."""
+    """Every item with a seed of its own, and with its index."""
 
     def __init__(self, dataset: TokenLabelDataset) -> None:
         self.dataset = dataset
