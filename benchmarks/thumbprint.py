@@ -4,7 +4,8 @@
 
 Each image below `--data` (default: the embedded sample) is compared with copies that are the same
 and with candidates that are not. Every second image, by path: the limits in
-dataset/sources/thumbprint.py were chosen on the others. OpenCV's rows need opencv-python.
+dataset/sources/thumbprint.py were chosen on the others, which `--all` adds. OpenCV's rows need
+opencv-python.
 """
 
 import argparse
@@ -99,7 +100,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--data", type=Path, help="a folder with train/ and val/")
-    root = parser.parse_args().data or sample_folder(WORK)
+    parser.add_argument("--all", action="store_true", help="every image, not every second one")
+    options = parser.parse_args()
+    root = options.data or sample_folder(WORK)
     torch.manual_seed(0)
     files = sorted(path for path in root.rglob("*") if path.is_file())
     seen: dict[str, Counter[str | None]] = {}
@@ -108,7 +111,7 @@ def main() -> None:
     def check(name: str, candidate: Any) -> None:
         seen.setdefault(name, Counter())[difference(stored, candidate)] += 1
 
-    for row in range(1, len(files), 2):
+    for row in range(0 if options.all else 1, len(files), 1 if options.all else 2):
         data = files[row].read_bytes()
         times = [time.process_time()]
         image = decode(data)
