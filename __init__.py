@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .annotate import AnnotateConfig, Teacher
     from .dataset import (
         AutoAugment,
+        ImageOnly,
         ImageSource,
         LabelStore,
         MapLayout,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         TokenWindows,
         ToTokenLabels,
         TrivialAugmentWide,
+        aligned,
         eval_transform,
         train_transform,
     )
@@ -57,6 +59,7 @@ __all__ = [
     "AutoAugment",
     "CutMix",
     "FormatError",
+    "ImageOnly",
     "ImageSource",
     "LVViT",
     "LabelStore",
@@ -80,6 +83,7 @@ __all__ = [
     "TokenTargets",
     "TokenWindows",
     "TrivialAugmentWide",
+    "aligned",
     "eval_transform",
     "lvvit_l",
     "lvvit_m",

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from .targets.token_labels import TokenLabels
     from .targets.windows import TokenTargets, TokenWindows
     from .token_label_dataset import TokenLabelDataset
+    from .transforms.aligned import ImageOnly, aligned
     from .transforms.recipe import eval_transform, train_transform
     from .transforms.to_token_labels import ToTokenLabels
     from .transforms.torchvision import AutoAugment, RandAugment, TrivialAugmentWide
 
 __all__ = [
     "AutoAugment",
+    "ImageOnly",
     "ImageSource",
     "LabelStore",
     "MapLayout",
@@ -37,6 +39,7 @@ __all__ = [
     "TokenTargets",
     "TokenWindows",
     "TrivialAugmentWide",
+    "aligned",
     "eval_transform",
     "train_transform",
 ]
@@ -49,6 +52,7 @@ _HOMES = {
     "targets.token_labels": ("TokenLabels",),
     "targets.windows": ("TokenTargets", "TokenWindows"),
     "token_label_dataset": ("TokenLabelDataset",),
+    "transforms.aligned": ("ImageOnly", "aligned"),
     "transforms.recipe": ("eval_transform", "train_transform"),
     "transforms.to_token_labels": ("ToTokenLabels",),
     "transforms.torchvision": ("AutoAugment", "RandAugment", "TrivialAugmentWide"),

@@ -16,6 +16,7 @@ from .sources.thumbprint import difference
 from .store import LabelStore
 from .targets.token_labels import TokenLabels
 from .transforms import executor
+from .transforms.aligned import aligned
 from .transforms.to_token_labels import ToTokenLabels
 
 #: Keys that are looked up at the start, where a missing map is no error.
@@ -42,7 +43,9 @@ class TokenLabelDataset(Dataset[Sample]):
             data set, a Subset of these. It must not transform its images itself.
         labels: folder of the split's shards, OUT/SPLIT, or a `LabelStore`.
         transform: any pipeline of torchvision.transforms.v2, called with (image, TokenLabelMap)
-            and returning the same; `train_transform()` makes one. None leaves the image as it is.
+            and returning the same; `train_transform()` makes one. Pipelines of timm and of
+            torchvision's older transforms are taken as `aligned` makes them. None leaves the image
+            as it is. Can be set later, as timm's `create_loader` does.
         grid: the student's patches, (h, w), or one number for a square; `labels.targets()` computes
             those of another grid as well. None: the records do not name one.
         key: index to key, where `images` does not name the files of its images.
@@ -114,6 +117,15 @@ class TokenLabelDataset(Dataset[Sample]):
                     stacklevel=2,
                 )
 
+    @property
+    def transform(self) -> Any:
+        """The pipeline, `aligned`."""
+        return self._transform
+
+    @transform.setter
+    def transform(self, transform: Callable[..., Any] | None) -> None:
+        self._transform = aligned(transform)
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -142,8 +154,8 @@ class TokenLabelDataset(Dataset[Sample]):
         for index, key, leaf in entries:
             image, label = self.images[index]
             leaf = self._matched(key, image, label, leaf)
-            if self.transform:
-                image, leaf = self._checked(executor.run(self.transform, image, leaf))
+            if self._transform:
+                image, leaf = self._checked(executor.run(self._transform, image, leaf))
             images.append(image)
             leaves.append(leaf)
         if not leaves:

@@ -5,6 +5,7 @@ timm parses the string, draws and paints. Its own objects run once for each samp
 place of the image: each op that they draw is appended to it, and afterwards applied to every leaf.
 """
 
+import copy
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -81,7 +82,8 @@ class TimmAugment(v2.Transform):
         policy: as timm spells it: "rand" followed by any of -m9 (magnitude), -n2 (ops an image),
             -mstd0.5 (spread of the magnitude; above 100: uniform), -mmax10 (its bound), -inc1
             (stronger with magnitude), -p0.5 (chance of each op), -tweights, -t3a or -t3aw (set of
-            ops); or "original", "originalr", "v0", "v0r" or "3a", each perhaps with -mstd0.5.
+            ops); or "original", "originalr", "v0", "v0r" or "3a", each perhaps with -mstd0.5. Or
+            timm's own `RandAugment` or `AutoAugment`, which has its fill and interpolation.
         fill: colour (R, G, B), 0 to 255, of pixels that come from outside.
         interpolation: "nearest", "bilinear", "bicubic", or "random": bilinear or bicubic by op.
 
@@ -96,39 +98,16 @@ class TimmAugment(v2.Transform):
     """
 
     def __init__(
-        self, policy: str, *, fill: Sequence[int] = (128, 128, 128), interpolation: str = "random"
+        self, policy: Any, *, fill: Sequence[int] = (128, 128, 128), interpolation: str = "random"
     ) -> None:
         super().__init__()
         self._arguments = f"{policy!r}, fill={tuple(fill)}, interpolation={interpolation!r}"
-        if policy.startswith("augmix"):
-            raise ValueError(
-                f"auto_augment {policy!r} blends copies of the image that were moved differently, "
-                "so no patch has one source. Remedy: use a 'rand-…' string"
-            )
-        if not _STRINGS.fullmatch(policy):
-            raise ValueError(
-                f"auto_augment is a string that timm knows; got {policy!r}. Remedy: one such as "
-                "'rand-m9-mstd0.5-inc1', 'original' or '3a'; help(TimmAugment) lists the options"
-            )
-        if interpolation not in ("nearest", "bilinear", "bicubic", "random"):
-            raise ValueError(
-                "interpolation of auto_augment is nearest, bilinear, bicubic or random; "
-                f"got {interpolation!r}"
-            )
-        try:
-            timm: Any = import_module("timm.data.auto_augment")
-        except ImportError as error:
-            raise ImportError(
-                f"auto_augment {policy!r} needs timm, which cannot be imported: {error}. "
-                "Remedy: pip install 'tokenlabel[timm]', or auto_augment=None"
-            ) from error
-        hparams: dict[str, Any] = {"img_mean": tuple(fill)}
-        if interpolation != "random":
-            hparams["interpolation"] = PIL.Image.Resampling[interpolation.upper()]
-        is_rand = policy.startswith("rand")
-        make = timm.rand_augment_transform if is_rand else timm.auto_augment_transform
-        self.policy: Any = make(policy, hparams)
-        for op in chain(*([self.policy.ops] if is_rand else self.policy.policy)):
+        is_made = not isinstance(policy, str)
+        self.policy: Any = (
+            copy.deepcopy(policy) if is_made else _make_policy(policy, fill, interpolation)
+        )
+        ops = [self.policy.ops] if hasattr(self.policy, "ops") else self.policy.policy
+        for op in chain(*ops):
             if op.name not in _OPS:
                 raise ValueError(
                     f"label maps can follow the ops {', '.join(_OPS)}; got {op.name!r}, which this "
@@ -168,3 +147,35 @@ class TimmAugment(v2.Transform):
             f"got {type(inpt).__name__} of {kind}. Remedy: convert the image, as with "
             "image.convert('RGB'), and leave boxes and keypoints out"
         )
+
+
+def _make_policy(policy: str, fill: Sequence[int], interpolation: str) -> Any:
+    """The transform that timm makes of a string; refuses what timm would skip."""
+    if policy.startswith("augmix"):
+        raise ValueError(
+            f"auto_augment {policy!r} blends copies of the image that were moved differently, "
+            "so no patch has one source. Remedy: use a 'rand-…' string"
+        )
+    if not _STRINGS.fullmatch(policy):
+        raise ValueError(
+            f"auto_augment is a string that timm knows; got {policy!r}. Remedy: one such as "
+            "'rand-m9-mstd0.5-inc1', 'original' or '3a'; help(TimmAugment) lists the options"
+        )
+    if interpolation not in ("nearest", "bilinear", "bicubic", "random"):
+        raise ValueError(
+            "interpolation of auto_augment is nearest, bilinear, bicubic or random; "
+            f"got {interpolation!r}"
+        )
+    try:
+        timm: Any = import_module("timm.data.auto_augment")
+    except ImportError as error:
+        raise ImportError(
+            f"auto_augment {policy!r} needs timm, which cannot be imported: {error}. "
+            "Remedy: pip install 'tokenlabel[timm]', or auto_augment=None"
+        ) from error
+    hparams: dict[str, Any] = {"img_mean": tuple(fill)}
+    if interpolation != "random":
+        hparams["interpolation"] = PIL.Image.Resampling[interpolation.upper()]
+    is_rand = policy.startswith("rand")
+    make = timm.rand_augment_transform if is_rand else timm.auto_augment_transform
+    return make(policy, hparams)

@@ -1,0 +1,145 @@
+# mypy: allow-subclassing-any
+"""`aligned`: torchvision's older pipelines and those of timm, for images with label maps."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import PIL.Image
+from torchvision import transforms as v1
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from . import torchvision as augment
+from .timm import TimmAugment
+
+#: Classes of both of torchvision's generations, whose arguments are attributes of the older ones.
+_MOVE = frozenset(
+    "Resize CenterCrop Pad RandomCrop RandomResizedCrop RandomHorizontalFlip RandomVerticalFlip "
+    "RandomRotation RandomAffine RandomPerspective ElasticTransform".split()
+)
+_NEST = frozenset("Compose RandomApply RandomChoice RandomOrder".split())
+_AUTO_AUGMENT = frozenset("AutoAugment RandAugment TrivialAugmentWide".split())
+#: Used as they are, on the image alone.
+_IMAGE_ONLY = frozenset(
+    "ToTensor PILToTensor ToPILImage ConvertImageDtype Normalize LinearTransformation ColorJitter "
+    "Grayscale RandomGrayscale GaussianBlur RandomInvert RandomPosterize RandomSolarize "
+    "RandomAdjustSharpness RandomAutocontrast RandomEqualize RandomErasing".split()
+)
+_TIMM_IMAGE_ONLY = frozenset("ToTensor MaybeToTensor MaybePILToTensor RandomErasing".split())
+
+
+class ImageOnly(v2.Transform):
+    """Runs a function of one image in a pipeline with label maps, which stay as they are.
+
+        pipeline = v2.Compose([v2.RandomResizedCrop(224), ImageOnly(my_blur), v2.ToImage()])
+
+    It is for what moves no pixel: changes of colour, blur, noise, erasing, conversions.
+
+    Args:
+        function: from a PIL image or tensor [C, H, W] to one of the same size.
+
+    Raises:
+        ValueError: when called, if the function returns an image of another size.
+    """
+
+    _transformed_types = (PIL.Image.Image, tv_tensors.Image, F.is_pure_tensor)
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """The function of one image."""
+        before, image = F.get_size(inpt), self.function(inpt)
+        if (after := F.get_size(image)) != before:
+            raise ValueError(
+                f"ImageOnly is for functions that move no pixel; {_name(self.function)} made an "
+                f"image of (h, w) = {after} from one of {before}. Remedy: use the class of "
+                "torchvision.transforms.v2 that moves image and map"
+            )
+        return image
+
+    def extra_repr(self) -> str:
+        """The function."""
+        return repr(self.function)
+
+
+def aligned(transform: Any) -> Any:
+    """A pipeline that moves label maps with images, from one that takes images alone.
+
+        from timm.data import create_transform
+
+        dataset.transform = aligned(create_transform(224, is_training=True))
+
+    Each transform of `torchvision.transforms` (not v2) and of `timm.data` that moves pixels becomes
+    its counterpart in v2, which draws from the same distribution; each that changes colours only
+    runs as it is. Pipelines of v2 and functions of (image, map) are returned as they are, but for
+    such transforms in a `v2.Compose`. `TokenLabelDataset` does this to its `transform`.
+
+    Args:
+        transform: a pipeline, one of its transforms, or None.
+
+    Raises:
+        TypeError: no label map can follow one of the transforms; names it and the remedy.
+    """
+    if isinstance(transform, v2.Compose | v2.RandomApply | v2.RandomChoice | v2.RandomOrder):
+        steps = [_step(step) for step in transform.transforms]
+        if all(new is old for new, old in zip(steps, transform.transforms, strict=True)):
+            return transform
+        return _rebuilt(transform, type(transform), steps)
+    if isinstance(transform, list | tuple):
+        return v2.Compose([_step(step) for step in transform])
+    module = type(transform).__module__
+    if module.startswith("timm.") or (
+        module.startswith("torchvision.transforms.") and not isinstance(transform, v2.Transform)
+    ):
+        return _step(transform)
+    return transform
+
+
+def _step(op: Any) -> Any:
+    """A transform of one image that takes an image and its map."""
+    if isinstance(op, v2.Transform):
+        return aligned(op)
+    name = type(op).__name__
+    if type(op) is getattr(v1, name, None):
+        if name in _NEST:
+            return _rebuilt(op, getattr(v2, name), [_step(step) for step in op.transforms])
+        if name in _MOVE:
+            return _rebuilt(op, getattr(v2, name))
+        if name in _AUTO_AUGMENT:
+            return _rebuilt(op, getattr(augment, name))
+        if name in _IMAGE_ONLY:
+            return ImageOnly(op)
+    if type(op).__module__.startswith("timm.data."):
+        if name == "RandomResizedCropAndInterpolation":
+            modes = op.interpolation
+            modes = modes if isinstance(modes, Sequence) else (modes,)
+            crops = [v2.RandomResizedCrop(op.size, op.scale, op.ratio, mode) for mode in modes]
+            return v2.RandomChoice(crops) if len(crops) > 1 else crops[0]
+        if name in ("RandAugment", "AutoAugment"):
+            return TimmAugment(op)
+        if name == "ToNumpy":  # what the prefetcher of older versions takes
+            return ImageOnly(v1.PILToTensor())
+        if name in _TIMM_IMAGE_ONLY:
+            return ImageOnly(op)
+    raise TypeError(
+        f"a label map must follow each transform of its image; it cannot follow {_name(op)}. "
+        "Remedy: if it moves no pixel (colours, blur, noise), wrap it, "
+        "tokenlabel.ImageOnly(transform); otherwise use train_transform(), or the classes of "
+        "torchvision.transforms.v2"
+    )
+
+
+def _rebuilt(op: Any, kind: type, steps: list[Any] | None = None) -> Any:
+    """A transform of class `kind` with the arguments of `op`, which are attributes of it."""
+    names = [*inspect.signature(kind.__init__).parameters][1:]  # type: ignore[misc]
+    arguments = {name: getattr(op, name) for name in names if hasattr(op, name)}
+    return kind(**arguments if steps is None else {**arguments, "transforms": steps})
+
+
+def _name(op: Any) -> str:
+    kind = op if inspect.isfunction(op) else type(op)
+    return f"{kind.__module__}.{kind.__qualname__}"
