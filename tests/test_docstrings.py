@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import timm
 import torch
+import torchvision
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
@@ -68,7 +69,8 @@ def test_examples_run(
     height, width = leaf.canvas_size
     model = timm.create_model("vit_tiny_patch16_224")
     given = {
-        **{"tl": tl, "np": np, "torch": torch, "v2": v2, "Path": Path, "DataLoader": DataLoader},
+        **{"tl": tl, "np": np, "torch": torch, "torchvision": torchvision, "v2": v2},
+        **{"Path": Path, "DataLoader": DataLoader},
         **{"dataset": dataset, "loader": loader, "images": images, "labels": labels, "leaf": leaf},
         "image": PIL.Image.new("RGB", (width, height)),
         "device": "cpu",

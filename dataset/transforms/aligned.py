@@ -33,7 +33,8 @@ _TIMM_IMAGE_ONLY = frozenset("ToTensor MaybeToTensor MaybePILToTensor RandomEras
 class ImageOnly(v2.Transform):
     """Runs a function of one image in a pipeline with label maps, which stay as they are.
 
-        pipeline = v2.Compose([v2.RandomResizedCrop(224), ImageOnly(my_blur), v2.ToImage()])
+        blur = torchvision.transforms.GaussianBlur(5)  # of the older ones: takes an image alone
+        dataset.transform = v2.Compose([v2.RandomResizedCrop(224), ImageOnly(blur), v2.ToImage()])
 
     It is for what moves no pixel: changes of colour, blur, noise, erasing, conversions.
 
