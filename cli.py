@@ -146,6 +146,7 @@ def annotate(config: str | None, **options: Any) -> None:
 
     given = {name: value for name, value in options.items() if value is not None}
     settings = load_config(config, given)
+    logging.getLogger("tokenlabel.annotate.job").setLevel(logging.INFO)
     stderr = console(stderr=True)
     try:
         with _stop_on_signals() as stopped, progress_display(stderr) as show:

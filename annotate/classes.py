@@ -1,70 +1,332 @@
-"""Ground truth: the class of each folder of a split, and the manifest that stores it."""
+"""Ground truth: which class of the teacher each folder of a split is, and its manifest.
 
-import logging
+The class of a folder is decided once, when a job starts, and stored with the labels.
+"""
+
+import difflib
+import math
 import re
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ..dataset.format.manifest import Manifest, open_manifest, write_manifest
 from ..dataset.sources.image_source import ImageSource
+from ..errors import ConfigError
 
 _BLOCK = 8192  # images
 _WNID = re.compile(r"n\d{8}")
+_LISTED = 3
+_SHOWN = 20
+#: Probability below which a difference between two numberings is not taken for chance.
+_CHANCE = 0.01
+#: Fewer images do not show that a numbering is no better than chance.
+_ENOUGH = 16
+_TWO_WAYS = (
+    "Remedy: a teacher of these classes, or class_names with the names of the folders, in order of "
+    "the teacher's class ids; or numbering: folders, which numbers the folders from 0 and keeps "
+    "these labels apart from the teacher's classes in training"
+)
 
-_log = logging.getLogger(__name__)
+
+class Numbering(NamedTuple):
+    """The class of each top-level folder of a split.
+
+    Attributes:
+        rule: how the classes were found: "names" or "numeric", by the names of the folders;
+            "string" or "natural", by their order; "folders", numbers that are no class of the
+            teacher. Empty where there are no folders.
+        classes: folder to class id, -1 where it has none.
+        others: further rules that are possible where `rule` was chosen among several, and what
+            each would give.
+        is_sure: whether folders carry the names that come with the teacher.
+        notes: what the user has to know before hours are spent.
+    """
+
+    rule: str
+    classes: dict[str, int]
+    others: dict[str, dict[str, int]]
+    is_sure: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def label_space(self) -> str:
+        """What the manifest and the shards call it: whose numbers the labels are."""
+        return "folders" if self.rule == "folders" else "teacher"
+
+
+def number_folders(
+    folders: Sequence[str],
+    names: Sequence[str] | None,
+    num_classes: int,
+    rule: str = "auto",
+    own_names: bool = False,
+) -> Numbering:
+    """Find the teacher's class of each folder.
+
+    Args:
+        folders: top-level folders that hold images, sorted.
+        names: of the teacher's classes; one that begins with a WordNet id goes by the id and by the
+            rest too. None where unknown.
+        num_classes: how many classes the teacher has.
+        rule: "auto" takes the first rule that is possible. "names": folders are called like
+            classes; "numeric": they are numbers, and mean class ids; "string", "natural": the
+            teacher was trained on as many folders, numbered in string order, as torchvision's
+            ImageFolder does, or in natural order (2 before 10), as timm does.
+        own_names: whether the user gave the names.
+
+    Raises:
+        ConfigError: `rule` is not possible, or "auto" finds none but "folders".
+    """
+    if not folders:
+        note = "no image lies in a class folder, so that none has a label"
+        return Numbering("", {}, {}, True, (note,))
+    by_name, unknown = _by_name(folders, names or [])
+    possible: dict[str, dict[str, int]] = {}
+    if len(unknown) < len(folders):
+        possible["names"] = by_name
+    numbers = [int(folder) if re.fullmatch(r"[0-9]+", folder) else -1 for folder in folders]
+    are_numbers = min(numbers) >= 0 and len({*numbers}) == len(folders)
+    if are_numbers and max(numbers) < num_classes:
+        possible["numeric"] = dict(zip(folders, numbers, strict=True))
+    in_order = _ranks(folders, sorted(folders))
+    if len(folders) == num_classes and (are_numbers or not names):
+        possible["string"] = in_order
+        possible["natural"] = _ranks(folders, sorted(folders, key=_natural))
+    possible["folders"] = in_order
+
+    chosen = next(iter(possible)) if rule == "auto" else rule
+    if rule != "auto" and rule not in possible:
+        raise ConfigError(
+            f"numbering {rule} is not possible: {_why_not(rule, folders, names, num_classes)}. "
+            f"Remedy: numbering auto, or one of {', '.join(possible)}"
+        )
+    hints = _near_misses(unknown, names or [])
+    if rule == "auto" and chosen == "folders":
+        known = f"such as {_quoted(names)}" if names else "whose names are not known"
+        raise ConfigError(
+            f"the folders must be classes of the teacher; it has {num_classes} classes, {known}, "
+            f"and the {len(folders)} folders are {_quoted(folders)}{hints}. {_TWO_WAYS}"
+        )
+    notes = []
+    if chosen == "names" and unknown:
+        notes.append(
+            f"{len(unknown)} of {len(folders)} folders are no class of the teacher, and their "
+            f"images have no label: {_quoted(unknown)}{hints}"
+        )
+    if len(folders) == 1:
+        notes.append(
+            f"all images lie in one folder, {folders[0]!r}, and have its label. Remedy, if it is "
+            "no class: name the folder of the split, which holds a folder for each class"
+        )
+    classes = possible.pop(chosen)
+    possible.pop("folders", None)
+    others = {} if chosen in ("names", "folders") else possible
+    others = {name: ids for name, ids in others.items() if ids != classes}
+    return Numbering(chosen, classes, others, chosen == "names" and not own_names, tuple(notes))
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Read a file of class names, one a line, in order of the class ids.
+
+    A byte order mark, blanks around a name, and a class id before or after each name do not count.
+
+    Raises:
+        ConfigError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"class_names: {path} cannot be read: {error}. Remedy: a text file in UTF-8"
+        ) from error
+    names = [unicodedata.normalize("NFC", line.strip()) for line in text.rstrip().splitlines()]
+    for pattern in (
+        r"(?P<id>\d+)(?:\s*[:,;=]\s*|\s+)(?P<name>.+)",
+        r"(?P<name>.+?)[\s,]+(?P<id>\d+)",
+    ):
+        found = [re.fullmatch(pattern, name) for name in names]
+        if all(match and int(match["id"]) == row for row, match in enumerate(found)):
+            without = [match["name"] for match in found if match]
+            if len({*without}) == len({*names}):  # not "class 0", "class 1"
+                return without
+    return names
 
 
 def build_manifest(
-    source: ImageSource, path: Path, names: Sequence[str] | None, num_classes: int | None
+    source: ImageSource, path: Path, numbering: Numbering, names: Sequence[str] | None
 ) -> Manifest:
     """Scan a split and store its manifest at `path`.
 
     Args:
         source: the split's images.
         path: file to write.
-        names: names of the teacher's classes (WordNet ids for ImageNet), None where unknown.
-        num_classes: their number, None where unknown.
+        numbering: class of each folder.
+        names: of the teacher's classes, None where unknown.
 
     Raises:
         ConfigError: there is no image, or the source cannot be listed.
     """
-    folders, entries = source.classes(), source.scan()
-    known, space = find_classes(folders, names, num_classes)
+    entries = source.scan()
     # By the source's numbers; its -1 is the last.
-    ids = np.array([*(known.get(name, -1) for name in folders), -1], "<i4")
+    ids = np.array([*(numbering.classes.get(name, -1) for name in source.classes()), -1], "<i4")
 
     def blocks() -> Iterator[tuple[list[bytes], np.ndarray]]:
         while block := list(islice(entries, _BLOCK)):
             yield [entry.key for entry in block], ids[[entry.label for entry in block]]
 
-    write_manifest(path, blocks(), space, names)
+    write_manifest(path, blocks(), numbering.label_space, names, numbering.classes, numbering.rule)
     return open_manifest(path)
 
 
-def find_classes(
-    folders: Sequence[str], names: Sequence[str] | None, num_classes: int | None
-) -> tuple[dict[str, int], str]:
-    """Ground truth of those top-level folders of a split that have one, and its label space.
+def sampled_keys(manifest: Manifest, count: int) -> list[str]:
+    """Keys of up to `count` images, evenly spaced over the split."""
+    rows = np.unique(np.linspace(0, len(manifest.keys) - 1, count).astype(int))
+    return [manifest.keys[row] for row in rows.tolist()]
 
-    Folders called like the teacher's classes get those ids, so that a subset of the folders does
-    not renumber the classes; a folder the teacher does not know then has no ground truth (-1).
-    Where no name fits, folders are numbered in sorted order as by torchvision's ImageFolder; the
-    teacher's accuracy is then known only if it has as many classes as there are folders.
+
+def check_numbering(
+    numbering: Numbering, keys: Sequence[str], answers: Sequence[int], num_classes: int, asked: bool
+) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """Compare a numbering with what the teacher says of some images.
+
+    Args:
+        numbering: to be tested, with its alternatives.
+        keys: of the images.
+        answers: the teacher's top class of each; -1: it could not be read.
+        num_classes: how many classes the teacher has.
+        asked: whether the user named the rule, so that doubts are notes and no errors.
+
+    Returns:
+        (right answers, images) by rule, and notes for the user.
+
+    Raises:
+        ConfigError: another rule fits the answers clearly better.
     """
-    known = {name: number for number, name in enumerate(names or [])}
-    ids = {folder: known[folder] for folder in folders if folder in known}
-    if ids or (folders and all(_WNID.fullmatch(folder) for folder in folders)):
-        if unknown := [folder for folder in folders if folder not in known]:
-            _log.warning(
-                "%d of %d folders are no class of the teacher and have no ground truth: %s",
-                len(unknown),
-                len(folders),
-                ", ".join(unknown[:3]) + ", …" * (len(unknown) > 3),
+    truth = {numbering.rule: numbering.classes, **numbering.others}
+    folders = [key.partition("/")[0] for key in keys]
+    asked_of = [
+        (folder, answer)
+        for folder, answer in zip(folders, answers, strict=True)
+        if answer >= 0 and numbering.classes.get(folder, -1) >= 0
+    ]
+    right = {
+        rule: np.array([ids[folder] == answer for folder, answer in asked_of], bool)
+        for rule, ids in truth.items()
+    }
+    fits = {rule: (int(hits.sum()), len(asked_of)) for rule, hits in right.items()}
+    text = ", ".join(f"{rule} {hits} of {count}" for rule, (hits, count) in fits.items())
+    notes, mine = [], right[numbering.rule]
+    for rule in numbering.others:
+        theirs = right[rule]
+        if _is_clear(int((theirs & ~mine).sum()), int((theirs ^ mine).sum()), 0.5):
+            problem = (
+                f"the folders' numbers do not fit the teacher's answers by numbering "
+                f"{numbering.rule}; the teacher is right on {text} sampled images. Remedy: "
+                f"numbering: {rule}"
             )
-        return ids, "teacher"
-    numbers = {folder: number for number, folder in enumerate(folders)}
-    same = names is None and len(folders) == num_classes
-    return numbers, "teacher" if same else "folders"
+            if not asked:
+                raise ConfigError(problem)
+            notes.append(problem)
+    hits, count = fits[numbering.rule]
+    if count >= _ENOUGH and not _is_clear(hits, count, 1 / num_classes):
+        notes.append(
+            f"by numbering {numbering.rule} the teacher is right on {hits} of {count} sampled "
+            f"images, no better than chance among {num_classes} classes. Remedy: check the order "
+            "of class_names, or give the folders the names of the teacher's classes"
+        )
+    return fits, notes
+
+
+def describe(
+    numbering: Numbering, names: Sequence[str] | None, fits: Mapping[str, tuple[int, int]]
+) -> str:
+    """The table folder -> class, a line each, at most 20; and how well it fits."""
+    whose = "numbers of their own" if numbering.rule == "folders" else "classes of the teacher"
+    lines = [f"{len(numbering.classes)} folders and their {whose}, by numbering {numbering.rule}:"]
+    if fits:
+        parts = (f"{rule} {hits} of {count}" for rule, (hits, count) in fits.items())
+        lines.append(f"  the teacher is right on {', '.join(parts)} sampled images")
+    for folder, number in islice(numbering.classes.items(), _SHOWN):
+        known = names and numbering.rule != "folders" and 0 <= number
+        name = f" {names[number]}" if names and known and names[number] != folder else ""
+        lines.append(f"  {folder} -> {number if number >= 0 else 'none'}{name}")
+    if (more := len(numbering.classes) - _SHOWN) > 0:
+        lines.append(f"  and {more} more, listed by inspect-labels --json")
+    return "\n".join(lines)
+
+
+def _is_clear(hits: int, count: int, chance: float) -> bool:
+    """Whether so many hits or more, each of this chance, are improbable."""
+    if chance >= 1 or not count:
+        return chance >= 1
+    logs = (
+        math.lgamma(count + 1)
+        - math.lgamma(n + 1)
+        - math.lgamma(count - n + 1)
+        + n * math.log(chance)
+        + (count - n) * math.log1p(-chance)
+        for n in range(hits, count + 1)
+    )
+    return hits > 0 and sum(map(math.exp, logs)) < _CHANCE
+
+
+def _by_name(folders: Sequence[str], names: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """Class of each folder by its name, and the folders that are called like no class."""
+    known: dict[str, int] = {}
+    for number, name in enumerate(names):
+        wnid, _, rest = name.partition(" ")
+        for alias in (wnid, rest.strip(), rest.partition(",")[0].strip()):
+            if _WNID.fullmatch(wnid) and alias:
+                known.setdefault(alias, number)
+    known |= {unicodedata.normalize("NFC", name): number for number, name in enumerate(names)}
+    ids = {folder: known.get(unicodedata.normalize("NFC", folder), -1) for folder in folders}
+    return ids, [folder for folder in folders if ids[folder] < 0]
+
+
+def _ranks(folders: Sequence[str], in_order: Sequence[str]) -> dict[str, int]:
+    rank = {folder: number for number, folder in enumerate(in_order)}
+    return {folder: rank[folder] for folder in folders}
+
+
+def _near_misses(unknown: Sequence[str], names: Sequence[str]) -> str:
+    """What the first unknown folders may be called."""
+    plain = {_plain(name): name for name in names}
+    found = []
+    for folder in unknown[:_LISTED]:
+        near = difflib.get_close_matches(_plain(folder), plain, 1, 0.8)
+        found += [f"{folder!r} is nearly {plain[name]!r}" for name in near]
+    return f" ({'; '.join(found)})" if found else ""
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", name)).casefold()
+
+
+def _natural(folder: str) -> list[tuple[int, str]]:
+    """A key that sorts numbers in names by value, as timm's `natural_key` does."""
+    parts = re.split(r"(\d+)", folder.lower())
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
+def _why_not(rule: str, folders: Sequence[str], names: Sequence[str] | None, count: int) -> str:
+    if rule == "names":
+        return (
+            f"no folder is called like a class, such as {_quoted(names)}"
+            if names
+            else "the names of the teacher's classes are not known (class_names gives them)"
+        )
+    if rule == "numeric":
+        return f"each folder must be a different number below {count}; they are {_quoted(folders)}"
+    return (
+        f"the teacher must have as many classes as there are folders, and no other names for "
+        f"them; it has {count}, and there are {len(folders)} folders"
+    )
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:_LISTED])) + ", …" * (len(names) > _LISTED)

@@ -62,6 +62,10 @@ class AnnotateConfig(BaseModel):
     """text file with one class name per line, in the order of the class ids; an image's ground
     truth is the class that its folder is named after (default: WordNet ids for ImageNet teachers)
     """
+    numbering: Literal["auto", "names", "numeric", "string", "natural", "folders"] = "auto"
+    """which class a folder is. names: the one it is called like; numeric: its name is the id;
+    string, natural: the teacher was trained on as many folders, in this order; folders: none of the
+    teacher's, the folders are numbered; auto: the first that is possible but the last"""
     input_size: Side | list[Side | list[Side]] | None = None
     """side of the teacher's input in pixels, to which the whole image is squashed; a list of sides
     for several passes, whose logits are averaged on the grid of the first; a pair in the list is

@@ -11,10 +11,11 @@ from pathlib import Path
 from ..dataset.format.index import NAME as INDEX
 from ..dataset.format.index import build_index, find_shards, open_index
 from ..dataset.format.lock import folder_lock
-from ..dataset.format.manifest import shard_rows
+from ..dataset.format.manifest import Manifest, shard_rows
 from ..dataset.format.shard import Shard
 from ..dataset.sources.folder import open_source
 from ..errors import FormatError
+from .classes import Numbering, check_numbering, describe, sampled_keys
 from .cluster.pool import Pool
 from .cluster.session import plan_resources, ray_session
 from .config import SAMPLE, AnnotateConfig
@@ -24,6 +25,8 @@ from .report import Report, Tally, make_report
 from .sample import sample_folder
 
 _log = logging.getLogger(__name__)
+#: Images of which the teacher is asked the class, where the folders' classes are in doubt.
+_ASKED = 64
 #: The embedded sample is laid out here.
 SAMPLE_PARENT = Path("data")
 
@@ -72,7 +75,8 @@ def annotate(
                 with Shard(find_shards(folder)[0]) as shard, suppress(KeyError, ValueError):
                     made_on = json.loads(shard.attrs["settings"])["device"]
                     identity = dataclasses.replace(identity, device=made_on)
-            plan = make_plan(config, run, split_manifest(config, source, identity), identity)
+            manifest, _ = split_manifest(config, source, identity)
+            plan = make_plan(config, run, manifest, identity)
             if not unfinished(plan):
                 return _finish(config, plan, identity, tally, 0, begin)
         with ray_session(config.ray_address):
@@ -83,8 +87,11 @@ def annotate(
                 identity = pool.identify(resources.teachers)
                 for note in identity.notes:
                     _log.warning(note)
-                plan = make_plan(config, run, split_manifest(config, source, identity), identity)
+                manifest, numbering = split_manifest(config, source, identity)
+                plan = make_plan(config, run, manifest, identity)
                 todo = unfinished(plan)
+                if numbering and len(todo) == plan.shards:
+                    tally.class_fits = _check_classes(config, manifest, numbering, identity, pool)
                 images = sum(len(shard_rows(plan.rows, plan.shard_size, shard)) for shard in todo)
                 with sums_of_written(plan, todo, tally):
                     pool.run(
@@ -95,6 +102,23 @@ def annotate(
                         lambda now: progress(now, images, plan.rows),
                     )
         return _finish(config, plan, identity, tally, len(todo), begin)
+
+
+def _check_classes(
+    config: AnnotateConfig, manifest: Manifest, numbering: Numbering, identity: Identity, pool: Pool
+) -> dict[str, tuple[int, int]]:
+    """Say which class each folder is; unless its name leaves no doubt, ask the teacher first."""
+    fits: dict[str, tuple[int, int]] = {}
+    notes: list[str] = []
+    if not numbering.is_sure:
+        keys = sampled_keys(manifest, _ASKED)
+        answers = pool.answers(keys)
+        asked = config.numbering != "auto"
+        fits, notes = check_numbering(numbering, keys, answers, identity.num_classes, asked)
+    _log.info("%s", describe(numbering, identity.class_names, fits))
+    for note in (*numbering.notes, *notes):
+        _log.warning(note)
+    return fits
 
 
 def _looks_finished(folder: Path) -> bool:

@@ -13,12 +13,12 @@ from ..dataset.format.manifest import Manifest, open_manifest
 from ..dataset.format.score_map import MapLayout
 from ..dataset.format.shard import Shard, parse_shard_name, shard_name
 from ..dataset.sources.image_source import ImageSource
-from ..errors import FingerprintError, FormatError
-from .classes import build_manifest
+from ..errors import ConfigError, FingerprintError, FormatError
+from .classes import Numbering, build_manifest, number_folders
 from .config import AnnotateConfig
 
 #: Raised by one whenever the same settings would give other bytes.
-CONTENT_VERSION = 2
+CONTENT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Identity:
         head_mode: how the patch logits are computed.
         exact: whether their mean must equal the pooled logits, and `pooled_error` the largest
             difference on the first images.
+        is_own: whether it is a network of somebody's own, not one of timm's.
         notes: warnings from building the teacher, for the user.
         libraries: versions of the libraries on its node, and its `processor`. Other ones give codes
             that differ by one in rare cells, so shards record them; they are not in the
@@ -49,6 +50,7 @@ class Identity:
     head_mode: str
     exact: bool
     pooled_error: float
+    is_own: bool = False
     notes: tuple[str, ...] = ()
     libraries: dict[str, str] = field(default_factory=dict)
 
@@ -74,10 +76,16 @@ class Plan:
     attrs: dict[str, Any]
 
 
-def split_manifest(config: AnnotateConfig, source: ImageSource, identity: Identity) -> Manifest:
+def split_manifest(
+    config: AnnotateConfig, source: ImageSource, identity: Identity
+) -> tuple[Manifest, Numbering | None]:
     """The split's manifest: rebuilt, and compared with the one that finished shards are of.
 
+    Returns:
+        The manifest, and how its folders were numbered; None where `rescan` is off.
+
     Raises:
+        ConfigError: the folders cannot be numbered as the options say.
         FingerprintError: it has changed since; names the first difference.
     """
     path = config.folder / MANIFEST
@@ -85,9 +93,27 @@ def split_manifest(config: AnnotateConfig, source: ImageSource, identity: Identi
     with suppress(FileNotFoundError, FormatError):
         saved = open_manifest(path, verify=True)
     if saved and not config.rescan:
-        return saved
+        return saved, None
+    folders = source.classes()
+    try:
+        numbering = number_folders(
+            folders,
+            identity.class_names,
+            identity.num_classes,
+            config.numbering,
+            own_names=bool(config.class_names) or identity.is_own,
+        )
+    except ConfigError as error:
+        first = next(source.scan()).key.decode()
+        found = config.split if config.split in folders else folders[0]
+        if first.count("/") > 1 and (len(folders) == 1 or config.split in folders):
+            raise ConfigError(
+                f"a split must hold a folder for each class; its images, such as {first!r}, lie in "
+                f"folders of {found!r}. Remedy: split: {config.split}/{found}"
+            ) from error
+        raise
     fresh_path = path.with_name(f".{MANIFEST}{TEMPORARY}")
-    fresh = build_manifest(source, fresh_path, identity.class_names, identity.num_classes)
+    fresh = build_manifest(source, fresh_path, numbering, identity.class_names)
     if saved and saved.digest != fresh.digest and any(config.folder.glob("shard-*.h5")):
         fresh_path.unlink()
         old, new = saved.keys, fresh.keys
@@ -96,8 +122,8 @@ def split_manifest(config: AnnotateConfig, source: ImageSource, identity: Identi
         if row == len(old) == len(new):
             raise FingerprintError(
                 f"the ground truth of the images has changed since {config.folder} was begun: "
-                "class folders get other class ids now. Remedy: go back to the old model or "
-                "class_names, or annotate into another folder with `out`"
+                "class folders get other class ids now. Remedy: go back to the old model, "
+                "class_names or numbering, or annotate into another folder with `out`"
             )
         was, now = (repr(keys[row]) if row < len(keys) else "nothing" for keys in (old, new))
         raise FingerprintError(
@@ -107,7 +133,7 @@ def split_manifest(config: AnnotateConfig, source: ImageSource, identity: Identi
             "another folder with `out`"
         )
     fresh_path.replace(path)
-    return fresh
+    return fresh, numbering
 
 
 def make_plan(config: AnnotateConfig, run: str, manifest: Manifest, teacher: Identity) -> Plan:
@@ -146,6 +172,7 @@ def make_plan(config: AnnotateConfig, run: str, manifest: Manifest, teacher: Ide
         "floor": config.floor,
         "extent": [0.0, 0.0, 1.0, 1.0],
         "label_space": manifest.label_space,
+        "numbering": manifest.numbering,
         "settings": _json(settings),
         "fingerprint": _digest(settings),
         "libraries": _json(teacher.libraries),

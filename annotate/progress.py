@@ -57,6 +57,10 @@ def print_report(report: Report, console: Console) -> None:
             f"top-1 {report.top1:.1%}, top-5 {report.top5:.1%} of {report.labelled} images with a "
             "known class"
         )
+    if report.numbering:
+        fits = (f"{rule} {hits} of {count}" for rule, (hits, count) in report.class_fits.items())
+        asked = f"; the teacher is right on {', '.join(fits)} sampled images"
+        rows["classes"] = f"by numbering {report.numbering}{asked * bool(report.class_fits)}"
     if report.mass is not None:
         rows["top-k mass"] = f"{report.mass:.3f} of the probability, mean over patches"
     if report.bytes_per_image is not None:

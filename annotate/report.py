@@ -41,6 +41,7 @@ class Tally:
         rate: images per second, from the first batch to the last.
         teachers, lost_actors: actors that are ready, and those that died.
         written, failed: by number of the shard, its sha256, or why it failed for good.
+        class_fits: (right answers of the teacher, images asked) by numbering of the folders.
     """
 
     images: int = 0
@@ -52,6 +53,7 @@ class Tally:
     written: dict[int, str] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     lost_actors: int = 0
+    class_fits: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -65,6 +67,9 @@ class Report:
             {number: reason}.
         labelled: images whose ground truth is a class of the teacher. `top1`, `top5`: fraction of
             these that the teacher gets right, from the pooled logits of its first pass.
+        numbering: how the class of each folder was found, see `AnnotateConfig.numbering`, and
+            `class_fits` how well the teacher's answers on some images fit it and its alternatives:
+            (right, images) by numbering. Empty where they were not asked for in this run.
         mass: mean probability mass of the stored classes, over all patches.
         bytes_per_image: size of the shards divided by the number of rows.
         exact: whether the mean of the map's logits must equal the pooled logits, and `pooled_error`
@@ -98,6 +103,8 @@ class Report:
     errors: int
     error_list: list[tuple[str, str]]
     labelled: int
+    numbering: str
+    class_fits: dict[str, tuple[int, int]]
     top1: float | None
     top5: float | None
     mass: float | None
@@ -161,6 +168,8 @@ def make_report(
         errors=errors,
         error_list=error_list[:LISTED_ERRORS],
         labelled=labelled,
+        numbering=plan.attrs["numbering"],
+        class_fits=tally.class_fits,
         top1=total["top1"] / labelled if labelled else None,
         top5=total["top5"] / labelled if labelled else None,
         mass=total["mass"] / (rows - errors) if rows > errors else None,

@@ -51,6 +51,9 @@ class LabelStore:
             `class_names` where the manifest holds them.
         layout: shapes and dtypes of the maps.
         classes: names of the teacher's classes; None where they are unknown.
+        folders: class id of each top-level folder of the split, -1 where it has none; empty where
+            the labels do not say. `attrs["label_space"]` is "folders" where these ids number the
+            folders and are no classes of the teacher.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -63,6 +66,7 @@ class LabelStore:
         with open_shard(find_shards(self.root)[0]) as shard:
             self.attrs: dict[str, Any] = shard.attrs
             self.layout: MapLayout = shard.layout
+            self.folders: dict[str, int] = shard.folders()
         self.classes = _class_names(self.root / manifest.NAME)
         if self.classes is not None:
             self.attrs["class_names"] = self.classes

@@ -222,6 +222,14 @@ def _overview(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     codes = f"steps of {attrs['step']:g} nat" if attrs["step"] else "float16"
     yield "stored", f"{codes}, below {attrs['floor']:g} dropped, residual of {attrs['residual']}"
     yield "size", f"{decimal(facts['bytes'])}, {facts['bytes_per_image']:,.0f} bytes an image"
+    if folders := facts["folders"]:
+        whose = "the teacher's" if attrs["label_space"] == "teacher" else "the folders' own numbers"
+        shown = [
+            f"{name} -> {number if number >= 0 else 'none'}"
+            for name, number in list(folders.items())[:_LISTED]
+        ]
+        more = f", and {len(folders) - _LISTED:,} more in --json" * (len(folders) > _LISTED)
+        yield "classes", f"{whose}, by numbering {attrs['numbering']}: {', '.join(shown)}{more}"
     accuracy = "unknown: no ground truth among the teacher's classes"
     if facts["labelled"]:
         accuracy = f"top-1 {facts['teacher_top1']:.1%}, top-5 {facts['teacher_top5']:.1%} of "

@@ -72,6 +72,7 @@ def summarise(
         "grid": list(store.grid),
         "k": store.k,
         "views": list(store.views),
+        "folders": store.folders,
         "num_classes": store.num_classes,
         "labelled": labelled,
         "teacher_top1": totals["top1"] / labelled if labelled else None,

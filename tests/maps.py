@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from tokenlabel.annotate.classes import build_manifest, number_folders
 from tokenlabel.annotate.teacher.encode import encode
+from tokenlabel.dataset.format.manifest import Manifest
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import shard_name, write_shard
+from tokenlabel.dataset.sources.folder import FolderSource
 
 FLOOR = 0.003
 
@@ -88,3 +91,16 @@ def write_split(
             writer.append(*rows)
         written.append(rows)
     return written
+
+
+def manifest_of(
+    images: Path, path: Path, names: Sequence[str] | None = None, num_classes: int = 0
+) -> Manifest:
+    """The manifest of a folder of images, as a job of such a teacher builds it.
+
+    Folders are numbered in order where no names are given.
+    """
+    source = FolderSource(images)
+    rule = "auto" if names else "folders"
+    numbering = number_folders(source.classes(), names, num_classes, rule)
+    return build_manifest(source, path, numbering, names)

@@ -16,6 +16,7 @@ from PIL import Image
 from tests.jobs import assert_nearly_equal, config, digests
 from tokenlabel.annotate import annotate, job
 from tokenlabel.annotate.report import Tally
+from tokenlabel.annotate.teacher.timm_teacher import wordnet_ids
 from tokenlabel.annotate.teacher.weights import load_weights
 from tokenlabel.dataset.format.lock import HOLDER, folder_lock
 from tokenlabel.dataset.format.score_map import DROPPED, MapLayout
@@ -211,7 +212,7 @@ def test_changed_class_names_do_not_blame_the_images(
     sample: Path, copy: Path, tmp_path: Path
 ) -> None:
     names = tmp_path / "names.txt"
-    names.write_text("".join(f"class {number}\n" for number in range(1000)))
+    names.write_text("\n".join([*wordnet_ids()[1:], "n01440764"]))
     with pytest.raises(FingerprintError, match="ground truth of the images has changed"):
         annotate(config(sample, copy, class_names=str(names)))
 
@@ -282,7 +283,7 @@ def test_labels_of_folders_that_no_teacher_knows(sample: Path, tmp_path: Path) -
         target = tmp_path / "data" / "train" / f"class {number}" / path.name
         target.parent.mkdir(parents=True)
         shutil.copy(path, target)
-    report = annotate(config(tmp_path / "data", tmp_path / "out"))
+    report = annotate(config(tmp_path / "data", tmp_path / "out", numbering="folders"))
     assert (report.labelled, report.top1) == (0, None)
     store = LabelStore(tmp_path / "out" / "train")
     assert store.ground_truth.tolist() == [0, 1, 2, 3]

@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from timm.data import ImageNetInfo
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from tokenlabel.annotate.classes import build_manifest
+from tests.maps import manifest_of
 from tokenlabel.dataset.format.manifest import Manifest, open_manifest
 from tokenlabel.dataset.sources.folder import EXTENSIONS, FolderSource
 from tokenlabel.errors import ConfigError, FormatError
@@ -18,8 +18,8 @@ from tokenlabel.errors import ConfigError, FormatError
 WNIDS = ImageNetInfo("imagenet-1k").label_names()
 
 
-def build(root: Path, names: list[str] | None = None, num_classes: int | None = None) -> Manifest:
-    return build_manifest(FolderSource(root), root.parent / "out" / "manifest", names, num_classes)
+def build(root: Path, names: list[str] | None = None, num_classes: int = 0) -> Manifest:
+    return manifest_of(root, root.parent / "out" / "manifest", names, num_classes)
 
 
 def fill(root: Path, *names: str) -> Path:
@@ -64,7 +64,6 @@ def test_nested_odd_names_and_links(tmp_path: Path) -> None:
         "b/dots.in.name.Png",
         "b/deep/er/x.webp",
         "a/ü-新.bmp",
-        "a/.jpg/y.jpg",
         "b.jpg",
         "b-.jpg",
         "b/new\nline.jpg",
@@ -90,16 +89,6 @@ def test_a_subset_of_imagenet_is_not_renumbered(tmp_path: Path) -> None:
     manifest = build(root, WNIDS, 1000)
     assert manifest.labels.tolist() == [7, 243, -1]
     assert manifest.label_space == "teacher"
-
-
-def test_folders_no_teacher_knows_are_numbered(tmp_path: Path) -> None:
-    root = fill(tmp_path / "train", "cat/a.jpg", "dog/b.jpg")
-    manifest = build(root, WNIDS, 1000)
-    assert manifest.labels.tolist() == [0, 1]
-    assert manifest.label_space == "folders"
-    assert build(root, None, 2).label_space == "teacher", "as many classes as folders"
-    named = build(root, ["dog", "cat", "ü"], 3)
-    assert named.labels.tolist() == [1, 0] and named.class_names == ["dog", "cat", "ü"]
 
 
 def test_digest_tells_keys_and_labels(tmp_path: Path) -> None:
@@ -152,9 +141,11 @@ def test_scan_is_sorted_by_bytes_whatever_the_names(
         if not any(parent.is_file() for parent in path.parents) and not path.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-    found = [entry.key for entry in FolderSource(root).scan()]
-    want = sorted(os.fsencode(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
-    assert found == want
+    paths = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
+    shown = [p for p in paths if not any(name.startswith(".") for name in p.parts[:-1])]
+    assume(shown)
+    want = sorted(map(os.fsencode, shown))
+    assert [entry.key for entry in FolderSource(root).scan()] == want
 
 
 def test_a_flipped_byte_is_found_on_verifying(tmp_path: Path) -> None:

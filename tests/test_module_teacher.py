@@ -43,6 +43,7 @@ def labels(file: Path, sample: Path, ray_here: None) -> Path:
 
 def own(data: Path, out: Path, file: Path, **options: Any) -> Any:
     given = {"weights": "pretrained", "input_size": None, "precise": True, "k": 20, **options}
+    given.setdefault("numbering", "folders")  # ImageNet's folders are no classes of this network
     return config(data, out, model=f"{file}:build", **given)
 
 

@@ -18,16 +18,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.maps import Rows, attrs, random_rows, write_split
+from tests.maps import Rows, attrs, manifest_of, random_rows, write_split
 from tests.shards import digest, edit_directory
-from tokenlabel.annotate.classes import build_manifest
 from tokenlabel.dataset.format import new_file
 from tokenlabel.dataset.format.directory import StoredFile
 from tokenlabel.dataset.format.keys import KeyTable, KeyWriter
 from tokenlabel.dataset.format.new_file import create
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import HEADER, Shard, shard_name, write_shard
-from tokenlabel.dataset.sources.folder import FolderSource
 from tokenlabel.dataset.store import LabelStore
 from tokenlabel.errors import FormatError, MissingMapError
 
@@ -304,7 +302,7 @@ def test_names_of_the_classes_come_from_the_manifest(split: tuple[Path, list[Row
     images = root.parent / "images"
     (images / "b").mkdir(parents=True)
     (images / "b" / "1.jpg").touch()
-    build_manifest(FolderSource(images), root / "manifest", ["a", "b", "ü"], 3)
+    manifest_of(images, root / "manifest", ["a", "b", "ü"], 3)
     store = LabelStore(root)
     assert store.classes == store.attrs["class_names"] == ["a", "b", "ü"]
     (root / "manifest").write_bytes(b"damaged")

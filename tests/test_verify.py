@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 
 from tests.jobs import config, digests
-from tests.maps import attrs, random_rows, write_split
+from tests.maps import attrs, manifest_of, random_rows, write_split
 from tests.painted import invoke
 from tests.shards import edit_directory
 from tokenlabel.annotate import annotate
-from tokenlabel.annotate.classes import build_manifest
 from tokenlabel.annotate.images import file_digest
 from tokenlabel.dataset.format.index import build_index, find_shards
 from tokenlabel.dataset.format.lock import folder_lock
@@ -28,7 +27,6 @@ from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import Shard, shard_name, write_shard
 from tokenlabel.dataset.format.sums import NAME as SUMS
 from tokenlabel.dataset.format.sums import file_sha256, read_sums, write_sums
-from tokenlabel.dataset.sources.folder import FolderSource
 from tokenlabel.errors import FormatError
 from tokenlabel.inspection.verify.shard_check import check_shard
 from tokenlabel.inspection.verify.verify import index_faults, verify
@@ -50,7 +48,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"%d" % number)
     train.mkdir()
-    manifest = build_manifest(FolderSource(images), train / "manifest", NAMES, 1000)
+    manifest = manifest_of(images, train / "manifest", NAMES, 1000)
     named = hashlib.sha256(json.dumps(NAMES).encode()).hexdigest()
     settings = json.dumps({"manifest": manifest.digest, "class_names": named, "shard_size": 8})
     more = {

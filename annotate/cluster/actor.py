@@ -29,6 +29,11 @@ class TeacherActor:
         return self._worker.ready()
 
     @ray.method(concurrency_group="control")
+    def answers(self, keys: list[str]) -> list[int]:
+        """The teacher's top class of each image; -1 where it cannot be read."""
+        return self._worker.answers(keys)
+
+    @ray.method(concurrency_group="control")
     def progress(self) -> Progress:
         """What the actor has done so far."""
         return self._worker.progress()

@@ -96,6 +96,21 @@ class Pool:
                 )
         return self._identity
 
+    def answers(self, keys: list[str]) -> list[int]:
+        """The class that a teacher finds most probable for each image; -1 where it says none.
+
+        Raises:
+            TokenLabelError: the actor's own error.
+        """
+        actor = next(actor for actor in self._actors if actor.starting is None)
+        try:
+            found: list[int] = ray.get(actor.handle.answers.remote(keys))
+        except rx.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+        except rx.RayError:  # it has died: `run` replaces it
+            return [-1] * len(keys)
+        return found
+
     def run(
         self,
         plan: Plan,

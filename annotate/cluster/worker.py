@@ -22,7 +22,7 @@ from ...dataset.format.score_map import MapLayout, decode, nats
 from ...dataset.format.shard import shard_name, write_shard
 from ...dataset.format.sums import file_sha256
 from ...dataset.sources.image_source import ImageSource
-from ...errors import JobError, LockedError
+from ...errors import JobError, LockedError, StorageError
 from ..config import AnnotateConfig
 from ..images import DecodedBatch, decode_batch
 from ..plan import Identity, Plan
@@ -72,6 +72,21 @@ class Worker:
         self._libraries = json.dumps(identity.libraries, sort_keys=True)
         return dataclasses.replace(identity, notes=tuple(notes))
 
+    def answers(self, keys: list[str]) -> list[int]:
+        """The teacher's top class of each image; -1 where it cannot be read."""
+        sizes, interpolation = self._teacher.input_sizes, self._teacher.interpolation
+        found: list[int] = []
+        for start in range(0, len(keys), self._config.batch_size):
+            part = keys[start : start + self._config.batch_size]
+            try:
+                batch = decode_batch(self._source, part, sizes, interpolation)
+            except StorageError:  # fails its own shard, later
+                found += [-1] * len(part)
+                continue
+            top = self._teacher.top_classes(batch.images).tolist()
+            found += [-1 if error else n for n, error in zip(top, batch.errors, strict=True)]
+        return found
+
     def progress(self) -> Progress:
         """What was done so far."""
         return self._done._replace(now=time.monotonic())
@@ -98,7 +113,8 @@ class Worker:
         # The plan has the libraries of the first teacher that was ready, perhaps on another node.
         own = {"libraries": self._libraries, "shard": shard, "first_row": rows.start}
         path = plan.folder / shard_name(shard, plan.shards)
-        with write_shard(path, plan.layout, keys, labels, {**plan.attrs, **own}) as writer:
+        attrs, folders = {**plan.attrs, **own}, manifest.folders
+        with write_shard(path, plan.layout, keys, labels, attrs, folders=folders) as writer:
             counts = {"labelled": 0, "top1": 0, "top5": 0, "mass": 0.0}
             truth = labels if plan.attrs["label_space"] == "teacher" else np.full_like(labels, -1)
             with self._device:

@@ -167,6 +167,16 @@ class Annotator:
         return TeacherOutput(planes, pooled.topk(min(5, self.num_classes)).indices)
 
     @torch.inference_mode()
+    def top_classes(self, images: Sequence[Images]) -> Tensor:
+        """The class that the first pass finds most probable for each image as a whole, int64 [B].
+
+        Args:
+            images: as for `logits`, which raises the same errors.
+        """
+        features = self._features(self._normalised(images)[0])
+        return self.head.pooled_logits(features).argmax(1)
+
+    @torch.inference_mode()
     def check(self, images: Sequence[Images]) -> float:
         """How far the mean of the first pass's map is from its pooled logits, at most.
 

@@ -12,6 +12,7 @@ import torch
 from ... import __version__
 from ...dataset.sources.image_source import ImageSource
 from ...errors import StorageError, TeacherError
+from ..classes import read_class_names
 from ..config import AnnotateConfig
 from ..images import DecodedBatch, decode_batch, join_batches
 from ..plan import Identity
@@ -50,11 +51,7 @@ def build_teacher(config: AnnotateConfig) -> Annotator:
     names, source = annotator.class_names, f"those of {annotator.name} are"
     if config.class_names:
         source = f"{config.class_names} has"
-        try:
-            names = Path(config.class_names).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            unreadable = f"class_names: {config.class_names} cannot be read: {error}"
-            raise TeacherError(unreadable) from error
+        names = read_class_names(Path(config.class_names))
     count = annotator.num_classes
     different = {name for name in names or () if isinstance(name, str) and name}
     if names is not None and not len(names) == len(different) == count:
@@ -124,6 +121,7 @@ def identify(annotator: Annotator, source: ImageSource) -> Identity:
         head_mode=annotator.head.mode,
         exact=annotator.head.exact,
         pooled_error=annotator.check(join_batches(parts).images),
+        is_own=not isinstance(annotator.teacher, TimmTeacher),
         libraries=libraries(annotator.device),
     )
 

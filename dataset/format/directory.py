@@ -217,6 +217,14 @@ class StoredFile:
         except (AttributeError, UnicodeDecodeError) as error:
             raise self.damaged(f"{name}: {error}") from error
 
+    def folders(self) -> dict[str, int]:
+        """Class id of each top-level folder of a split, -1 where it has none; empty if not said."""
+        if "folders" not in self.columns:
+            return {}
+        names = self.texts("folders")
+        self.column("folder_class", "<i4", (len(names),))
+        return dict(zip(names, self.read("folder_class").tolist(), strict=True))
+
     def _blocks(self, start: int, stop: int) -> Iterator[bytes]:
         for offset in range(start, stop, BLOCK):
             yield self.pread(min(BLOCK, stop - offset), offset)

@@ -5,7 +5,7 @@ shard refer to it. Written and read in constant memory, through the page cache.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,8 @@ class Manifest(NamedTuple):
         digest: hex sha256 of keys and labels.
         label_space: "teacher" when labels are class ids of the teacher, else "folders".
         class_names: names of the teacher's classes; None where unknown.
+        folders: class id of each top-level folder, -1 where it has none.
+        numbering: how these ids were found, see `annotate.classes`.
     """
 
     keys: KeyTable
@@ -34,6 +36,8 @@ class Manifest(NamedTuple):
     digest: str
     label_space: str
     class_names: list[str] | None
+    folders: dict[str, int]
+    numbering: str
 
 
 def write_manifest(
@@ -41,14 +45,18 @@ def write_manifest(
     blocks: Iterable[tuple[Sequence[bytes], np.ndarray]],
     label_space: str,
     class_names: Sequence[str] | None,
+    folders: Mapping[str, int] = {},  # never changed
+    numbering: str = "",
 ) -> None:
     """Store a manifest of `blocks`: keys, sorted by UTF-8 bytes, and the int32 labels of each."""
-    from .new_file import create, encode_texts
+    from .new_file import add_folders, create, encode_texts
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         replacing(path) as temporary,
-        create(temporary, FORMAT, VERSION, {"label_space": label_space}) as file,
+        create(
+            temporary, FORMAT, VERSION, {"label_space": label_space, "numbering": numbering}
+        ) as file,
     ):
         keys = KeyWriter(file)
         digests = hashlib.sha256(), hashlib.sha256()
@@ -61,6 +69,7 @@ def write_manifest(
         file.attrs["sha256"] = hashlib.sha256(total).hexdigest()
         if class_names:
             file.add("class_names", encode_texts(class_names), gzip=True)
+        add_folders(file, folders)
 
 
 def open_manifest(path: Path, verify: bool = False) -> Manifest:
@@ -80,7 +89,8 @@ def open_manifest(path: Path, verify: bool = False) -> Manifest:
     if verify:
         file.check_bytes()
     names = file.texts("class_names") if "class_names" in file.columns else None
-    return Manifest(keys, labels, sha256, space, names)
+    numbering = str(file.attrs.get("numbering", ""))
+    return Manifest(keys, labels, sha256, space, names, file.folders(), numbering)
 
 
 def shard_rows(rows: int, shard_size: int, shard: int) -> range:

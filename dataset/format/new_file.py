@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,8 @@ _ROOM = 2048  # bytes of the directory for columns, and for attributes added lat
 BLOCK = 1 << 20  # bytes in memory at once
 #: The format of HDF5 1.10, whichever version writes, so that all later ones read it; no cache of
 #: chunks, as they are written past it.
-_OPEN: dict[str, Any] = {"libver": ("v110", "v110"), "rdcc_nbytes": 0}
+#: No file locks: nobody else knows the temporary file, and not every file system has them.
+_OPEN: dict[str, Any] = {"libver": ("v110", "v110"), "rdcc_nbytes": 0, "locking": False}
 
 
 class NewFile:
@@ -195,6 +196,14 @@ def encode_texts(texts: Sequence[str]) -> np.ndarray:
     data = [text.encode() for text in texts]
     width = max(map(len, data), default=0) or 1
     return np.array(data, dtype=h5py.string_dtype("utf-8", width))
+
+
+def add_folders(file: NewFile, folders: Mapping[str, int]) -> None:
+    """Store the class id of each folder, as `StoredFile.folders` reads it."""
+    if folders:
+        names = sorted(folders)
+        file.add("folders", encode_texts(names), gzip=True)
+        file.add("folder_class", np.array([folders[name] for name in names], "<i4"), gzip=True)
 
 
 @contextmanager

@@ -100,12 +100,14 @@ class ShardWriter:
         keys: Sequence[str],
         labels: Sequence[int] | np.ndarray,
         extents: np.ndarray | None,
+        folders: Mapping[str, int],
     ) -> None:
         rows = len(keys)
         if rows == 0 or len(labels) != rows:
             raise ValueError(f"a shard needs rows, and a label for each; got {rows}, {len(labels)}")
         self.attrs = file.attrs
         self._file, self._keys, self._planes = file, list(keys), layout.planes()
+        self._folders = folders
         self._errors: list[str] = []
         self._digest = ContentDigest()
         self._rows: dict[str, np.ndarray] = {
@@ -165,7 +167,7 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Write the columns, and the attributes that depend on the content."""
-        from .new_file import encode_texts
+        from .new_file import add_folders, encode_texts
 
         if len(self._errors) != len(self._keys):
             raise ValueError(f"{len(self._keys)} rows were promised, {len(self._errors)} written")
@@ -174,6 +176,7 @@ class ShardWriter:
             self._digest.update(name, column)
             self._file.add(name, column, gzip=name in texts)
         self._file.add("bounds", self._file.bounds)
+        add_folders(self._file, self._folders)
         self.attrs["errors"] = sum(map(bool, self._errors))
         self.attrs["sha256"] = self._digest.hexdigest()
 
@@ -186,6 +189,7 @@ def write_shard(
     labels: Sequence[int] | np.ndarray,
     attrs: dict[str, Any],
     extents: np.ndarray | None = None,
+    folders: Mapping[str, int] = {},  # never changed
 ) -> Iterator[ShardWriter]:
     """Write one shard in a `with` block; it appears at `path`, whole, when the block ends well.
 
@@ -208,6 +212,7 @@ def write_shard(
         attrs: attributes that docs/format.md asks of the writer.
         extents: [n, 4] boxes (x0, y0, x1, y1), normalised to the image, that the maps cover; None
             when every map covers its whole image.
+        folders: class id of each top-level folder of the split, -1 where it has none.
     """
     # What only reads shards starts without h5py.
     from .files import replacing
@@ -224,7 +229,7 @@ def write_shard(
         replacing(path) as temporary,
         create(temporary, FORMAT, VERSION, {"floor": 0.0, **shapes, **attrs}) as file,
     ):
-        writer = ShardWriter(file, layout, keys, labels, extents)
+        writer = ShardWriter(file, layout, keys, labels, extents, folders)
         yield writer
         writer.finish()
 

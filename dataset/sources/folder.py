@@ -33,12 +33,17 @@ _OWN_FAULTS = (
     errno.ENAMETOOLONG,
 )
 
+#: Folders of thumbnails and metadata, beside those whose name begins with a dot.
+_NO_CLASS = ("@eaDir", "__MACOSX")
+
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FolderSource:
     """The images of a folder and of all folders in it; each top-level folder is a class.
+
+    Folders that an operating system or an editor made are left out: `.name`, `@eaDir`, `__MACOSX`.
 
     What counts as an image is its ending, as for torchvision's ImageFolder, in upper or lower case.
     Symbolic links are followed, but not back into a folder that they are in.
@@ -50,9 +55,10 @@ class FolderSource:
         return str(self.root)
 
     def classes(self) -> list[str]:
-        """Names of the top-level folders, sorted, also of those without images."""
-        names = _names(str(self.root))
-        return sorted(name[:-1].decode() for name in names if name.endswith(b"/"))
+        """Names of the top-level folders that hold images, sorted."""
+        names = sorted(name for name in _names(str(self.root)) if name.endswith(b"/"))
+        found = (name[:-1].decode() for name in names)
+        return [name for name in found if _has_image(os.path.join(self.root, name), [])]
 
     def scan(self) -> Iterator[Entry]:
         """All images, sorted by the bytes of their keys.
@@ -141,6 +147,17 @@ def _open(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
+def _has_image(folder: str, above: list[tuple[int, int]]) -> bool:
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    folders = []
+    for name in _names(folder):
+        if not name.endswith(b"/"):
+            return True
+        folders.append(os.path.join(folder, name[:-1].decode()))
+    return here not in above and any(_has_image(inner, [*above, here]) for inner in folders)
+
+
 def _scan(folder: str, prefix: bytes, above: list[tuple[int, int]]) -> Iterator[bytes]:
     """Keys of all images in a folder, whose own key is `prefix` and which lies in those `above`."""
     # Sorted in runs, each one string with NUL, which no name can hold, between its names: an
@@ -173,6 +190,8 @@ def _names(folder: str) -> Iterator[bytes]:
                     is_folder = entry.is_dir()
                 except OSError:  # a link to itself
                     is_folder = False
+                if is_folder and (entry.name.startswith(".") or entry.name in _NO_CLASS):
+                    continue
                 if is_folder or entry.name.lower().endswith(EXTENSIONS):
                     yield entry.name.encode() + (b"/" if is_folder else b"")
     except UnicodeEncodeError as error:

@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.faults.attacks import ATTACKS, attack
-from tests.maps import attrs, random_rows, write_split
-from tokenlabel.annotate.classes import build_manifest
+from tests.maps import attrs, manifest_of, random_rows, write_split
 from tokenlabel.dataset.format.index import NAME, build_index, find_shards, load_index
 from tokenlabel.dataset.format.manifest import open_manifest
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import COLUMNS, Shard, shard_name, write_shard
-from tokenlabel.dataset.sources.folder import FolderSource
 from tokenlabel.dataset.store import LabelStore
 from tokenlabel.errors import FormatError, MissingMapError
 
@@ -98,7 +96,7 @@ def make_seeds(folder: Path) -> list[Seed]:
         (images / f"{number}.jpg").write_bytes(b"")
     (folder / "manifest").mkdir()
     names = [f"n{number:08d}" for number in range(60)]
-    build_manifest(FolderSource(folder / "images"), folder / "manifest" / "manifest", names, None)
+    manifest_of(folder / "images", folder / "manifest" / "manifest", names)
     add("manifest", "manifest", "manifest", 2)
     return seeds
 

@@ -25,8 +25,7 @@ from PIL import Image, PngImagePlugin
 
 from tests.faults.attacks import ATTACKS, attack, parsed, with_directory
 from tests.faults.table import Observed
-from tests.maps import attrs, random_rows, write_split
-from tokenlabel.annotate.classes import build_manifest
+from tests.maps import attrs, manifest_of, random_rows, write_split
 from tokenlabel.annotate.images import decode_batch
 from tokenlabel.cli import main
 from tokenlabel.dataset.format.score_map import MapLayout
@@ -294,7 +293,7 @@ def test_folders_that_lead_in_circles_or_away(tmp_path: Path) -> None:
     (data / "away").symlink_to(away)
     (away / "back").symlink_to(data / "a")
     with within(20):
-        keys = list(build_manifest(FolderSource(data), tmp_path / "manifest", None, None).keys)
+        keys = list(manifest_of(data, tmp_path / "manifest").keys)
     assert keys == ["a/x.jpg", "away/back/x.jpg", "away/x.jpg"]
 
 
@@ -316,7 +315,7 @@ def test_odd_names_are_keys_like_others(tmp_path: Path) -> None:
     short = [name for key, name in ODD_NAMES.items() if key != "long"]
     for name in short:
         (data / name).write_bytes(b"")
-    manifest = build_manifest(FolderSource(data), tmp_path / "manifest", None, None)
+    manifest = manifest_of(data, tmp_path / "manifest")
     assert list(manifest.keys) == sorted(short, key=str.encode)
     keys = sorted(ODD_NAMES.values(), key=str.encode)
     assert max(map(len, keys)) > 4000
@@ -326,7 +325,7 @@ def test_odd_names_are_keys_like_others(tmp_path: Path) -> None:
     assert "\ud800.jpg" not in store and "a\0" not in store
     (data / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
     with pytest.raises(ConfigError, match=r"keys are UTF-8.*caf\\xe9.*Remedy: rename it"):
-        build_manifest(FolderSource(data), tmp_path / "manifest", None, None)
+        manifest_of(data, tmp_path / "manifest")
 
 
 def hostile_split(folder: Path, keys: list[str], text: str) -> None:
