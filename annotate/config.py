@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .. import configs
 from ..dataset.format.score_map import MapLayout
@@ -69,9 +77,14 @@ class AnnotateConfig(BaseModel):
     input_size: Side | list[Side | list[Side]] | None = None
     """side of the teacher's input in pixels, to which the whole image is squashed; a list of sides
     for several passes, whose logits are averaged on the grid of the first; a pair in the list is
-    [height, width] (default: the model's own)"""
+    [height, width] (default: the checkpoint's or the model's own)"""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
-    """how images are resized (default: the model's own)"""
+    """how images are resized (default: the checkpoint's or the model's own)"""
+    mean: list[float] | None = None
+    """of the colour channels R, G, B that images are normalised by, as fractions of white (default:
+    the checkpoint's or the model's own)"""
+    std: list[float] | None = None
+    """likewise, their standard deviation"""
     k: Count = 16
     """classes to store per patch, at most all"""
     step: Annotated[float, Field(ge=0, le=1, strict=False)] = 0.25
@@ -132,6 +145,18 @@ class AnnotateConfig(BaseModel):
         sides = value if isinstance(value, list) else [value]
         if not sides or any(isinstance(side, list) and len(side) != 2 for side in sides):
             raise ValueError("must be a side, or a list of sides and pairs [height, width]")
+        return value
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _three_channels(cls, value: list[float] | None, info: ValidationInfo) -> Any:
+        if value is not None and (
+            len(value) != 3
+            or not all(0 <= one < 256 for one in value)
+            or (info.field_name == "std" and not all(value))
+        ):
+            least = "above 0" if info.field_name == "std" else "of 0 or more"
+            raise ValueError(f"must be three numbers {least}")
         return value
 
     @field_validator("step")

@@ -28,6 +28,8 @@ class Identity:
     Attributes:
         weights_digest: hex sha256 of the weights.
         preprocessing: input size, mean, std, interpolation.
+        origins: where each of these comes from, in words, and `crop_pct` the fraction of an image
+            that the teacher was tested on, which the job does not crop; None where unknown.
         grid: (H, W) of its maps.
         device: "cpu" or "cuda".
         head_mode: how the patch logits are computed.
@@ -50,6 +52,8 @@ class Identity:
     head_mode: str
     exact: bool
     pooled_error: float
+    origins: dict[str, str] = field(default_factory=dict)
+    crop_pct: float | None = None
     is_own: bool = False
     notes: tuple[str, ...] = ()
     libraries: dict[str, str] = field(default_factory=dict)
@@ -168,7 +172,7 @@ def make_plan(config: AnnotateConfig, run: str, manifest: Manifest, teacher: Ide
         "teacher": teacher.model,
         "weights_digest": teacher.weights_digest,
         "dense_rule": teacher.head_mode,
-        "preprocessing": _json(teacher.preprocessing),
+        "preprocessing": _json({**teacher.preprocessing, "crop_pct": teacher.crop_pct}),
         "floor": config.floor,
         "extent": [0.0, 0.0, 1.0, 1.0],
         "label_space": manifest.label_space,

@@ -52,6 +52,19 @@ def print_report(report: Report, console: Console) -> None:
         "teacher": f"{report.teacher}; patch logits: {report.head_mode}; their mean differs from "
         f"the pooled logits by {report.pooled_error:.1e} ({how})",
     }
+    sizes = [f"{height} x {width}" for height, width in report.preprocessing["input_size"]]
+    shown = {"input_size": f"squashed to {', '.join(sizes)} px"}
+    for name in ("interpolation", "mean", "std"):
+        value = report.preprocessing[name]
+        shown[name] = (
+            value if name == "interpolation" else f"{name} " + " ".join(map("{:g}".format, value))
+        )
+    by_origin: dict[str, list[str]] = {}
+    for name, text in shown.items():
+        by_origin.setdefault(report.origins[name], []).append(text)
+    rows["preprocessing"] = "; ".join(
+        f"{', '.join(texts)} ({origin})" for origin, texts in by_origin.items()
+    )
     if report.top1 is not None and report.top5 is not None:
         rows["teacher accuracy"] = (
             f"top-1 {report.top1:.1%}, top-5 {report.top5:.1%} of {report.labelled} images with a "

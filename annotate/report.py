@@ -72,6 +72,8 @@ class Report:
             (right, images) by numbering. Empty where they were not asked for in this run.
         mass: mean probability mass of the stored classes, over all patches.
         bytes_per_image: size of the shards divided by the number of rows.
+        preprocessing: how images were resized and normalised, and `origins` where each of these
+            settings comes from.
         exact: whether the mean of the map's logits must equal the pooled logits, and `pooled_error`
             the largest difference on the first images.
         seconds: of this run; `images_per_second` from the teachers' first batch to their last, and
@@ -93,6 +95,8 @@ class Report:
     written: int
     skipped: int
     failed: dict[int, str]
+    preprocessing: dict[str, Any]
+    origins: dict[str, str]
     head_mode: str
     exact: bool
     pooled_error: float
@@ -158,6 +162,8 @@ def make_report(
         written=len(tally.written),
         skipped=skipped,
         failed=tally.failed,
+        preprocessing=identity.preprocessing,
+        origins=identity.origins,
         head_mode=identity.head_mode,
         exact=identity.exact,
         pooled_error=identity.pooled_error,

@@ -1,23 +1,30 @@
+# mypy: allow-subclassing-any
 """Map-style data sets of all kinds: the image, the class and the key of each item."""
 
 import io
 import operator
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
+import torch
 from torch.utils.data import IterableDataset, Subset
+from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
 
 from ..errors import ImageError
-from .sources.folder import FolderSource
+from .sources.folder import FolderSource, is_hidden
 from .sources.image_source import ImageSource
 
 #: Columns of a row that is a dictionary, as Hugging Face `datasets` name them.
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
+#: Images whose keys are looked up, to find where their paths begin.
+_SAMPLED = 16
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
 
 
@@ -28,6 +35,12 @@ class KeyedImages:
         images: folder for torchvision's ImageFolder, or a map-style data set whose items are
             (image, class) pairs or dictionaries with an image and a class.
         key: index to key, for data sets that do not name the files of their images.
+        known: whether a key has a map, to find out which folders of a file's path its key has.
+
+    Attributes:
+        images: the data set.
+        key: index to key.
+        class_to_idx: number of each class folder; None where the data set does not say.
 
     Raises:
         FileNotFoundError: the folder is not there, or has no images.
@@ -35,9 +48,11 @@ class KeyedImages:
         ValueError: the data set transforms its images itself.
     """
 
-    def __init__(self, images: Any, key: Callable[[int], str] | None) -> None:
+    def __init__(
+        self, images: Any, key: Callable[[int], str] | None, known: Callable[[str], bool]
+    ) -> None:
         if isinstance(images, str | os.PathLike):
-            images = ImageFolder(images)
+            images = _Folder(images)
             # Order and classes are ImageFolder's, the bytes those of the source.
             images.loader = partial(_load, FolderSource(Path(images.root)), images.root)
         map_style = hasattr(images, "__getitem__") and isinstance(images, Sized)
@@ -58,16 +73,24 @@ class KeyedImages:
                     "give it to TokenLabelDataset(transform=...)"
                 )
         self.images: Any = images
+        numbers = getattr(inner, "class_to_idx", None) or getattr(
+            getattr(inner, "reader", None), "class_to_idx", None
+        )
+        self.class_to_idx: dict[str, int] | None = dict(numbers) if numbers else None
         # Of the module and bound to data, not a closure: the data set is pickled to workers.
-        self.key: Callable[[int], str] = key or partial(_file_key, images)
-        if key is None and len(images):
-            self.key(0)  # raises for a kind that has no file names
+        self.key: Callable[[int], str] = key or partial(
+            _file_key, images, _folders_above(images, known)
+        )
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """(image, class), the image in RGB if Pillow holds it; class -1 where there is none."""
+        """(image, class), the image in RGB if Pillow holds it; class -1 where there is none.
+
+        An array [H, W, C] or [H, W], as OpenCV gives, becomes a `tv_tensors.Image` [C, H, W] with
+        its channels in order.
+        """
         item = self.images[index]
         if isinstance(item, Mapping):
             image = next((item[name] for name in _IMAGE_COLUMNS if name in item), None)
@@ -86,6 +109,9 @@ class KeyedImages:
                 ) from None
         if isinstance(image, PIL.Image.Image) and image.mode != "RGB":
             image = image.convert("RGB")
+        elif isinstance(image, np.ndarray):
+            channels = np.moveaxis(np.atleast_3d(image), -1, 0)
+            image = tv_tensors.Image(torch.from_numpy(channels.copy()))
         try:
             # int, NumPy and 0-d tensors of integers alike
             return image, -1 if label is None else operator.index(label)
@@ -94,6 +120,27 @@ class KeyedImages:
                 f"an image's class must be an integer, got {label!r}. Remedy: mix labels after the "
                 "data set, on batches"
             ) from None
+
+
+class _Folder(ImageFolder):
+    """ImageFolder without the folders that an annotation job leaves out."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """Names of the folders that hold images, and their numbers."""
+        names = FolderSource(Path(directory)).classes()
+        if not names:
+            super().find_classes(directory)  # raises
+        return names, {name: number for number, name in enumerate(names)}
+
+    @staticmethod
+    def make_dataset(directory: str, *args: Any, **kwargs: Any) -> list[tuple[str, int]]:
+        """(path, class) of each image."""
+        found = ImageFolder.make_dataset(directory, *args, **kwargs)
+        return [
+            (path, label)
+            for path, label in found
+            if not any(map(is_hidden, _below(directory, path).split("/")[:-1]))
+        ]
 
 
 def _load(source: ImageSource, root: str, path: str) -> PIL.Image.Image:
@@ -105,14 +152,31 @@ def _load(source: ImageSource, root: str, path: str) -> PIL.Image.Image:
         return image.convert("RGB")
 
 
-def _file_key(images: Any, index: int) -> str:
-    """The path of an item's file below the data set's root, `/` between folders."""
+def _folders_above(images: Any, known: Callable[[str], bool]) -> int:
+    """How many folders there are between the data set's root and that of the annotated split.
+
+    0 unless a path without that many folders has a map, and no other number is possible:
+    torchvision's ImageNet has its split in a folder below its root.
+    """
+    count = len(images)
+    found = Counter[int]()
+    for index in range(0, count, max(1, count // _SAMPLED)):
+        parts = _file_key(images, 0, index).split("/")  # raises for a kind without file names
+        found.update(n for n in range(len(parts)) if known("/".join(parts[n:])))
+    return next(iter(found)) if len(found) == 1 else 0
+
+
+def _file_key(images: Any, above: int, index: int) -> str:
+    """The path of an item's file, `/` between folders, without the first `above` of them."""
     if isinstance(images, Subset):
-        return _file_key(images.dataset, int(images.indices[index]))
+        return _file_key(images.dataset, above, int(images.indices[index]))
+    key = None
     if hasattr(images, "samples") and hasattr(images, "root"):
-        return _below(images.root, os.fspath(images.samples[index][0]))
-    if callable(getattr(images, "filename", None)) and hasattr(images, "reader"):  # timm
-        return Path(images.filename(index, absolute=False)).as_posix()
+        key = _below(images.root, os.fspath(images.samples[index][0]))
+    elif callable(getattr(images, "filename", None)) and hasattr(images, "reader"):  # timm
+        key = Path(images.filename(index, absolute=False)).as_posix()
+    if key is not None:
+        return key.split("/", above)[-1] if above else key
     raise TypeError(
         f"{type(images).__name__} does not name the files of its images. Remedy: pass key, a "
         "function from index to the image's path relative to the annotated split, such as "

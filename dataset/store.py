@@ -243,8 +243,8 @@ class LabelStore:
             row = keys.find(key)
             if row < 0:
                 raise MissingMapError(
-                    f"no score map for {key!r} in {self.root}: keys are image paths relative to "
-                    f"the split, extension included, such as {keys[0]!r}. Remedy: check the key, "
+                    f"no score map for {key!a} in {self.root}: keys are image paths relative to "
+                    f"the split, extension included, such as {keys[0]!a}. Remedy: check the key, "
                     "or annotate the folder that holds this image"
                 )
             return row

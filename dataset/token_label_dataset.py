@@ -5,14 +5,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from torch.utils.data import Dataset
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.v2 import functional as F
 
-from ..errors import ImageError, MissingMapError
+from ..errors import MissingMapError
+from .checks import ImageCheck, MissingCount, check_classes
 from .keyed_images import KeyedImages
 from .label_map.label_map import TokenLabelMap
 from .label_map.path import PixelPath
-from .sources.thumbprint import difference
 from .store import LabelStore
 from .targets.token_labels import TokenLabels
 from .transforms import executor
@@ -21,8 +23,6 @@ from .transforms.to_token_labels import ToTokenLabels
 
 #: Keys that are looked up at the start, where a missing map is no error.
 _SAMPLED = 100
-#: With check="sample": so many images of a process at first, and then one in so many.
-_FIRST, _EVERY = 8, 128
 Sample = tuple[Any, TokenLabels]
 
 
@@ -50,11 +50,12 @@ class TokenLabelDataset(Dataset[Sample]):
             those of another grid as well. None: the records do not name one.
         key: index to key, where `images` does not name the files of its images.
         missing: what to do about an image without a map: "error", or "ignore", which gives
-            labels whose targets have weight 0, so that the loss falls back on the class; with a
-            warning if no image seems to have a map.
+            labels whose targets have weight 0, so that the loss falls back on the class; with
+            warnings that say how many these are.
         label_source: where `TokenLabels.label` comes from: "images", the classes of `images`;
-            "maps", the ground truth stored with the maps; or "auto": "maps" for a folder, else
-            "images", which must then agree with the maps where these have a class.
+            "maps", the ground truth stored with the maps; "none", -1 always; or "auto": "maps" for
+            a folder, else "images", which must then agree with the maps where these have a class.
+            With "auto", maps whose ground truth is no class of the teacher are refused.
         shrink: draw the targets of small crops towards the mean of their image's map, since a cell
             of a map of the whole image is worth less the more it is enlarged: by the fraction
             min(.5, shrink * log2(linear zoom)). 0 turns it off; .3 was nearest to the teacher.
@@ -66,8 +67,8 @@ class TokenLabelDataset(Dataset[Sample]):
 
     Raises:
         FileNotFoundError, FormatError: as `LabelStore`.
-        TypeError, ValueError: an option out of range, or `images` of a kind that cannot be matched
-            with maps.
+        TypeError, ValueError: an option out of range, `images` of a kind that cannot be matched
+            with maps, or classes that are numbered differently.
     """
 
     def __init__(
@@ -79,14 +80,14 @@ class TokenLabelDataset(Dataset[Sample]):
         grid: int | tuple[int, int] | None = 14,
         key: Callable[[int], str] | None = None,
         missing: Literal["error", "ignore"] = "error",
-        label_source: Literal["auto", "images", "maps"] = "auto",
+        label_source: Literal["auto", "images", "maps", "none"] = "auto",
         shrink: float = 0.0,
         check: Literal["sample", "always", "never"] = "sample",
         resized: bool = False,
     ) -> None:
         for name, value, choices in (
             ("missing", missing, ("error", "ignore")),
-            ("label_source", label_source, ("auto", "images", "maps")),
+            ("label_source", label_source, ("auto", "images", "maps", "none")),
             ("check", check, ("sample", "always", "never")),
         ):
             if value not in choices:
@@ -96,24 +97,35 @@ class TokenLabelDataset(Dataset[Sample]):
                 "resized=True must be checked, for a crop has another size as well. Remedy: "
                 'check="sample" or "always"'
             )
-        self.images = KeyedImages(images, key)
         self.store = labels if isinstance(labels, LabelStore) else LabelStore(labels)
+        self.images = KeyedImages(images, key, self.store.__contains__)
         self.transform = transform
         self._to_labels = ToTokenLabels(grid, shrink=shrink)
-        self._check, self._resized = check, resized
-        self._process, self._given = 0, 0
+        self._check, self._resized = ImageCheck(self.store, check), resized
         self._ignore_missing = missing == "ignore"
         is_folder = isinstance(images, str | os.PathLike)
-        self._label_source = "maps" if label_source == "auto" and is_folder else label_source
+        if label_source == "auto":
+            check_classes(self.store, self.images.class_to_idx, is_folder)
+            label_source = "maps" if is_folder else "auto"
+        self._label_source = label_source
+        labelled = self.store.ground_truth[:: max(1, len(self.store) // _SAMPLED)]
+        if label_source == "maps" and not (labelled >= 0).any():
+            warnings.warn(
+                f"no image has a label in {self.store.root}, so that the class token learns "
+                'nothing from them. Remedy: TokenLabelLoss(cls_target="crop"), or '
+                'label_source="images"',
+                stacklevel=2,
+            )
         if self._ignore_missing:
+            self._missing = MissingCount()
             step = max(1, len(self) // _SAMPLED)
             keys = [self.images.key(index) for index in range(0, len(self), step)]
-            if keys and not any(key in self.store for key in keys):
+            if lost := [key for key in keys if key not in self.store]:
                 warnings.warn(
-                    f"none of {len(keys)} images sampled has a map, such as {keys[0]!r}; the "
-                    f"labels have {next(iter(self.store.keys), None)!r}. Remedy: check that images "
-                    "and labels are of one split; missing='ignore' trains such images on their "
-                    "classes alone",
+                    f"{len(lost)} of {len(keys)} images sampled have no map, such as {lost[0]!a}; "
+                    f"the labels have {next(iter(self.store.keys), None)!a}. Remedy: check that "
+                    "images and labels are of one split; missing='ignore' trains such images on "
+                    "their classes alone",
                     stacklevel=2,
                 )
 
@@ -129,8 +141,8 @@ class TokenLabelDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Sample:
-        """One augmented image and its labels.
+    def __getitem__(self, index: Any) -> Any:
+        """One augmented image and its labels; of a list of indices, a collated batch of them.
 
         Raises:
             IndexError: there is no such image.
@@ -139,6 +151,9 @@ class TokenLabelDataset(Dataset[Sample]):
             ImageError: the image is not the annotated one, by its thumbprint.
             ValueError: the image is not the annotated one: another size, or another class.
         """
+        if isinstance(index, list | tuple | range | np.ndarray | Tensor) and np.ndim(index) == 1:
+            # What DataLoader(batch_size=None, sampler=BatchSampler(...)) asks for.
+            return default_collate(self.__getitems__([int(one) for one in index]))
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
@@ -160,6 +175,9 @@ class TokenLabelDataset(Dataset[Sample]):
             leaves.append(leaf)
         if not leaves:
             return []
+        if self._ignore_missing:
+            lost = [key for _, key, leaf in entries if not leaf.planes]
+            self._missing.add(len(entries), lost, len(self))
         records = TokenLabels.collate(leaves, self._to_labels.grid, self._to_labels.shrink)
         rows: Any = records.unbind()
         return list(zip(images, rows, strict=True))
@@ -190,11 +208,10 @@ class TokenLabelDataset(Dataset[Sample]):
                         f"{leaf.canvas_size[1]} x {leaf.canvas_size[0]} pixels, this one is "
                         f"{width} x {height}. Remedy: use the same files, untransformed, or "
                         "annotate these; resized=True allows copies of another size"
-                        + self._orientation_hint(key)
+                        + self._check.orientation_hint(key)
                     )
                 leaf = leaf.with_path(PixelPath.of((height, width)), (height, width))
-            if self._is_sampled():
-                self._compare(key, image)
+            self._check.compare(key, image)
         stored, source = leaf.label, self._label_source
         if source == "auto" and label >= 0 and stored >= 0 and label != stored:
             raise ValueError(
@@ -203,58 +220,16 @@ class TokenLabelDataset(Dataset[Sample]):
                 'folders does). Remedy: label_source="maps" takes those of the maps, '
                 'label_source="images" those of the images'
             )
-        if source != "images" and stored >= 0:
+        if source in ("auto", "maps") and stored >= 0:
             label = stored
-        elif source == "maps" and self.store.attrs.get("label_space") == "teacher":
-            # The maps hold the teacher's classes, which a folder's own number need not be: of some
-            # of ImageNet's folders, ImageFolder numbers the first 0.
-            names = self.store.attrs.get("class_names", [])
-            folder = key.partition("/")[0]
-            label = names.index(folder) if folder in names else -1
+        elif source == "none":
+            label = -1
+        elif source == "maps":
+            # The image has no map, and the number that its folder has here need not be that of the
+            # maps: of some of ImageNet's folders, ImageFolder numbers the first 0.
+            label = self.store.folders.get(key.partition("/")[0], -1)
         leaf.label = label
         return leaf
-
-    def _is_sampled(self) -> bool:
-        """Whether `check` asks for the next image."""
-        if self._check != "sample":
-            return self._check == "always"
-        if self._process != os.getpid():  # a worker, which has its parent's count
-            self._process, self._given = os.getpid(), 0
-        number = self._given
-        self._given += 1
-        return number < _FIRST or number % _EVERY == 0
-
-    def _compare(self, key: str, image: Any) -> None:
-        """Refuse an image that is not the annotated one by its thumbprint."""
-        wrong = difference(self.store.thumbprint(key), image)
-        if wrong is None:
-            return
-        if wrong.startswith("another image"):
-            wrong += ", or its colours were changed"
-            remedy = (
-                "check that images and labels are of one split, and that the data set gives the "
-                "whole image of each key (timm's gives the next one for one that it cannot read); "
-                "annotate the images that you train on"
-            )
-        else:
-            remedy = (
-                "find the transform inside the data set, its wrappers or its loader, and give it "
-                "to TokenLabelDataset(transform=...) instead" + self._orientation_hint(key)
-            )
-        raise ImageError(
-            f"{key!r} must be the image that was annotated, untransformed; this one is {wrong}. "
-            f"Remedy: {remedy}"
-        )
-
-    def _orientation_hint(self, key: str) -> str:
-        """What ends the remedy where EXIF may be the cause."""
-        orientation = self.store.orientation(key)
-        if orientation < 2:
-            return ""
-        return (
-            f". The annotated file has EXIF orientation {orientation}, which ImageFolder does not "
-            "apply: use a loader that does not either"
-        )
 
     def _checked(self, sample: Any) -> tuple[Any, TokenLabelMap]:
         """What the transform returned."""

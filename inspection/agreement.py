@@ -87,8 +87,10 @@ def measure_agreement(
 
     Returns:
         JSON-able. `rows` holds, for each range of scales and each `target`, the number of crops and
-        the means of a `Score` over them. "stored" is the whole map cell by cell, against the
-        teacher as it annotated; `print_agreement` says what the others are.
+        the means of a `Score` over them. `teacher_top1` is the fraction of the `labelled` whole
+        images that the teacher gets right, in the job's own preprocessing. "stored" is the whole
+        map cell by cell, against the teacher as it annotated; `print_agreement` says what the
+        others are.
 
     Raises:
         ConfigError: images or weights are not found; TeacherError for the teacher.
@@ -102,6 +104,7 @@ def measure_agreement(
     good = np.flatnonzero(~store.failed)
     rows = np.sort(rng.permutation(good)[:count]).tolist()
     found: dict[tuple[tuple[float, float], str], list[Score]] = defaultdict(list)
+    asked = right = 0
     for done, row in enumerate(rows, 1):
         image = files.read(store.keys[row])
         boxes = [random_box(image.size, scale, rng) for scale in SCALES]
@@ -109,6 +112,9 @@ def measure_agreement(
         patches = patch_map(store, row)
         stored = torch.from_numpy(patches.entry.dense()).flatten(0, 1)
         truth = probabilities(teachers.annotator, image, [patches.entry.extent])[0]
+        if patches.label >= 0:
+            asked += 1
+            right += int(top_class(teachers.annotator, image) == patches.label)
         everywhere = torch.ones(len(stored), dtype=torch.bool)
         found[SCALES[0], "stored"].append(score(truth, stored, everywhere, patches.label))
         crops = store.labels([row] * len(boxes), boxes).targets(grid)
@@ -136,6 +142,8 @@ def measure_agreement(
         "k": store.k,
         "images": len(rows),
         "seed": seed,
+        "labelled": asked,
+        "teacher_top1": right / asked if asked else None,
         "rows": [
             {"scale": list(scale), "target": target, "crops": len(scores)} | mean(scores)
             for (scale, target), scores in found.items()
@@ -212,6 +220,16 @@ def probabilities(
         logits = onto(logits, grid)
     probs: Tensor = logits.softmax(-1).flatten(1, 2).cpu()
     return probs
+
+
+def top_class(teacher: Annotator, image: Image.Image) -> int:
+    """What the teacher finds most probable for a whole image, prepared as the job prepared it."""
+    resample = Image.Resampling[teacher.interpolation.upper()]
+    squashed = [
+        np.asarray(image.resize((width, height), resample))[None]
+        for height, width in teacher.input_sizes
+    ]
+    return int(teacher.top_classes(squashed))
 
 
 def flipped(patches: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -161,6 +161,11 @@ def print_agreement(facts: dict[str, Any]) -> None:
                 table.add_row(f"  {target}", *values)
     out = console()
     out.print(table)
+    if facts["labelled"]:
+        out.print(
+            f"  The teacher's top-1 on the whole images, prepared as by the job: "
+            f"{facts['teacher_top1']:.1%} of {facts['labelled']}."
+        )
     out.print(
         "  Stored: the whole map, cell by cell, against the teacher as it annotated: the cost of "
         f"storing the top {facts['k']}. Map: what a student gets. One label: the mean of the "

@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as F
 
 from tests.jobs import config
 from tokenlabel.annotate import annotate
+from tokenlabel.annotate.teacher.timm_teacher import wordnet_ids
 from tokenlabel.dataset import LabelStore, TokenLabelDataset
 from tokenlabel.dataset.sources.thumbprint import thumbprint
 from tokenlabel.errors import ImageError
@@ -78,7 +79,9 @@ def square_labels(
 ) -> LabelStore:
     """Real maps of squares/train."""
     out = tmp_path_factory.mktemp("square-labels")
-    annotate(config(squares, out))
+    names = out / "names.txt"
+    names.write_text("\n".join(["a", *wordnet_ids()[1:]]))
+    annotate(config(squares, out, class_names=str(names)))
     return LabelStore(out / "train")
 
 

@@ -1,9 +1,12 @@
 """Weights: what fits is loaded bit for bit, what does not fit or runs code is refused."""
 
+import argparse
 import hashlib
 import importlib.util
+import json
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tokenlabel.annotate.config import AnnotateConfig
+from tokenlabel.annotate.teacher.identity import build_teacher
 from tokenlabel.annotate.teacher.timm_teacher import build_model
 from tokenlabel.annotate.teacher.weights import load_weights, weights_digest
 from tokenlabel.errors import TeacherError
@@ -223,3 +228,93 @@ def test_a_model_that_cannot_be_downloaded_asks_for_a_checkpoint(
 def test_models_that_do_not_exist(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(TeacherError, match=message):
         build_model(name, **options)
+
+
+MEAN, STD = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+RECORDED = {"mean": MEAN, "std": STD, "crop_pct": 0.9, "interpolation": "bilinear"}
+
+
+def saved(folder: Path, args: Any = None, config: Any = None, name: str = "net.pth") -> Path:
+    """A checkpoint that says how it was trained, in itself or in a config.json beside it."""
+    state, path = resnet().state_dict(), folder / name
+    if name.endswith("safetensors"):
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state} | ({} if args is None else {"args": args}), path)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def built(path: Path, **options: Any) -> Any:
+    return build_teacher(
+        AnnotateConfig(model="test_resnet", weights=str(path), num_classes=5, **options)
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "config", "source"),
+    [
+        (argparse.Namespace(**RECORDED, img_size=96, lr=0.1), None, "args of net.pth"),
+        ({**RECORDED, "input_size": [3, 96, 96]}, None, "args of net.pth"),
+        (None, {"pretrained_cfg": {**RECORDED, "input_size": [3, 96, 96]}}, "config.json beside"),
+        (None, {**RECORDED, "input_size": [3, 64, 64], "test_input_size": [3, 96, 96]}, "config.j"),
+    ],
+)
+def test_the_preprocessing_is_the_checkpoints(
+    tmp_path: Path, args: Any, config: Any, source: str
+) -> None:
+    annotator = built(saved(tmp_path, args, config))
+    made = annotator.preprocessing
+    assert (made["mean"], made["std"]) == (MEAN, STD)
+    assert (made["interpolation"], made["input_size"]) == ("bilinear", [[96, 96]])
+    assert annotator.teacher.crop_pct == 0.9
+    assert all(origin.startswith(source) for origin in annotator.origins.values())
+
+
+def test_what_a_checkpoint_does_not_say_is_timms_or_the_users(tmp_path: Path) -> None:
+    silent = {"mean": None, "std": None, "interpolation": "", "crop_pct": None, "img_size": None}
+    annotator = built(saved(tmp_path, argparse.Namespace(**silent)))
+    assert annotator.preprocessing["mean"] == [0.5] * 3
+    assert annotator.origins["mean"] == "timm's settings of test_resnet"
+    annotator = built(tmp_path / "net.pth", mean=MEAN, std=STD, input_size=96)
+    assert annotator.preprocessing["mean"] == MEAN
+    assert annotator.origins == {
+        "input_size": "options",
+        "interpolation": "timm's settings of test_resnet",
+        "mean": "options",
+        "std": "options",
+    }
+    path = saved(tmp_path, config=RECORDED, name="net.safetensors")
+    assert built(path, mean=[0.0, 0.0, 0.0]).preprocessing["mean"] == [0, 0, 0]
+    assert built(path).preprocessing["mean"] == MEAN
+
+
+@pytest.mark.parametrize(
+    ("args", "config", "options", "message"),
+    [
+        (RECORDED, None, {"mean": [0.5] * 3},
+         "mean must be that of the weights; args of net.pth says [0.1, 0.2, 0.3], got [0.5, 0.5"),
+        (RECORDED, {"std": [0.2] * 3}, {},
+         "config.json beside net.pth says [0.2, 0.2, 0.2], the args of net.pth [0.5, 0.6, 0.7]"),
+        ({"mean": [0.5, 0.5]}, None, {}, "mean must be three numbers of 0 or more"),
+        ({"std": [0.5, 0.5, 0]}, None, {}, "std must be three numbers above 0"),
+        (None, {"interpolation": "cubic"}, {}, "interpolation must be one of nearest, bilinear"),
+        (None, {"mean": "grey"}, {}, "the config.json beside net.pth says 'grey'"),
+        (None, {"input_size": [3, 0, 9]}, {}, "input_size must be a side in pixels"),
+    ],
+)  # fmt: skip
+def test_preprocessing_that_contradicts_or_is_malformed_is_refused(
+    tmp_path: Path, args: Any, config: Any, options: dict[str, Any], message: str
+) -> None:
+    path = saved(tmp_path, args, config)
+    with pytest.raises(TeacherError, match=re.escape(message)) as caught:
+        built(path, **options)
+    assert "Remedy: " in str(caught.value)
+
+
+def test_a_config_that_is_no_json_is_named(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(TeacherError, match=r"config\.json must be JSON that can be read"):
+        built(path)

@@ -64,6 +64,7 @@ class Annotator:
         grid: (H, W) of the map.
         head: The classifier of the first pass.
         preprocessing: How images are prepared, as JSON-able values; `tiles` of each pass.
+        origins: Where input_size, interpolation, mean and std come from, in words.
         weights_digest: Hex SHA-256 of the weights and of `code`.
 
     Raises:
@@ -103,6 +104,7 @@ class Annotator:
         if self.interpolation not in filters:
             rule = f"one of {', '.join(filters)}"
             raise _wrong("interpolation", rule, self.interpolation, "name one of these")
+        given_mean, given_std = mean, std
         mean = _three("mean", teacher.mean if mean is None else mean)
         std = _three("std", teacher.std if std is None else std)
         # On the device already: to send them with each batch would wait for a GPU.
@@ -122,6 +124,13 @@ class Annotator:
             "mean": mean,
             "std": std,
             "tiles": [[1, 1], *(list(later.tiles) for later in self._later)],
+        }
+        given: dict[str, object] = {"input_size": input_sizes, "interpolation": interpolation}
+        given |= {"mean": given_mean, "std": given_std}
+        origins = getattr(teacher, "origins", {})
+        self.origins = {
+            name: "options" if value else origins.get(name, self.name)
+            for name, value in given.items()
         }
         self._extract = teacher.features
         if compile:

@@ -18,9 +18,10 @@ from ..images import DecodedBatch, decode_batch, join_batches
 from ..plan import Identity
 from .annotator import Annotator
 from .module_teacher import load_file, split_file
+from .preprocess import recorded_settings
 from .teacher import Teacher
 from .timm_teacher import TimmTeacher, build_model
-from .weights import PRETRAINED
+from .weights import PRETRAINED, SAMPLE
 
 #: Images on which the patch logits are compared with the pooled ones at start-up.
 _CHECKED = 8
@@ -38,6 +39,15 @@ def build_teacher(config: AnnotateConfig) -> Annotator:
     sizes = [(side, side) if isinstance(side, int) else (side[0], side[1]) for side in sides]
     size = sizes[0] if sizes else None
     teacher, code = load_teacher(config.model, config.weights, config.num_classes, size)
+    for name in ("mean", "std"):
+        given, origins = getattr(config, name), getattr(teacher, "origins", {})
+        known, origin = list(getattr(teacher, name)), origins.get(name, config.model)
+        # timm's settings are those of the name, which the weights need not be of.
+        if given not in (None, known) and (origin.startswith("args of ") or not origins):
+            raise TeacherError(
+                f"{name} must be that of the weights; {origin} says {known}, got {given}. Remedy: "
+                f"leave {name} out, or correct it there."
+            )
     annotator = Annotator(
         teacher,
         code=code,
@@ -47,6 +57,8 @@ def build_teacher(config: AnnotateConfig) -> Annotator:
         compile=config.compile,
         device=config.device,
         interpolation=config.interpolation,
+        mean=config.mean,
+        std=config.std,
     )
     names, source = annotator.class_names, f"those of {annotator.name} are"
     if config.class_names:
@@ -83,7 +95,13 @@ def load_teacher(
     """
     file = split_file(model)
     if file is None:
-        return TimmTeacher(build_model(model, weights, num_classes, input_size), model), b""
+        is_file = weights not in (PRETRAINED, SAMPLE)
+        recorded = recorded_settings(Path(weights).expanduser()) if is_file else {}
+        if input_size is None and "input_size" in recorded:
+            input_size = recorded["input_size"].value
+        return TimmTeacher(
+            build_model(model, weights, num_classes, input_size), model, recorded
+        ), b""
     if weights != PRETRAINED or num_classes is not None:
         raise TeacherError(
             f"weights and num_classes are those that a network of your own has; got weights "
@@ -114,6 +132,8 @@ def identify(annotator: Annotator, source: ImageSource) -> Identity:
         model=annotator.name,
         weights_digest=annotator.weights_digest,
         preprocessing=annotator.preprocessing,
+        origins=annotator.origins,
+        crop_pct=getattr(annotator.teacher, "crop_pct", None),
         grid=annotator.grid,
         num_classes=annotator.num_classes,
         class_names=list(annotator.class_names) if annotator.class_names else None,

@@ -1,7 +1,8 @@
 """timm's classifiers as teachers, refusing whatever would leave a layer untrained."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import timm
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import TeacherError
 from .dense import dense_head, no_patches
+from .preprocess import Setting
 from .teacher import PatchHead
 from .weights import PRETRAINED, load_weights
 
@@ -25,15 +27,22 @@ class TimmTeacher:
     Args:
         network: A timm classifier with trained weights.
         name: What shards call it; default: its architecture.
+        recorded: What its checkpoint says of its preprocessing; default: nothing, so that timm's
+            settings of the model are taken.
 
     Raises:
         TeacherError: It is no classifier of timm.
     """
 
-    def __init__(self, network: nn.Module, name: str | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        name: str | None = None,
+        recorded: Mapping[str, Setting] = MappingProxyType({}),
+    ) -> None:
         self.network = net = cast(Any, network)
-        settings = getattr(network, "pretrained_cfg", {})
-        self.name = name or settings.get("architecture") or type(network).__name__
+        cfg = getattr(network, "pretrained_cfg", {})
+        self.name = name or cfg.get("architecture") or type(network).__name__
         if not hasattr(network, "forward_features") or not hasattr(network, "forward_head"):
             raise no_patches(self.name, "it lacks timm's `forward_features` and `forward_head`")
         self.num_classes = int(net.num_classes)
@@ -41,17 +50,26 @@ class TimmTeacher:
             raise no_patches(self.name, "it has no classifier (num_classes is 0)")
         # The number of classes names the ImageNet set. Of weights from a file that is only believed
         # where the model was published with as many.
-        published = settings.get("num_classes") == self.num_classes
+        published = cfg.get("num_classes") == self.num_classes
         subset = infer_imagenet_subset(network) if published else None
         self.class_names: Sequence[str] | None = wordnet_ids(subset) if subset else None
         resolve: Any = resolve_model_data_config
         default = resolve(network, use_test_size=True)
         # A model built for one size knows it best: its settings name the size of the weights.
         built_for = getattr(getattr(network, "patch_embed", None), "img_size", None)
-        height, width = built_for or default["input_size"][-2:]
+        settings = {
+            "input_size": built_for or default["input_size"][-2:],
+            **{name: default[name] for name in ("interpolation", "mean", "std", "crop_pct")},
+        }
+        self.origins = dict.fromkeys(settings, f"timm's settings of {self.name}")
+        for name, setting in recorded.items():
+            if name != "input_size" or not built_for:
+                settings[name], self.origins[name] = setting
+        height, width = settings["input_size"]
         self.input_size = (int(height), int(width))
-        self.interpolation = str(default["interpolation"])
-        self.mean, self.std = default["mean"], default["std"]
+        self.interpolation = str(settings["interpolation"])
+        self.mean, self.std = settings["mean"], settings["std"]
+        self.crop_pct = float(settings["crop_pct"])
 
     def features(self, images: Tensor) -> Tensor:
         """The features before pooling and classifier."""

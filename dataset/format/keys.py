@@ -5,6 +5,7 @@ and `key_offsets` (where each starts, and the end).
 """
 
 import sys
+import unicodedata
 import weakref
 from array import array
 from bisect import bisect_right
@@ -92,7 +93,14 @@ class KeyTable(Sequence[str]):
         return self._text(first, last)
 
     def find(self, key: str) -> int:
-        """Row of `key`, or -1."""
+        """Row of `key`, or -1. Composed and decomposed accents, as of macOS, are equal."""
+        row = self._find(key)
+        if row >= 0 or key.isascii():
+            return row
+        composed, decomposed = unicodedata.normalize("NFC", key), unicodedata.normalize("NFD", key)
+        return max(self._find(composed), self._find(decomposed))
+
+    def _find(self, key: str) -> int:
         wanted = key.encode(errors="surrogatepass")  # no key has them
         fences = range(0, self._rows, self._rows // _FENCES + 1)
         after = bisect_right(fences, wanted, key=self._fence)

@@ -121,6 +121,11 @@ class FolderSource:
             ) from error
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a folder of this name is left out."""
+    return name.startswith(".") or name in _NO_CLASS
+
+
 def open_source(data: Path, split: str) -> FolderSource:
     """The images of a split of a data set.
 
@@ -190,7 +195,7 @@ def _names(folder: str) -> Iterator[bytes]:
                     is_folder = entry.is_dir()
                 except OSError:  # a link to itself
                     is_folder = False
-                if is_folder and (entry.name.startswith(".") or entry.name in _NO_CLASS):
+                if is_folder and is_hidden(entry.name):
                     continue
                 if is_folder or entry.name.lower().endswith(EXTENSIONS):
                     yield entry.name.encode() + (b"/" if is_folder else b"")
