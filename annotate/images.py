@@ -4,24 +4,18 @@ Runs in decode workers, so it needs Pillow and NumPy only.
 """
 
 import hashlib
-import io
-import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
+from ..dataset.sources.decode import decode_image
 from ..dataset.sources.image_source import ImageSource
 from ..dataset.sources.thumbprint import SIDE, thumbprint
 from ..errors import ImageError
-
-#: What an image may be inside, whatever its name says. The list keeps out formats that start
-#: other programs (EPS) or that no image folder holds.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF")
-_MAX_ERROR_CHARS = 200
 
 
 class DecodedBatch(NamedTuple):
@@ -101,28 +95,6 @@ def join_batches(parts: Sequence[DecodedBatch]) -> DecodedBatch:
 def file_digest(data: bytes) -> int:
     """The digest that shards hold of a file's bytes: its BLAKE2b-64 as a little-endian number."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """The image that `torchvision.datasets.ImageFolder` gives for a file of these bytes.
-
-    RGB by Pillow's own conversion; EXIF orientation is not applied.
-
-    Raises:
-        ImageError: it cannot be decoded. The same bytes give the same text: shards store it.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large images and odd EXIF are no news here
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                return image.convert("RGB")
-    except UnidentifiedImageError as error:  # its text holds a memory address
-        raise ImageError("not an image, or its header is damaged") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"too many pixels: {error}") from error
-    except Exception as error:  # decoders raise nearly anything on damaged input
-        text = re.sub(r"<[^<>]*0x[0-9a-f]+>", "data", str(error)) or type(error).__name__
-        raise ImageError(f"cannot be decoded: {text}"[:_MAX_ERROR_CHARS]) from error
 
 
 def exif_orientation(image: Image.Image) -> int:

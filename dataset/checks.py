@@ -97,8 +97,8 @@ class ImageCheck:
             wrong += ", or its colours were changed"
             remedy = (
                 "check that images and labels are of one split, and that the data set gives the "
-                "whole image of each key (timm's gives the next one for one that it cannot read); "
-                "annotate the images that you train on"
+                "whole image of each key (timm's gives the next one for one that it cannot read; "
+                "Pillow makes white of 16-bit greyscale); annotate the images that you train on"
             )
         else:
             remedy = (

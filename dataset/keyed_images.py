@@ -1,7 +1,6 @@
 # mypy: allow-subclassing-any
 """Map-style data sets of all kinds: the image, the class and the key of each item."""
 
-import io
 import operator
 import os
 from collections import Counter
@@ -18,6 +17,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
 
 from ..errors import ImageError
+from .sources.decode import decode_image
 from .sources.folder import FolderSource, is_hidden
 from .sources.image_source import ImageSource
 
@@ -144,12 +144,14 @@ class _Folder(ImageFolder):
 
 
 def _load(source: ImageSource, root: str, path: str) -> PIL.Image.Image:
-    """The image that ImageFolder's own loader gives, from the source's bytes."""
+    """The image as the teacher was shown it, from the source's bytes."""
     (data,) = source.read([_below(root, path)])
     if isinstance(data, ImageError):
         raise ImageError(f"{path}: {data}") from data
-    with PIL.Image.open(io.BytesIO(data)) as image:
-        return image.convert("RGB")
+    try:
+        return decode_image(data)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
 
 
 def _folders_above(images: Any, known: Callable[[str], bool]) -> int:

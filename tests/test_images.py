@@ -42,11 +42,17 @@ def rotated_jpeg() -> bytes:
         ("RGBA", "PNG"),
         ("LA", "PNG"),
         ("1", "PNG"),
-        ("I;16", "PNG"),
-        ("I;16", "TIFF"),
         ("RGB", "WEBP"),
         ("RGB", "BMP"),
         ("P", "GIF"),
+        ("RGB", "AVIF"),
+        ("RGB", "JPEG2000"),
+        ("RGB", "TGA"),
+        ("RGB", "PCX"),
+        ("RGB", "SGI"),
+        ("RGB", "QOI"),
+        ("RGB", "DDS"),
+        ("RGB", "MPO"),
     ],
 )
 def test_readable_images_are_what_the_student_sees(tmp_path: Path, mode: str, kind: str) -> None:
@@ -61,6 +67,33 @@ def test_readable_images_are_what_the_student_sees(tmp_path: Path, mode: str, ki
         np.testing.assert_array_equal(images[0], np.asarray(want))
     assert batch.digests[0] == file_digest(path.read_bytes())
     assert (batch.thumbprints[0] == thumbprint(pil_loader(str(path)))).all()
+
+
+@pytest.mark.parametrize("kind", ["ICO", "ICNS"])
+def test_icons_are_what_the_student_sees(tmp_path: Path, kind: str) -> None:
+    """Files of several sizes, of which Pillow shows the largest."""
+    path = tmp_path / "a.png"
+    image("RGBA", (64, 64)).save(path, kind)
+    batch = decode_batch(FolderSource(tmp_path), ["a.png"], [(16, 16)], "bicubic")
+    want = pil_loader(str(path))
+    assert batch.errors == [""] and tuple(batch.sizes[0]) == want.size
+    squashed = np.asarray(want.resize((16, 16), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(batch.images[0][0], squashed)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_greyscale_keeps_its_upper_8_bits(tmp_path: Path, kind: str) -> None:
+    """Pillow's own conversion, and so ImageFolder's, makes white of it."""
+    for name, array in (
+        ("16.png", np.arange(0, 65536, 64, "u2").reshape(32, 32)),
+        ("8.png", np.arange(256, dtype="u2").repeat(4).reshape(32, 32)),
+    ):
+        Image.fromarray(array).save(tmp_path / name, kind)
+    assert np.asarray(pil_loader(str(tmp_path / "16.png"))).mean() > 250
+    batch = decode_batch(FolderSource(tmp_path), ["16.png", "8.png"], [(32, 32)], "nearest")
+    assert batch.errors == ["", ""]
+    np.testing.assert_array_equal(batch.images[0][0, ..., 0], np.arange(1024).reshape(32, 32) // 4)
+    np.testing.assert_array_equal(batch.images[0][1], batch.images[0][0])
 
 
 def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
@@ -131,7 +164,9 @@ def test_bad_files_become_rows_and_their_neighbours_stay(
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000", "TGA"]
+)
 def test_damaged_bytes_never_raise(tmp_path: Path, kind: str) -> None:
     data = io.BytesIO()
     image("RGB").save(data, kind)

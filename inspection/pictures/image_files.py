@@ -7,9 +7,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from ...annotate.images import decode_image, file_digest
+from ...annotate.images import file_digest
 from ...annotate.sample import sample_images
 from ...dataset.format.shard import Shard
+from ...dataset.sources.decode import decode_image
 from ...dataset.sources.folder import FolderSource
 from ...dataset.store import LabelStore
 from ...errors import ConfigError, ImageError, StorageError

@@ -1,7 +1,7 @@
 /* Faults for test_storage.py, by LD_PRELOAD: calls on named files fail, are slow or do half.
  *
  * FAULTS        rules, one a line: CALL PATTERN ACTION FIRST COUNT
- *               CALL    open, read, write, fsync or rename (each with its relatives)
+ *               CALL    open, read, write, fsync, flock or rename (each with its relatives)
  *               PATTERN of fnmatch, for the file's path; of rename, for the new one
  *               ACTION  a number to set errno to, "sleep:MILLISECONDS", or "short": do half
  *               FIRST   how many calls that match go well before; COUNT: how many then do not
@@ -153,6 +153,11 @@ OPEN(open)
 OPEN(open64)
 SYNC(fsync)
 SYNC(fdatasync)
+
+int flock(int handle, int operation) {
+    REAL(int, flock, int, int);
+    return fault_at("flock", handle) < 0 ? -1 : real(handle, operation);
+}
 
 int rename(const char *from, const char *to) {
     REAL(int, rename, const char *, const char *);

@@ -431,3 +431,23 @@ def test_readers_of_failing_storage_get_the_right_map_or_the_file_s_name(
         f"{seen['maps']:,} maps right, none wrong, {seen['named']} errors that name the file; "
         f"{seen['short']:,} short reads completed",
     )
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_labels_are_written_and_verified_where_no_file_can_be_locked(
+    shim: Shim, sample: Path, tmp_path: Path, number: int
+) -> None:
+    """NFS without its lock daemon, Lustre mounted without `flock`."""
+    rules = [f"flock */labels/* {number} 0 {EVER}"]
+    command = arguments(sample, tmp_path / "labels")
+    (tmp_path / "labels").mkdir()
+    plain = f"import h5py; h5py.File({str(tmp_path / 'labels' / 'plain.h5')!r}, 'w')"
+    refused = run(sys.executable, "-c", plain, variables=shim.variables(rules))
+    assert "unable to lock file" in refused.stderr, "as HDF5 does unless it is told not to"
+    for said in ("2 new, 0 kept", "0 new, 2 kept"):
+        done = run(*command, variables=shim.variables(rules))
+        assert done.returncode == 0 and said in " ".join(done.stdout.split()), done.stderr
+        assert shim.hits()[0] > 0
+    verify = [sys.executable, "-m", "tokenlabel.cli", "inspect-labels", "--verify"]
+    done = run(*verify, str(tmp_path / "labels"), variables=shim.variables(rules))
+    assert done.returncode == 0, done.stdout + done.stderr
