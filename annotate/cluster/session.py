@@ -2,13 +2,15 @@
 
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,10 @@ from ray._private import ray_constants, services
 
 from ...errors import ConfigError, JobError
 from ..config import AnnotateConfig
+
+#: A line of Ray's servers that is an error or worse, up to what it says.
+_ERROR_LINE = re.compile(r"\[\S+ \S+ [CEF] [^]]*\] (?:\(\w+\) )?\S+:\s+(.*)")
+_MOST_CHARS = 300
 
 _log = logging.getLogger(__name__)
 _ROOT = Path(__file__).parents[2]  # the folder that is the package
@@ -100,6 +106,7 @@ def _attach(address: str, folder: Path) -> None:
 
 def _start(num_cpus: int | None) -> None:
     for last in (False, True):
+        begin = time.time()
         try:
             with (
                 # Bind all of Ray's servers to 127.0.0.1, as Ray itself does on macOS and Windows
@@ -116,14 +123,40 @@ def _start(num_cpus: int | None) -> None:
             return
         except Exception as error:  # Ray raises a bare Exception when its start times out
             ray.shutdown()
+            temporary = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+            if "AF_UNIX path length" in str(error):
+                raise JobError(
+                    "Ray's sockets need a short path for temporary files (107 bytes with Ray's own "
+                    f"70); got {temporary}. Remedy: RAY_TMPDIR=/tmp, or another short folder of "
+                    "this machine that you can write to"
+                ) from error
+            cause = "; ".join([str(error).strip(" ."), *_logged(Path(temporary) / "ray", begin)])
             if last:
                 raise JobError(
-                    f"Ray does not start on this machine: {error}. Finished shards are kept. "
-                    "Remedy: stop other work, free memory and space for temporary files (in "
-                    "TMPDIR, which must be a short path), and run the same command again"
+                    f"Ray does not start on this machine: {cause}. Finished shards are kept. "
+                    "Remedy: stop other work, free memory, processes and space for temporary "
+                    f"files (in {temporary}; RAY_TMPDIR names another folder), and run the same "
+                    "command again"
                 ) from error
             # On a busy machine Ray's own limit of 30 seconds may pass; its files are cached now.
-            _log.warning("Ray did not start (%s); trying once more", error)
+            _log.warning("Ray did not start (%s); trying once more", cause)
+
+
+def _logged(folder: Path, begin: float) -> list[str]:
+    """What Ray's servers, started since then, wrote of their failure: a line each, at most two."""
+    found = []
+    for log in sorted(folder.glob("session_[0-9]*/logs/*.err")):
+        with suppress(OSError):
+            if log.stat().st_mtime < begin:
+                continue
+            lines = log.read_text(errors="replace").splitlines()
+            # Errors and failed checks, not the stack below them.
+            said = [match[1] for line in lines if (match := _ERROR_LINE.match(line))]
+            said = said or [line for line in lines if line[:1].isalpha()]
+            if said:
+                text = said[-1].partition("Check failed: ")[2] or said[-1]
+                found.append(f"{log.name} says: {text.strip()[:_MOST_CHARS]}")
+    return found[-2:]
 
 
 @contextmanager
