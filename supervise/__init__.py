@@ -1,5 +1,6 @@
 """Train a student on token labels: the loss, MixUp, CutMix and MixToken, and students."""
 
+from .checkpoint import load_backbone
 from .loss import TokenLabelLoss
 from .lvvit import LVViT, lvvit_l, lvvit_m, lvvit_s, lvvit_t
 from .mix_token import MixToken, TokenBox
@@ -17,6 +18,7 @@ __all__ = [
     "TokenBox",
     "TokenLabelLoss",
     "TokenStudent",
+    "load_backbone",
     "lvvit_l",
     "lvvit_m",
     "lvvit_s",

@@ -1,7 +1,8 @@
 """`TokenLabelLoss`: the objective of token labeling, straight from records."""
 
 import math
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,7 @@ class TokenLabelLoss(nn.Module):
 
         criterion = TokenLabelLoss()
         for images, labels in loader:  # over a TokenLabelDataset
-            class_logits, patch_logits = student(images)
-            criterion(class_logits, patch_logits, labels).backward()
+            criterion(student(images), labels).backward()
 
     It is the objective of LV-ViT (Jiang et al., 2021, arXiv 2104.10858, section 3.2),
 
@@ -44,8 +44,8 @@ class TokenLabelLoss(nn.Module):
 
     Args:
         cls_weight: factor of the class token's loss.
-        dense_weight: factor of the patches' loss; with 0 the patch logits are ignored and get no
-            gradient.
+        dense_weight: factor of the patches' loss; with 0 the patch logits are ignored, and their
+            gradient is 0, as DistributedDataParallel wants it: the natural control of a study.
         cls_target: "label", "crop" or "both".
         label_smoothing: mass of the label spread evenly over all classes, as in
             torch.nn.CrossEntropyLoss; the soft targets are left as they are.
@@ -77,50 +77,64 @@ class TokenLabelLoss(nn.Module):
         self.cls_target = cls_target
         self.label_smoothing = label_smoothing
 
-    def forward(self, cls_logits: Tensor, patch_logits: Tensor, labels: Labels) -> Tensor:
+    def forward(self, output: Any, *labels: Any) -> Tensor:
         """The mean loss of a batch, in float32 (float64 for float64 logits), also under autocast.
 
+        `criterion(output, labels)`, or `criterion(cls_logits, patch_logits, labels)`.
+
         Args:
-            cls_logits: [B, C], any floating dtype.
-            patch_logits: [B, N, C], row by row of the grid: the one that the records name, else a
-                square.
-            labels: of the batch, plain or mixed, on the logits' device.
+            output: of the student, of any floating dtype: cls_logits [B, C], and patch_logits
+                [B, N, C], row by row of the grid that the records name, else of a square; or
+                cls_logits alone, with `dense_weight=0`, or where the labels are class ids.
+            *labels: of the batch, plain or mixed, on the logits' device. Class ids, int64 [B], as
+                of a validation set, or probabilities [B, C] give torch's plain cross entropy.
+                Before them patch_logits, if `output` are cls_logits alone.
 
         Raises:
-            TypeError: `labels` are of another kind.
+            TypeError: `output` and `labels` are no pair.
             ValueError: shapes do not fit together, or a label is out of range. Labels are checked
                 where it costs no synchronisation: on the CPU. On a GPU, and in a compiled graph,
                 the device's own index check fails instead.
         """
+        cls_logits, patch_logits, targets = _arguments((output, *labels))
+        if type(targets) is Tensor and patch_logits is None:
+            return torch.nn.functional.cross_entropy(cls_logits, targets)
+        if patch_logits is None and self.dense_weight:
+            raise TypeError(
+                "the patches' loss needs patch logits, but the student gave class logits alone. "
+                "Remedy: student.train(), or student(images, patches=True); or "
+                "TokenLabelLoss(dense_weight=0)"
+            )
         patches = patch_logits if self.dense_weight else None
-        grid = _check(cls_logits, patches, labels)
+        grid = _check(cls_logits, patches, targets)
         dtype = torch.promote_types(cls_logits.dtype, torch.float32)
         with torch.autocast(cls_logits.device.type, enabled=False):
-            target = self._class_target(labels, cls_logits.shape[1])
+            target = self._class_target(targets, cls_logits.shape[1], self.label_smoothing)
             rows = -(target * torch.log_softmax(cls_logits, -1, dtype=dtype)).sum(-1)
             loss = self.cls_weight * rows.mean()
             if patches is None:
-                return loss
-            if isinstance(labels, MixedLabels):
-                parts = labels.parts(grid)
+                return loss if patch_logits is None else loss + _Ignored.apply(patch_logits)
+            if isinstance(targets, MixedLabels):
+                parts = targets.parts(grid)
             else:
                 windows = (
-                    labels.targets(grid)
-                    if isinstance(labels, TokenLabels)
-                    else labels.windows(cls_logits.shape[1])
+                    targets.targets(grid)
+                    if isinstance(targets, TokenLabels)
+                    else targets.windows(cls_logits.shape[1])
                 )
                 parts = [(windows, windows.weight)]
             return loss + self.dense_weight * cross_entropy(patches, parts).mean()
 
-    def _class_target(self, labels: Labels, num_classes: int) -> Tensor:
+    def _class_target(self, labels: Labels, num_classes: int, smoothing: float) -> Tensor:
         """Targets of the class tokens, [B, C]; rows of zeros where nothing is known."""
         if isinstance(labels, MixedLabels):
-            return labels.mix(self._class_target(labels.labels, num_classes))
+            smoothing = smoothing or labels.label_smoothing
+            return labels.mix(self._class_target(labels.labels, num_classes, smoothing))
         label = labels.label.unsqueeze(1)
         known = (label >= 0).float()
-        by_label = known * self.label_smoothing / num_classes + torch.zeros(
+        by_label = known * smoothing / num_classes + torch.zeros(
             len(label), num_classes, device=label.device
-        ).scatter_(1, label.clamp(min=0), known * (1 - self.label_smoothing))
+        ).scatter_(1, label.clamp(min=0), known * (1 - smoothing))
         if self.cls_target == "label":
             return by_label
         crop = _crop(labels, num_classes)
@@ -128,6 +142,41 @@ class TokenLabelLoss(nn.Module):
         if self.cls_target == "crop":
             return torch.where(has_crop, crop, by_label)
         return (by_label + crop) / (known + has_crop).clamp(min=1)
+
+
+class _Ignored(torch.autograd.Function):
+    """0, with a gradient of 0 for the logits, which takes no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.like = logits.shape, logits.dtype
+        return logits.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        shape, dtype = ctx.like
+        return gradient.new_zeros((), dtype=dtype).expand(shape)
+
+
+def _arguments(args: Sequence[Any]) -> tuple[Tensor, Tensor | None, Any]:
+    """Class logits, patch logits or None, and labels, of the two ways to call the loss."""
+    if len(args) not in (2, 3):
+        raise TypeError(
+            f"expected criterion(output, labels) or criterion(cls_logits, patch_logits, labels), "
+            f"got {len(args)} arguments"
+        )
+    *logits, labels = args
+    if len(logits) == 1 and isinstance(logits[0], (tuple, list)):
+        logits = list(logits[0])
+    if not 1 <= len(logits) <= 2 or not all(isinstance(part, Tensor) for part in logits):
+        kinds = ", ".join(type(part).__name__ for part in logits)
+        raise TypeError(
+            f"the student's output must be class logits [B, C] and patch logits [B, N, C], got "
+            f"{kinds}. Remedy: pass what a TokenStudent returns"
+        )
+    if type(labels) is Tensor and labels.dtype == torch.uint8 and labels.ndim == 2:
+        labels = TokenLabels.wrap(labels)  # their bytes, as a broadcast to other processes gives
+    return logits[0], logits[1] if len(logits) == 2 else None, labels
 
 
 def _crop(labels: TokenLabels | TokenTargets, num_classes: int) -> Tensor:
@@ -148,9 +197,10 @@ def _check(cls_logits: Tensor, patch_logits: Tensor | None, labels: Labels) -> G
     records = labels.labels if isinstance(labels, MixedLabels) else labels
     if not isinstance(records, TokenLabels | TokenTargets):
         raise TypeError(
-            f"labels must be TokenLabels, MixedLabels or TokenTargets, got {type(labels).__name__}."
-            " Remedy: pass what a DataLoader over TokenLabelDataset returns, or what MixUp or "
-            "CutMix made of it"
+            f"labels of patch logits must be TokenLabels, MixedLabels or TokenTargets, got "
+            f"{type(labels).__name__}. Remedy: pass what a DataLoader over TokenLabelDataset "
+            "returns, or what MixUpOrCutMix made of it (timm's and torchvision's own mixing know "
+            "class ids only); for class ids, student.eval()"
         )
     label = records.label
     if label.ndim != 1:
@@ -158,6 +208,7 @@ def _check(cls_logits: Tensor, patch_logits: Tensor | None, labels: Labels) -> G
             f"labels must be those of a batch, label [B], got {list(label.shape)}. Remedy: use a "
             "DataLoader, or torch.utils.data.default_collate on single samples"
         )
+    batch = len(labels if isinstance(labels, MixedLabels) else label)
     patches = 1 if patch_logits is None else patch_logits.shape[1]
     num_classes, grid = cls_logits.shape[-1], (math.isqrt(patches), math.isqrt(patches))
     if isinstance(records, TokenTargets):
@@ -166,8 +217,8 @@ def _check(cls_logits: Tensor, patch_logits: Tensor | None, labels: Labels) -> G
         num_classes, grid = records.num_classes, records.grid or grid
         patches = grid[0] * grid[1]
     for name, logits, shape in (
-        ("cls_logits [B, C]", cls_logits, (len(label), num_classes)),
-        ("patch_logits [B, N, C]", patch_logits, (len(label), patches, num_classes)),
+        ("cls_logits [B, C]", cls_logits, (batch, num_classes)),
+        ("patch_logits [B, N, C]", patch_logits, (batch, patches, num_classes)),
     ):
         if logits is None:
             continue

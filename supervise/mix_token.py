@@ -54,7 +54,7 @@ class TokenBox(NamedTuple):
         Args:
             labels: records of the batch, [B, bytes].
         """
-        check_records(labels)
+        labels = check_records(labels)
         size, device = len(labels), labels.device
         own = 1 - self.mask.float().mean().to(device)
         return MixedLabels(

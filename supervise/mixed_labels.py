@@ -1,7 +1,7 @@
 """`MixedLabels`: the labels of a batch whose images were mixed in pairs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class MixedLabels:
             pasted; empty for none.
         patches: whether patches are mixed as well. False for MixToken, whose student returns each
             patch to its image: then only the class token's target is mixed.
+        own: int64 [B], the index of each image's own record; None: the records' order.
+        label_smoothing: mass of the labels to be spread evenly over all classes by the loss.
     """
 
     labels: TokenLabels
@@ -40,9 +42,21 @@ class MixedLabels:
     blend: Tensor
     box: Tensor
     patches: bool = True
+    own: Tensor | None = None
+    label_smoothing: float = 0.0
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.partner)
+
+    def __getitem__(self, images: Any) -> "MixedLabels":
+        """The labels of some images: a slice, or indices or a mask as a tensor or a list."""
+        if isinstance(images, int):
+            raise TypeError(
+                "mixed labels are those of a batch, got one index. Remedy: labels[i : i + 1]"
+            )
+        own = torch.arange(len(self), device=self.device) if self.own is None else self.own
+        partner, blend, box = self.partner[images], self.blend[images], self.box[images]
+        return replace(self, own=own[images], partner=partner, blend=blend, box=box)
 
     @property
     def device(self) -> torch.device:
@@ -53,6 +67,10 @@ class MixedLabels:
         """The same on another device."""
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
+    def cuda(self, device: int | None = None, non_blocking: bool = False) -> "MixedLabels":
+        """The same on a GPU."""
+        return self._map(lambda part: part.cuda(device, non_blocking))
+
     def pin_memory(self) -> "MixedLabels":
         """The same in page-locked memory."""
         return self._map(lambda part: part.pin_memory())
@@ -61,7 +79,7 @@ class MixedLabels:
     def label(self) -> Tensor:
         """int64 [B, 2], classes of the image and of its partner, -1 where unknown."""
         label = self.labels.label
-        return torch.stack([label, label[self.partner]], 1)
+        return torch.stack([self._own(label), label[self.partner]], 1)
 
     @property
     def label_probs(self) -> Tensor:
@@ -87,16 +105,22 @@ class MixedLabels:
         """
         windows = self.labels.targets(grid)
         if not self.patches:
+            windows = windows if self.own is None else windows.take(self.own)
             return [(windows, windows.weight)]
         grid = grid or self.labels.grid
         assert grid is not None  # or there were no targets
         own, partner = self.own_area(grid), windows.take(self.partner)
+        windows = windows if self.own is None else windows.take(self.own)
         return [(windows, own * windows.weight), (partner, (1 - own) * partner.weight)]
 
     def mix(self, rows: Tensor) -> Tensor:
-        """Mix what belongs to whole images, [B, C], by their fractions of the pixels."""
+        """Mix what belongs to the records' images, a row each, by fractions of pixels, [B, C]."""
         own, other = self.label_probs.unsqueeze(-1).unbind(1)
-        return own * rows + other * rows[self.partner]
+        return own * self._own(rows) + other * rows[self.partner]
+
+    def _own(self, rows: Tensor) -> Tensor:
+        """The rows of the images themselves, of what has one for each record."""
+        return rows if self.own is None else rows[self.own]
 
     def crop(self, pool: str = "logits") -> Tensor:
         """Soft targets of the mixed crops, [B, C]; as `TokenLabels.crop`."""
@@ -105,8 +129,8 @@ class MixedLabels:
 
     def hard_label(self) -> Tensor:
         """The class of the image that most pixels show, int64 [B]; -1 where unknown."""
-        label = self.labels.hard_label()
-        return torch.where(self.label_probs[:, 0] >= 0.5, label, label[self.partner])
+        own, partner = self.label.unbind(1)
+        return torch.where(self.label_probs[:, 0] >= 0.5, own, partner)
 
     def sparse(self, grid: int | Grid | None = None, k: int = 10) -> TokenTargets:
         """The k most probable classes of each mixed patch and crop. Allocates [B, N, C].
@@ -122,9 +146,10 @@ class MixedLabels:
         return TokenTargets.of(self.hard_label(), weight, dense, self.crop(), k)
 
     def _map(self, move: Callable[[Any], Any]) -> "MixedLabels":
-        return MixedLabels(
-            move(self.labels), move(self.partner), move(self.blend), move(self.box), self.patches
-        )
+        own = None if self.own is None else move(self.own)
+        partner, blend, box = move(self.partner), move(self.blend), move(self.box)
+        labels = move(self.labels)
+        return replace(self, labels=labels, own=own, partner=partner, blend=blend, box=box)
 
 
 def _covered(start: Tensor, end: Tensor, patches: int) -> Tensor:
@@ -134,8 +159,10 @@ def _covered(start: Tensor, end: Tensor, patches: int) -> Tensor:
     return overlap.clamp(min=0) * patches
 
 
-def check_records(labels: object) -> None:
-    """Refuse what is not a batch of `TokenLabels`."""
+def check_records(labels: object) -> TokenLabels:
+    """The batch of records that these are; refuses anything else."""
+    if type(labels) is Tensor and labels.dtype == torch.uint8 and labels.ndim == 2:
+        return TokenLabels.wrap(labels)  # their bytes, as a broadcast to other processes gives
     if isinstance(labels, MixedLabels):
         raise TypeError(
             "a batch can be mixed once; these labels are MixedLabels. Remedy: apply one of MixUp, "
@@ -151,3 +178,4 @@ def check_records(labels: object) -> None:
             f"labels must be a batch [B, bytes], got {list(labels.shape)}. Remedy: mix the batches "
             "of a DataLoader, or use torch.utils.data.default_collate"
         )
+    return labels

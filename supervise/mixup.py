@@ -1,5 +1,6 @@
 """MixUp and CutMix of a batch: its images, and with them its labels."""
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -20,14 +21,25 @@ class MixUpOrCutMix(nn.Module):
             images, labels = mix(images, labels)
             criterion(*student(images), labels).backward()
 
+    Takes the arguments of timm's `Mixup`, whose place it can have in a script.
+
     Args:
         mixup_alpha: of MixUp's Beta distribution; 0 leaves CutMix only.
         cutmix_alpha: of CutMix's Beta distribution; 0 leaves MixUp only.
+        cutmix_minmax: (least, most) of the box's sides, as fractions of the image's, instead of
+            `cutmix_alpha`.
         prob: probability of mixing at all.
         switch_prob: probability of CutMix rather than MixUp, where both are on.
         mode: draw once for the "batch", for each "pair" of images (the first and the last of the
             batch, and so on, are mixed with each other), or for each one ("elem"). The partner is
             the image before in the batch, except in "pair".
+        correct_lam: timm's option; the areas are exact, so that only True is possible.
+        label_smoothing: mass of the labels spread evenly over all classes, by a `TokenLabelLoss`
+            that has no smoothing of its own.
+        num_classes: of the labels, to be compared with theirs; None: any.
+
+    Attributes:
+        mixup_enabled: False leaves the images as they are, as timm's `--mixup-off-epoch` asks.
 
     Raises:
         ValueError: an option is out of range.
@@ -37,12 +49,23 @@ class MixUpOrCutMix(nn.Module):
         self,
         mixup_alpha: float = 0.8,
         cutmix_alpha: float = 1.0,
-        *,
+        cutmix_minmax: Sequence[float] | None = None,
         prob: float = 1.0,
         switch_prob: float = 0.5,
         mode: Mode = "batch",
+        correct_lam: bool = True,
+        label_smoothing: float = 0.0,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
+        if cutmix_minmax is not None:
+            cutmix_alpha = 1.0
+            if len(cutmix_minmax) != 2 or not 0 <= cutmix_minmax[0] < cutmix_minmax[1] <= 1:
+                raise ValueError(
+                    f"cutmix_minmax must be (least, most) in [0, 1], got {cutmix_minmax}"
+                )
+        if not correct_lam:
+            raise ValueError("correct_lam must be True: the labels' areas are exact. Got False")
         for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
             if not 0 <= alpha < float("inf"):
                 raise ValueError(f"{name} must be a finite number, 0 or more, got {alpha}")
@@ -51,7 +74,11 @@ class MixUpOrCutMix(nn.Module):
                 "one of mixup_alpha and cutmix_alpha must be above 0, got 0 and 0. Remedy: leave "
                 "the transform out, or set prob=0"
             )
-        for name, value in (("prob", prob), ("switch_prob", switch_prob)):
+        for name, value in (
+            ("prob", prob),
+            ("switch_prob", switch_prob),
+            ("label_smoothing", label_smoothing),
+        ):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
         if mode not in get_args(Mode):
@@ -61,6 +88,10 @@ class MixUpOrCutMix(nn.Module):
         self.prob = prob
         self.switch_prob = switch_prob
         self.mode = mode
+        self.cutmix_minmax = cutmix_minmax
+        self.label_smoothing = label_smoothing
+        self.num_classes = num_classes
+        self.mixup_enabled = True
 
     def forward(self, images: Tensor, labels: TokenLabels) -> tuple[Tensor, MixedLabels]:
         """Mix every image with another one of the batch.
@@ -77,7 +108,7 @@ class MixUpOrCutMix(nn.Module):
             ValueError: the two are not of one batch, or it cannot be mixed: a single image, or an
                 odd number in pairs.
         """
-        self._check(images, labels)
+        labels = self._check(images, labels)
         size, (height, width) = len(images), images.shape[-2:]
         own = torch.arange(size)
         partner = own.flip(0) if self.mode == "pair" else own.roll(1)
@@ -90,6 +121,7 @@ class MixUpOrCutMix(nn.Module):
             partner.to(labels.device),
             blend.float().to(labels.device),
             (box / torch.tensor([width, height] * 2)).to(labels.device),
+            label_smoothing=self.label_smoothing,
         )
         return _mix_images(images, partner, blend, box), mixed
 
@@ -97,7 +129,7 @@ class MixUpOrCutMix(nn.Module):
         """Draw `count` blends, float64, and boxes in pixels, [count, 4], as torchvision does."""
         blend = torch.ones(count, dtype=torch.float64)
         box = torch.zeros(count, 4, dtype=torch.int64)
-        mixed = _happens(self.prob, count)
+        mixed = _happens(self.prob if self.mixup_enabled else 0.0, count)
         both = self.mixup_alpha > 0 and self.cutmix_alpha > 0
         cut = mixed & _happens(self.switch_prob if both else float(self.cutmix_alpha > 0), count)
         if self.mixup_alpha:
@@ -106,14 +138,25 @@ class MixUpOrCutMix(nn.Module):
             half = 0.5 * (1 - _draw_blend(self.cutmix_alpha, count)).sqrt()
             sides = []
             for side in (width, height):
+                if self.cutmix_minmax:
+                    least, most = self.cutmix_minmax
+                    part = (least + (most - least) * torch.rand(count)) * side
+                    start = (torch.rand(count) * (side - part)).round().long()
+                    sides.append((start, (start + part.round().long()).clamp(max=side)))
+                    continue
                 centre, reach = torch.randint(side, (count,)), (half * side).long()
                 sides.append(((centre - reach).clamp(min=0), (centre + reach).clamp(max=side)))
             (x0, x1), (y0, y1) = sides
             box = torch.stack([x0, y0, x1, y1], 1).where(cut.unsqueeze(1), box)
         return blend, box
 
-    def _check(self, images: Tensor, labels: TokenLabels) -> None:
-        check_records(labels)
+    def _check(self, images: Tensor, labels: TokenLabels) -> TokenLabels:
+        labels = check_records(labels)
+        if self.num_classes not in (None, labels.num_classes):
+            raise ValueError(
+                f"num_classes must be the labels' {labels.num_classes}, got {self.num_classes}. "
+                "Remedy: build the student with num_classes=store.num_classes"
+            )
         if images.ndim != 4:
             raise ValueError(
                 f"images must be a batch [B, C, H, W], got {list(images.shape)}. Remedy: mix the "
@@ -124,6 +167,8 @@ class MixUpOrCutMix(nn.Module):
                 f"images and labels must be of one batch, got {len(images)} images and labels of "
                 f"{len(labels)}. Remedy: pass what the DataLoader returned together"
             )
+        if not self.mixup_enabled:
+            return labels
         if self.mixup_alpha and not images.is_floating_point():
             raise TypeError(
                 f"MixUp blends images of a floating dtype, got {images.dtype}. Remedy: end the "
@@ -135,10 +180,11 @@ class MixUpOrCutMix(nn.Module):
                 f"the batch size must be {rule} to mix by {self.mode!r}, got {len(images)}. "
                 "Remedy: DataLoader(..., drop_last=True)"
             )
+        return labels
 
     def extra_repr(self) -> str:
         """The options."""
-        names = ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "mode")
+        names = ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "mode", "label_smoothing")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 

@@ -18,6 +18,11 @@ from .mix_token import TokenBox, TokenExchange
 _START = re.compile(r"(?<![\[\\])\^")
 
 
+def _of_the_model(name: str, text: str) -> Any:
+    """A property of the model that the student has too, if the model has it."""
+    return property(lambda student: getattr(student.model, name), doc=text)
+
+
 class TokenStudent(nn.Module):
     """A backbone that classifies the image and, in training, each of its patches.
 
@@ -37,7 +42,10 @@ class TokenStudent(nn.Module):
     The backbone is `student.model`, with its own parameter names:
     `torch.save(student.model.state_dict(), …)` writes a checkpoint that loads strictly into the
     bare model (made with `num_classes` classes, where its classifier was replaced). The patch head,
-    `student.patch_head`, is needed in training only. VOLO has a patch head of its own, its
+    `student.patch_head`, is needed in training only. `load_backbone` puts what a training script
+    saved back into the bare model. What such scripts ask of a model, the student hands on: timm's
+    `default_cfg`, `set_grad_checkpointing`, `reset_classifier`, …, and Hugging Face's `config`,
+    `save_pretrained` and `pixel_values=`. VOLO has a patch head of its own, its
     auxiliary head, which is used instead. A model with no place for a classifier (`ViTModel`) gets
     one beside it, `student.cls_head`.
 
@@ -53,6 +61,8 @@ class TokenStudent(nn.Module):
         num_classes: number of classes C. None: that of the model's classifier. If it differs, the
             classifier is replaced by a new one.
         image_size: default input (H, W) in pixels, or one number for a square. None: the model's.
+        patches: whether training gives patch logits. False: class logits alone, and no patch head:
+            the control of a study, for `TokenLabelLoss(dense_weight=0)`.
 
     Attributes:
         model: the backbone.
@@ -71,6 +81,7 @@ class TokenStudent(nn.Module):
         num_classes: int | None = None,
         *,
         image_size: int | Grid | None = None,
+        patches: bool = True,
     ) -> None:
         super().__init__()
         if num_classes is not None and num_classes < 1:
@@ -104,7 +115,7 @@ class TokenStudent(nn.Module):
             # Only masked pre-training uses it; DistributedDataParallel would wait for its gradient.
             if name.rpartition(".")[2] == "mask_token":
                 parameter.requires_grad_(False)
-        cls, patches = self._probe(self.image_size)
+        cls, features = self._probe(self.image_size)
         like = next(model.parameters())
         self.num_classes = num_classes or cls.shape[-1]
         if backbone is not None and reset is None:
@@ -114,8 +125,9 @@ class TokenStudent(nn.Module):
                 f"class logits must have num_classes = {num_classes} columns; the model's have "
                 f"{cls.shape[-1]}. Remedy: give the model a classifier of {num_classes} classes"
             )
-        if backbone is None or not backbone.dense:
-            self.patch_head = new_linear(patches.shape[-1], self.num_classes, like)
+        self.patches = patches
+        if patches and (backbone is None or not backbone.dense):
+            self.patch_head = new_linear(features.shape[-1], self.num_classes, like)
         self._exchange: TokenExchange | None = None
         if (embedding := self.patch_embedding()) is not None:
             self._exchange = TokenExchange()
@@ -138,25 +150,40 @@ class TokenStudent(nn.Module):
         return None if self._backbone is None else self._backbone.embedding(self.model)
 
     def forward(
-        self, images: Tensor, box: TokenBox | None = None
+        self,
+        images: Tensor | None = None,
+        box: TokenBox | None = None,
+        *,
+        patches: bool | None = None,
+        pixel_values: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Class logits [B, C] in evaluation; in training also patch logits [B, N, C].
 
         Args:
             images: [B, channels, H, W].
+            patches: whether to give patch logits too; None: in training, unless the student was
+                made with `patches=False`.
+            pixel_values: the images, as Hugging Face calls them.
             box: from `MixToken.sample`, in training only: these patches are exchanged after the
                 patch embedding and returned at the end, so that patch logits are those of
                 `images`' own patches. The class logits are of the mixed images:
                 `box.mix_labels(labels)`.
         """
-        if not self.training:
-            if box is not None:
-                raise ValueError("MixToken is for training. Remedy: student.train(), or box=None")
-            logits: Tensor = self.cls_head(self.features(images)[0])
-            return logits
+        images = pixel_values if images is None else images
+        if images is None:
+            raise TypeError("a student takes images [B, channels, H, W], got none")
+        if patches is None:
+            patches = self.training and self.patches
+        elif patches and not self.patches:
+            raise ValueError(
+                "a student made with patches=False has no patch logits. Remedy: make it without"
+            )
+        if box is not None and not self.training:
+            raise ValueError("MixToken is for training. Remedy: student.train(), or box=None")
         if box is None:
-            cls, patches = self.features(images)
-            return self.cls_head(cls), self.patch_head(patches).flatten(1, 2)
+            cls, features = self.features(images)
+            logits: Tensor = self.cls_head(cls)
+            return (logits, self.patch_head(features).flatten(1, 2)) if patches else logits
         if self._exchange is None:
             raise ValueError(
                 f"MixToken needs a patch embedding; {type(self.model).__name__} has none. Remedy: "
@@ -164,7 +191,7 @@ class TokenStudent(nn.Module):
             )
         self._exchange.box = box
         try:
-            cls, patches = self.features(images)
+            cls, features = self.features(images)
             if self._exchange.pending:
                 raise ValueError(
                     "the patch embedding did not run, so that MixToken could not mix its tokens. "
@@ -172,7 +199,36 @@ class TokenStudent(nn.Module):
                 )
         finally:
             self._exchange.box = None
-        return self.cls_head(cls), self.patch_head(box.restore(patches)).flatten(1, 2)
+        logits = self.cls_head(cls)
+        if not patches:
+            return logits
+        return logits, self.patch_head(box.restore(features)).flatten(1, 2)
+
+    default_cfg = _of_the_model("default_cfg", "timm's settings of the model.")
+    pretrained_cfg = _of_the_model("pretrained_cfg", "timm's settings of the model.")
+    num_features = _of_the_model("num_features", "Channels of the model's features, for timm.")
+    get_classifier = _of_the_model("get_classifier", "The model's own, for timm.")
+    set_grad_checkpointing = _of_the_model("set_grad_checkpointing", "The model's own, for timm.")
+    config = _of_the_model("config", "Hugging Face's configuration of the model.")
+    save_pretrained = _of_the_model(
+        "save_pretrained", "The model's own: writes what `from_pretrained` of its class loads."
+    )
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put new classifiers of so many classes on the image and on its patches."""
+        like, backbone = next(self.model.parameters()), self._backbone
+        if isinstance(self.cls_head, nn.Linear):
+            self.cls_head = new_linear(self.cls_head.in_features, num_classes, like)
+        elif backbone is not None and backbone.reset_classifier is not None:
+            backbone.reset_classifier(self.model, num_classes)
+        else:
+            raise ValueError(
+                f"the classifier of a {type(self.model).__name__} cannot be replaced from here. "
+                "Remedy: TokenStudent of a model of so many classes"
+            )
+        if isinstance(self.patch_head, nn.Linear):
+            self.patch_head = new_linear(self.patch_head.in_features, num_classes, like)
+        self.num_classes = num_classes
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the model wants without weight decay, as timm asks."""

@@ -52,6 +52,18 @@ class TokenLabels(Tensor):
         return cls._batch(pack(leaves, grid, shrink))
 
     @classmethod
+    def wrap(cls, data: Tensor) -> Self:
+        """The labels of a batch that lost its class on the way, as a broadcast of its bytes does.
+
+        Args:
+            data: uint8 [B, bytes], the records.
+
+        Raises:
+            ValueError: they are no records.
+        """
+        return cls._batch(data.as_subclass(Tensor))
+
+    @classmethod
     def _batch(cls, data: Tensor) -> Self:
         labels = data.as_subclass(cls)
         labels._layout = read_layout(data)
