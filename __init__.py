@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ScoreMap,
         TokenLabelDataset,
         TokenLabelMap,
+        TokenLabelMapper,
         TokenLabels,
         TokenTargets,
         TokenWindows,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         aligned,
         eval_transform,
         train_transform,
+        validation_dataset,
     )
     from .errors import FormatError, MissingMapError, TokenLabelError
     from .supervise import (
@@ -79,6 +81,7 @@ __all__ = [
     "TokenLabelError",
     "TokenLabelLoss",
     "TokenLabelMap",
+    "TokenLabelMapper",
     "TokenLabels",
     "TokenStudent",
     "TokenTargets",
@@ -92,6 +95,7 @@ __all__ = [
     "lvvit_s",
     "lvvit_t",
     "train_transform",
+    "validation_dataset",
 ]
 
 

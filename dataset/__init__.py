@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .format.score_map import MapLayout, ScoreMap
+    from .keyed_images import validation_dataset
     from .label_map.label_map import TokenLabelMap
+    from .mapper import TokenLabelMapper
     from .sources.image_source import ImageSource
     from .store import LabelStore
     from .targets.token_labels import TokenLabels
@@ -35,6 +37,7 @@ __all__ = [
     "ToTokenLabels",
     "TokenLabelDataset",
     "TokenLabelMap",
+    "TokenLabelMapper",
     "TokenLabels",
     "TokenTargets",
     "TokenWindows",
@@ -42,11 +45,14 @@ __all__ = [
     "aligned",
     "eval_transform",
     "train_transform",
+    "validation_dataset",
 ]
 
 _HOMES = {
     "format.score_map": ("MapLayout", "ScoreMap"),
+    "keyed_images": ("validation_dataset",),
     "label_map.label_map": ("TokenLabelMap",),
+    "mapper": ("TokenLabelMapper",),
     "sources.image_source": ("ImageSource",),
     "store": ("LabelStore",),
     "targets.token_labels": ("TokenLabels",),

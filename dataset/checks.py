@@ -20,7 +20,9 @@ _SLOTS = 256
 _LISTED = 3
 
 
-def check_classes(store: LabelStore, numbers: Mapping[str, int] | None, is_folder: bool) -> None:
+def check_classes(
+    store: LabelStore, numbers: Mapping[str, int] | None = None, is_folder: bool = False
+) -> None:
     """Refuse labels that a loss would take for other classes.
 
     Args:

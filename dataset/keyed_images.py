@@ -9,17 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
-import torch
 from torch.utils.data import IterableDataset, Subset
-from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
 
 from ..errors import ImageError
 from .sources.decode import decode_image
 from .sources.folder import FolderSource, is_hidden
 from .sources.image_source import ImageSource
+from .store import LabelStore
 
 #: Columns of a row that is a dictionary, as Hugging Face `datasets` name them.
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
@@ -86,11 +84,7 @@ class KeyedImages:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """(image, class), the image in RGB if Pillow holds it; class -1 where there is none.
-
-        An array [H, W, C] or [H, W], as OpenCV gives, becomes a `tv_tensors.Image` [C, H, W] with
-        its channels in order.
-        """
+        """(image, class); class -1 where there is none."""
         item = self.images[index]
         if isinstance(item, Mapping):
             image = next((item[name] for name in _IMAGE_COLUMNS if name in item), None)
@@ -107,11 +101,6 @@ class KeyedImages:
                 raise TypeError(
                     f"items must be (image, class) pairs or dictionaries, got {type(item).__name__}"
                 ) from None
-        if isinstance(image, PIL.Image.Image) and image.mode != "RGB":
-            image = image.convert("RGB")
-        elif isinstance(image, np.ndarray):
-            channels = np.moveaxis(np.atleast_3d(image), -1, 0)
-            image = tv_tensors.Image(torch.from_numpy(channels.copy()))
         try:
             # int, NumPy and 0-d tensors of integers alike
             return image, -1 if label is None else operator.index(label)
@@ -191,3 +180,45 @@ def _below(root: str, path: str) -> str:
     prefix = os.path.join(root, "")
     below = path[len(prefix) :] if path.startswith(prefix) else os.path.relpath(path, root)
     return below if os.sep == "/" else Path(below).as_posix()
+
+
+def validation_dataset(
+    images: str | os.PathLike[str],
+    labels: str | os.PathLike[str] | LabelStore,
+    transform: Any = None,
+) -> ImageFolder:
+    """An image folder whose classes are numbered as in label maps, to validate a student on.
+
+        validation = validation_dataset("imagenet/val", "labels/train", eval_transform(224))
+        for images, classes in DataLoader(validation, batch_size=4):
+            correct = student.eval()(images).argmax(1) == classes
+
+    torchvision's ImageFolder numbers the folders that are there: of some of ImageNet's folders, the
+    first would be class 0.
+
+    Args:
+        images: folder of a split, with a folder for each class.
+        labels: folder of the label maps' shards, OUT/SPLIT, or a `LabelStore`.
+        transform: of the images.
+
+    Returns:
+        A torchvision ImageFolder of (image, class).
+
+    Raises:
+        FileNotFoundError: a folder is not there, or has no images.
+        ValueError: a folder is no class that the labels know.
+    """
+    store = labels if isinstance(labels, LabelStore) else LabelStore(labels)
+    found = _Folder(images, transform)
+    known = {name: number for number, name in enumerate(store.classes or [])} | store.folders
+    if unknown := [name for name in found.classes if known.get(name, -1) < 0]:
+        raise ValueError(
+            f"each folder must be a class of {store.root}; {unknown[0]!a} is none, "
+            f"{', '.join(map(ascii, [*known][:3]))}, … are. Remedy: leave it out, or rename it"
+        )
+    found.class_to_idx = {name: known[name] for name in found.classes}
+    found.samples = [
+        (path, found.class_to_idx[found.classes[label]]) for path, label in found.samples
+    ]
+    found.imgs, found.targets = found.samples, [label for _, label in found.samples]
+    return found

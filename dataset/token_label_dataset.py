@@ -8,22 +8,14 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
-from torchvision.transforms.v2 import functional as F
 
-from ..errors import MissingMapError
-from .checks import ImageCheck, MissingCount, check_classes
+from .checks import check_classes
 from .keyed_images import KeyedImages
-from .label_map.label_map import TokenLabelMap
-from .label_map.path import PixelPath
+from .mapper import Sample, TokenLabelMapper
 from .store import LabelStore
-from .targets.token_labels import TokenLabels
-from .transforms import executor
-from .transforms.aligned import aligned
-from .transforms.to_token_labels import ToTokenLabels
 
 #: Keys that are looked up at the start, where a missing map is no error.
 _SAMPLED = 100
-Sample = tuple[Any, TokenLabels]
 
 
 class TokenLabelDataset(Dataset[Sample]):
@@ -46,8 +38,9 @@ class TokenLabelDataset(Dataset[Sample]):
             and returning the same; `train_transform()` makes one. Pipelines of timm and of
             torchvision's older transforms are taken as `aligned` makes them. None leaves the image
             as it is. Can be set later, as timm's `create_loader` does.
-        grid: the student's patches, (h, w), or one number for a square; `labels.targets()` computes
-            those of another grid as well. None: the records do not name one.
+        grid: the student's patches, (h, w), or one number for a square; or the student itself, or
+            timm's name of its model. `labels.targets()` computes those of another grid as well.
+            None: the records do not name one.
         key: index to key, where `images` does not name the files of its images.
         missing: what to do about an image without a map: "error", or "ignore", which gives
             labels whose targets have weight 0, so that the loss falls back on the class; with
@@ -77,7 +70,7 @@ class TokenLabelDataset(Dataset[Sample]):
         labels: str | os.PathLike[str] | LabelStore,
         *,
         transform: Callable[..., Any] | None = None,
-        grid: int | tuple[int, int] | None = 14,
+        grid: Any = 14,
         key: Callable[[int], str] | None = None,
         missing: Literal["error", "ignore"] = "error",
         label_source: Literal["auto", "images", "maps", "none"] = "auto",
@@ -85,39 +78,23 @@ class TokenLabelDataset(Dataset[Sample]):
         check: Literal["sample", "always", "never"] = "sample",
         resized: bool = False,
     ) -> None:
-        for name, value, choices in (
-            ("missing", missing, ("error", "ignore")),
-            ("label_source", label_source, ("auto", "images", "maps", "none")),
-            ("check", check, ("sample", "always", "never")),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-        if resized and check == "never":
-            raise ValueError(
-                "resized=True must be checked, for a crop has another size as well. Remedy: "
-                'check="sample" or "always"'
-            )
         self.store = labels if isinstance(labels, LabelStore) else LabelStore(labels)
         self.images = KeyedImages(images, key, self.store.__contains__)
-        self.transform = transform
-        self._to_labels = ToTokenLabels(grid, shrink=shrink)
-        self._check, self._resized = ImageCheck(self.store, check), resized
-        self._ignore_missing = missing == "ignore"
-        is_folder = isinstance(images, str | os.PathLike)
         if label_source == "auto":
+            is_folder = isinstance(images, str | os.PathLike)
             check_classes(self.store, self.images.class_to_idx, is_folder)
             label_source = "maps" if is_folder else "auto"
-        self._label_source = label_source
-        labelled = self.store.ground_truth[:: max(1, len(self.store) // _SAMPLED)]
-        if label_source == "maps" and not (labelled >= 0).any():
-            warnings.warn(
-                f"no image has a label in {self.store.root}, so that the class token learns "
-                'nothing from them. Remedy: TokenLabelLoss(cls_target="crop"), or '
-                'label_source="images"',
-                stacklevel=2,
-            )
-        if self._ignore_missing:
-            self._missing = MissingCount()
+        self.mapper = TokenLabelMapper(
+            self.store,
+            transform=transform,
+            grid=grid,
+            missing=missing,
+            label_source=label_source,
+            shrink=shrink,
+            check=check,
+            resized=resized,
+        )
+        if missing == "ignore":
             step = max(1, len(self) // _SAMPLED)
             keys = [self.images.key(index) for index in range(0, len(self), step)]
             if lost := [key for key in keys if key not in self.store]:
@@ -132,11 +109,11 @@ class TokenLabelDataset(Dataset[Sample]):
     @property
     def transform(self) -> Any:
         """The pipeline, `aligned`."""
-        return self._transform
+        return self.mapper.transform
 
     @transform.setter
     def transform(self, transform: Callable[..., Any] | None) -> None:
-        self._transform = aligned(transform)
+        self.mapper.transform = transform
 
     def __len__(self) -> int:
         return len(self.images)
@@ -158,87 +135,16 @@ class TokenLabelDataset(Dataset[Sample]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """The same for a batch at a time, as a DataLoader asks for it."""
-        # All maps first, then all images, then all records: each while its code is in the cache.
-        entries, images, leaves = [], [], []
-        for index in indices:
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"index {index} is outside the {len(self)} images")
-            index %= len(self)
-            key = self.images.key(index)
-            entries.append((index, key, self._stored(key)))
-        for index, key, leaf in entries:
-            image, label = self.images[index]
-            leaf = self._matched(key, image, label, leaf)
-            if self._transform:
-                image, leaf = self._checked(executor.run(self._transform, image, leaf))
-            images.append(image)
-            leaves.append(leaf)
-        if not leaves:
-            return []
-        if self._ignore_missing:
-            lost = [key for _, key, leaf in entries if not leaf.planes]
-            self._missing.add(len(entries), lost, len(self))
-        records = TokenLabels.collate(leaves, self._to_labels.grid, self._to_labels.shrink)
-        rows: Any = records.unbind()
-        return list(zip(images, rows, strict=True))
+        count = len(self)
+        if wrong := [index for index in indices if not -count <= index < count]:
+            raise IndexError(f"index {wrong[0]} is outside the {count} images")
+        rows = [index % count for index in indices]
+        keys = [self.images.key(row) for row in rows]
+        return self.mapper.map_batch(keys, lambda number: self.images[rows[number]], count)
 
-    def _stored(self, key: str) -> TokenLabelMap:
-        """The map of an image, still without a path; no planes where none is stored."""
-        try:
-            row = self.store.row(key)
-        except MissingMapError:
-            if not self._ignore_missing:
-                raise
-            return TokenLabelMap(b"", self.store.layout, canvas_size=(1, 1))
-        leaf = self.store.leaf(row)
-        if not (leaf.planes or self._ignore_missing):
-            self.store[row]  # raises, and says why there is none
-        return leaf
-
-    def _matched(self, key: str, image: Any, label: int, leaf: TokenLabelMap) -> TokenLabelMap:
-        """The map of this very image, with the label that `label_source` asks for."""
-        height, width = F.get_size(image)
-        if not leaf.planes:
-            leaf = leaf.with_path(PixelPath.of((height, width)), (height, width))
-        else:
-            if (height, width) != leaf.canvas_size:
-                if not self._resized:
-                    raise ValueError(
-                        f"{key!r} must be the image that was annotated; that was "
-                        f"{leaf.canvas_size[1]} x {leaf.canvas_size[0]} pixels, this one is "
-                        f"{width} x {height}. Remedy: use the same files, untransformed, or "
-                        "annotate these; resized=True allows copies of another size"
-                        + self._check.orientation_hint(key)
-                    )
-                leaf = leaf.with_path(PixelPath.of((height, width)), (height, width))
-            self._check.compare(key, image)
-        stored, source = leaf.label, self._label_source
-        if source == "auto" and label >= 0 and stored >= 0 and label != stored:
-            raise ValueError(
-                f"{key!r} is of class {label} in the images and {stored} in the label maps: "
-                "the two number their classes differently (ImageFolder over some of ImageNet's "
-                'folders does). Remedy: label_source="maps" takes those of the maps, '
-                'label_source="images" those of the images'
-            )
-        if source in ("auto", "maps") and stored >= 0:
-            label = stored
-        elif source == "none":
-            label = -1
-        elif source == "maps":
-            # The image has no map, and the number that its folder has here need not be that of the
-            # maps: of some of ImageNet's folders, ImageFolder numbers the first 0.
-            label = self.store.folders.get(key.partition("/")[0], -1)
-        leaf.label = label
-        return leaf
-
-    def _checked(self, sample: Any) -> tuple[Any, TokenLabelMap]:
-        """What the transform returned."""
-        image, leaf = sample if isinstance(sample, tuple) and len(sample) == 2 else (sample, None)
-        if not isinstance(leaf, TokenLabelMap):
-            raise TypeError(
-                "transform must return (image, TokenLabelMap), as it got them; the second is "
-                f"{type(leaf).__name__}. Remedy: pipelines of torchvision.transforms.v2 do; leave "
-                "ToTokenLabels out, as grid and shrink go to TokenLabelDataset"
-            )
-        self._to_labels.check_inputs([image, leaf])
-        return image, leaf
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes that labels are numbers of, by number; None where unknown."""
+        if self.store.attrs.get("label_space") == "teacher":
+            return self.store.classes
+        return sorted(self.store.folders, key=self.store.folders.__getitem__) or None

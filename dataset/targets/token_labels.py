@@ -2,6 +2,7 @@
 """`TokenLabels`: the labels of a batch as one uint8 tensor, from the loader to the loss."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, Self
 
 import torch
@@ -210,9 +211,28 @@ class TokenLabels(Tensor):
         )
 
 
-def student_grid(grid: int | Grid) -> Grid:
-    """(h, w) of a student's patches, from that or from one number for a square."""
-    height, width = (grid, grid) if isinstance(grid, int) else grid
+def student_grid(grid: Any) -> Grid:
+    """(h, w) of a student's patches.
+
+    Args:
+        grid: that, or one number for a square; a `TokenStudent`, or a model of timm that has
+            patches; or timm's name of one.
+
+    Raises:
+        ValueError: it is no grid, and none is known of it.
+    """
+    given = grid
+    if isinstance(grid, str):
+        grid = import_module("timm").create_model(grid)
+    grid = getattr(grid, "grid", grid)
+    grid = getattr(getattr(grid, "patch_embed", None), "grid_size", grid)
+    try:
+        height, width = (grid, grid) if isinstance(grid, int) else map(int, grid)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"grid must be patches (h, w), a TokenStudent, or the name of a timm model with "
+            f"patches; got {given!r:.99}. Remedy: grid=student, once there is a student"
+        ) from None
     if height < 1 or width < 1:
         raise ValueError(f"grid must be patches (h, w), at least 1 each way, got {grid}")
     return height, width
