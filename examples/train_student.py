@@ -117,7 +117,7 @@ class Classes(ImageFolder):
 def class_names(args: argparse.Namespace, store: tl.LabelStore | None) -> list[str]:
     """Names of the student's classes: the teacher's where there are labels, else the folders."""
     if store and store.attrs["label_space"] == "teacher":
-        return list(store.classes)
+        return list(store.classes or sorted(store.folders, key=store.folders.__getitem__))
     folders = sorted(entry.name for entry in (args.data / "train").iterdir() if entry.is_dir())
     if store and store.num_classes != len(folders):
         raise ValueError(

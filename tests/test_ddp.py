@@ -83,6 +83,18 @@ def train_with_boxes(rank: int, store: str, out: str) -> None:
     distributed.destroy_process_group()
 
 
+def train_control(rank: int, store: str) -> None:
+    """Two steps without the patches' loss: the second waits for every gradient of the first."""
+    start(rank, store)
+    model = DistributedDataParallel(Student())
+    tokens, labels = batch(False, slice(rank * B // 2, (rank + 1) * B // 2))
+    for _ in range(2):
+        TokenLabelLoss(dense_weight=0)(model(tokens), labels).backward()
+    assert not model.module.patch_head.weight.grad.any()
+    assert model.module.stem.weight.grad.any()
+    distributed.destroy_process_group()
+
+
 needs_gloo = pytest.mark.skipif(
     not distributed.is_gloo_available(), reason="torch was built without gloo"
 )
@@ -116,3 +128,11 @@ def test_boxes_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for before, after, other in zip(first, last, others, strict=True):
         assert torch.equal(after, other)
         assert not torch.equal(before, after)
+
+
+@needs_gloo
+def test_the_control_without_the_patches_loss_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    multiprocessing.spawn(train_control, (str(tmp_path / "store"),), nprocs=2)

@@ -82,7 +82,7 @@ class NodesJob(Job):
 def teacher(tmp_path: Path) -> dict[str, Any]:
     """Options of a job with two batches a shard, whose teacher is a file of the test's own."""
     file = shutil.copy(HERE / "own_teacher.py", tmp_path)
-    small = {"input_size": 32, "k": 5, "batch_size": 2, "shard_size": 4}
+    small = {"input_size": 32, "k": 5, "batch_size": 2, "shard_size": 4, "numbering": "folders"}
     return {"model": f"{file}:build", "weights": "pretrained", **small}
 
 
