@@ -44,6 +44,7 @@ class Numbering(NamedTuple):
         others: further rules that are possible where `rule` was chosen among several, and what
             each would give.
         is_sure: whether folders carry the names that come with the teacher.
+        is_doubtful: whether folders are called otherwise than the classes, though these have names.
         notes: what the user has to know before hours are spent.
     """
 
@@ -51,6 +52,7 @@ class Numbering(NamedTuple):
     classes: dict[str, int]
     others: dict[str, dict[str, int]]
     is_sure: bool
+    is_doubtful: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -84,7 +86,7 @@ def number_folders(
     """
     if not folders:
         note = "no image lies in a class folder, so that none has a label"
-        return Numbering("", {}, {}, True, (note,))
+        return Numbering("", {}, {}, True, notes=(note,))
     by_name, unknown = _by_name(folders, names or [])
     possible: dict[str, dict[str, int]] = {}
     if len(unknown) < len(folders):
@@ -127,7 +129,9 @@ def number_folders(
     possible.pop("folders", None)
     others = {} if chosen in ("names", "folders") else possible
     others = {name: ids for name, ids in others.items() if ids != classes}
-    return Numbering(chosen, classes, others, chosen == "names" and not own_names, tuple(notes))
+    by_names = chosen == "names"
+    is_sure, is_doubtful = by_names and not own_names, bool(names) and not by_names
+    return Numbering(chosen, classes, others, is_sure, is_doubtful, tuple(notes))
 
 
 def read_class_names(path: Path) -> list[str]:
@@ -205,7 +209,8 @@ def check_numbering(
         (right answers, images) by rule, and notes for the user.
 
     Raises:
-        ConfigError: another rule fits the answers clearly better.
+        ConfigError: another rule fits the answers clearly better; or none fits, and the classes
+            have other names.
     """
     truth = {numbering.rule: numbering.classes, **numbering.others}
     folders = [key.partition("/")[0] for key in keys]
@@ -234,10 +239,18 @@ def check_numbering(
             notes.append(problem)
     hits, count = fits[numbering.rule]
     if count >= _ENOUGH and not _is_clear(hits, count, 1 / num_classes):
-        notes.append(
+        problem = (
             f"by numbering {numbering.rule} the teacher is right on {hits} of {count} sampled "
-            f"images, no better than chance among {num_classes} classes. Remedy: check the order "
-            "of class_names, or give the folders the names of the teacher's classes"
+            f"images, no better than chance among {num_classes} classes"
+        )
+        if numbering.is_doubtful and not asked:
+            raise ConfigError(
+                f"{problem}, and no folder is called like a class. {_TWO_WAYS}. numbering: "
+                f"{numbering.rule} takes the numbers all the same"
+            )
+        notes.append(
+            f"{problem}. Remedy: check the order of class_names, or give the folders the names of "
+            "the teacher's classes"
         )
     return fits, notes
 

@@ -110,7 +110,7 @@ def _check_classes(
     """Say which class each folder is; unless its name leaves no doubt, ask the teacher first."""
     fits: dict[str, tuple[int, int]] = {}
     notes: list[str] = []
-    if not numbering.is_sure:
+    if not numbering.is_sure and numbering.label_space == "teacher":
         keys = sampled_keys(manifest, _ASKED)
         answers = pool.answers(keys)
         asked = config.numbering != "auto"

@@ -180,6 +180,17 @@ def test_answers_no_better_than_chance_are_said():
     assert number_folders(WNIDS[:2], WNIDS, 1000).is_sure
 
 
+def test_numbers_that_are_no_class_ids_are_refused_under_a_teacher_with_names():
+    """The numbered folders of a web crawl, say."""
+    folders = [f"{n:05d}" for n in range(8)]
+    found = number_folders(folders, WNIDS, 1000)
+    keys, answers = images_of(folders, [500] * 8)
+    with pytest.raises(ConfigError, match=r"right on 0 of 32 .*like a class.*g: folders, wh"):
+        check_numbering(found, keys, answers, 1000, asked=False)
+    _, notes = check_numbering(found, keys, answers, 1000, asked=True)
+    assert "no better than chance" in notes[0]
+
+
 TEACHER = """
 import torch
 from torch import nn

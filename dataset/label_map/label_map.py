@@ -12,11 +12,13 @@ from torchvision import tv_tensors
 
 from ..format.chunks import shuffle
 from ..format.score_map import MapLayout
-from .path import UNIT_BOX, Box, PixelPath
+from .path import UNIT_BOX, Box, Elastic, PixelPath, scaling
 
 ArrayLike = Tensor | np.ndarray
 Size = tuple[int, int]
 _NOTHING = torch.empty(0)
+#: Of matrices: a determinant that is none, and the error of a number that should be whole.
+_SINGULAR, _EXACT = 1e-12, 1e-9
 
 
 class TokenLabelMap(tv_tensors.Mask):
@@ -135,6 +137,57 @@ class TokenLabelMap(tv_tensors.Mask):
         leaf.__dict__.update(self.__dict__)
         leaf.__dict__.update(path=path, canvas_size=canvas_size)
         return leaf
+
+    def follow(self, source: ArrayLike, canvas_size: Size | None = None) -> Self:
+        """The map after a geometric change that another library or your own code made.
+
+            turn = [[0, 1, 0], [-1, 0, image.height], [0, 0, 1]]  # by 90 degrees, clockwise
+            turned = leaf.follow(np.array(turn), canvas_size=(image.width, image.height))
+
+        Points are (x, y) in pixels, and pixel i covers [i, i + 1]. (A matrix M of pixel centres, as
+        OpenCV's, is T M T^-1 here, where T moves by half a pixel in x and y.)
+
+        Args:
+            source: where the new image's points lie on the current one: a matrix [3, 3] for columns
+                (x, y, 1); or points [h, w, 2], at the centres of h x w equal parts of the new
+                image, between which it is linear. What lies outside the current image shows fill,
+                which has no label: its patches' weight is 0.
+            canvas_size: (h, w) of the new image in pixels; None: as before.
+
+        Raises:
+            ValueError: another shape, a number that is not finite, or a singular matrix.
+        """
+        height, width = self.canvas_size
+        size = canvas_size or self.canvas_size
+        given = np.asarray(_array(source), np.float64)
+        is_matrix = given.shape == (3, 3)
+        if not is_matrix and (given.ndim != 3 or given.shape[2] != 2):
+            raise ValueError(
+                f"source must be a matrix [3, 3] or points [h, w, 2], got {list(given.shape)}"
+            )
+        if not np.isfinite(given).all() or (
+            is_matrix and not abs(np.linalg.det(given)) > _SINGULAR
+        ):
+            raise ValueError(
+                "source must be finite, and a matrix must not be singular. Remedy: give the way "
+                "from the new image's points to the old ones"
+            )
+        path = self.path.guarded((height, width))
+        if is_matrix:
+            given = given / given[2, 2] if given[2, 2] else given
+            # A product of floats must be upright where it is meant to be.
+            near = np.rint(given)
+            a, b, c, d, e, f, g, h, i = (
+                np.where(abs(given - near) < _EXACT, near, given).ravel().tolist()
+            )
+            return self.with_path(path.after((a, b, c, d, e, f, g, h, i)), size)
+        rows, columns = given.shape[:2]
+        # As a displacement of an image of one pixel a point.
+        at = np.stack(np.meshgrid(np.arange(columns) + 0.5, np.arange(rows) + 0.5), -1)
+        steps = 2 * given / (width, height) - 2 * at / (columns, rows)
+        path = path.after(scaling(width / columns, height / rows))
+        path = path.warped(Elastic(torch.from_numpy(steps)[None]))
+        return self.with_path(path.after(scaling(columns / size[1], rows / size[0])), size)
 
     @classmethod
     def wrap(cls, tensor: Tensor, like: tv_tensors.TVTensor, **kwargs: Any) -> Self:
