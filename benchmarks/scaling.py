@@ -43,7 +43,7 @@ from PIL import Image
 from torch import nn
 
 from tokenlabel.annotate import AnnotateConfig, annotate
-from tokenlabel.annotate.classes import build_manifest
+from tokenlabel.annotate.classes import build_manifest, number_folders
 from tokenlabel.annotate.cluster import actor
 from tokenlabel.annotate.cluster.pool import Pool
 from tokenlabel.annotate.cluster.session import Resources, ray_session
@@ -240,7 +240,9 @@ def scan(folder: Path, images: int, classes: int = 0) -> None:
     for number in range(classes):
         (root / f"class-{number:05d}").mkdir()
     with listings(root, images):
-        manifest = build_manifest(FolderSource(root), folder / "out" / MANIFEST, None, CLASSES)
+        source = FolderSource(root)
+        numbering = number_folders(source.classes(), None, CLASSES, "folders")
+        manifest = build_manifest(source, folder / "out" / MANIFEST, numbering, None)
     assert len(manifest.keys) == images // max(classes, 1) * max(classes, 1)
 
 

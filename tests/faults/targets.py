@@ -95,7 +95,7 @@ def make_seeds(folder: Path) -> list[Seed]:
     for number in range(5):
         (images / f"{number}.jpg").write_bytes(b"")
     (folder / "manifest").mkdir()
-    names = [f"n{number:08d}" for number in range(60)]
+    names = ["a", *(f"n{number:08d}" for number in range(59))]
     manifest_of(folder / "images", folder / "manifest" / "manifest", names)
     add("manifest", "manifest", "manifest", 2)
     return seeds
@@ -156,6 +156,8 @@ def _manifest(path: Path) -> dict[str, Any]:
         "digest": found.digest,
         "space": found.label_space,
         "names": found.class_names,
+        "folders": found.folders,
+        "numbering": found.numbering,
     }
 
 
