@@ -23,7 +23,7 @@ class TokenLabelDataset(Dataset[Sample]):
 
         dataset = TokenLabelDataset("imagenet/train", "labels/train", transform=train_transform())
         for images, labels in DataLoader(dataset, batch_size=256):
-            loss = TokenLabelLoss()(*student(images.to(device)), labels.to(device))
+            loss = TokenLabelLoss()(student(images.to(device)), labels.to(device))
 
     A map-style data set of (image, TokenLabels), which the default collate makes batches of. A
     sample's labels are a record of its map and of where its crop lies on it; targets are computed

@@ -16,7 +16,7 @@ class TokenBox(NamedTuple):
 
         box = MixToken().sample(student.grid)
         if box is not None:
-            loss = criterion(*student(images, box), box.mix_labels(labels))
+            loss = criterion(student(images, box), box.mix_labels(labels))
 
     The first image takes them from the last, as in torchvision's `CutMix`.
 
@@ -101,7 +101,7 @@ class MixToken:
             box = mix.sample(student.grid)
             if box is not None:
                 labels = box.mix_labels(labels)
-            criterion(*student(images, box), labels).backward()
+            criterion(student(images, box), labels).backward()
 
     CutMix on the images lets one patch show parts of two. MixToken exchanges whole tokens after
     the patch embedding, so every token is of one image and keeps that image's target; the

@@ -19,7 +19,7 @@ class MixUpOrCutMix(nn.Module):
         mix = MixUpOrCutMix(mixup_alpha=0.8, cutmix_alpha=1.0)
         for images, labels in loader:
             images, labels = mix(images, labels)
-            criterion(*student(images), labels).backward()
+            criterion(student(images), labels).backward()
 
     Takes the arguments of timm's `Mixup`, whose place it can have in a script.
 
@@ -224,7 +224,7 @@ class MixUp(MixUpOrCutMix):
         mix = MixUp(0.8)
         for images, labels in loader:
             images, labels = mix(images, labels)
-            criterion(*student(images), labels).backward()
+            criterion(student(images), labels).backward()
 
     Each image becomes `lam * image + (1 - lam) * partner`. For one seed, the images are those of
     torchvision.transforms.v2.MixUp in the mode "batch".
@@ -247,7 +247,7 @@ class CutMix(MixUpOrCutMix):
         mix = CutMix()
         for images, labels in loader:
             images, labels = mix(images, labels)
-            criterion(*student(images), labels).backward()
+            criterion(student(images), labels).backward()
 
     A box of the partner is pasted over each image. For one seed, the images are those of
     torchvision.transforms.v2.CutMix in the mode "batch". A patch's target is the mixture of its own

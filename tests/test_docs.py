@@ -110,6 +110,7 @@ def sections() -> dict[str, list[Block]]:
 CHECKED = {
     "The student and the loss": 4,
     "Your own loss": 1,
+    "Any pipeline or stream": 1,
     "Your own crops": 1,
     "The student's grid": 4,
     "Class numbers": 5,

@@ -22,7 +22,7 @@ class TokenLabels(Tensor):
         images, labels = next(iter(loader))  # over a TokenLabelDataset
         labels = labels.to("cpu", non_blocking=True)
         windows = labels.targets(grid=14)  # what each of 14 x 14 patches is taught
-        loss = TokenLabelLoss()(*student(images), labels)
+        loss = TokenLabelLoss()(student(images), labels)
 
     A row is a record: the map of the sample's image as it is stored, and where its crop lies on it.
     `targets` reads the maps, all at once, on the device of the batch. The tensor moves like any

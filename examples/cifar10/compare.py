@@ -128,7 +128,7 @@ class Arm:
 
     def train(self, images: Tensor, labels: tl.TokenLabels, step: int) -> float:
         """Take one step and return the loss."""
-        loss = self.loss(*self.student(images), labels)
+        loss = self.loss(self.student(images), labels)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
