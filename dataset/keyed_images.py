@@ -125,11 +125,13 @@ class _Folder(ImageFolder):
     def make_dataset(directory: str, *args: Any, **kwargs: Any) -> list[tuple[str, int]]:
         """(path, class) of each image."""
         found = ImageFolder.make_dataset(directory, *args, **kwargs)
-        return [
-            (path, label)
-            for path, label in found
-            if not any(map(is_hidden, _below(directory, path).split("/")[:-1]))
-        ]
+        folders = {os.path.dirname(path) for path, _ in found}
+        shown = {
+            folder
+            for folder in folders
+            if not any(map(is_hidden, _below(directory, folder).split("/")))
+        }
+        return [(path, label) for path, label in found if os.path.dirname(path) in shown]
 
 
 def _load(source: ImageSource, root: str, path: str) -> PIL.Image.Image:

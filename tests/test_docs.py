@@ -123,6 +123,8 @@ CHECKED = {
 # calls a function of torch that torch 2.14 wants nobody to call.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+# Hugging Face's Trainer pins memory where there is no GPU to send it to.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
 @pytest.mark.parametrize("section", sections())
 def test_plug_in(section: str, here: Path) -> None:
     torch.manual_seed(0)

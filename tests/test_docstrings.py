@@ -69,7 +69,7 @@ def test_examples_run(
     height, width = leaf.canvas_size
     model = timm.create_model("vit_tiny_patch16_224")
     given = {
-        **{"tl": tl, "np": np, "torch": torch, "torchvision": torchvision, "v2": v2},
+        **{"tl": tl, "np": np, "torch": torch, "torchvision": torchvision, "v2": v2, "PIL": PIL},
         **{"Path": Path, "DataLoader": DataLoader},
         **{"dataset": dataset, "loader": loader, "images": images, "labels": labels, "leaf": leaf},
         "image": PIL.Image.new("RGB", (width, height)),
