@@ -11,10 +11,11 @@ from pathlib import Path
 from ..dataset.format.index import NAME as INDEX
 from ..dataset.format.index import build_index, find_shards, open_index
 from ..dataset.format.lock import folder_lock
+from ..dataset.format.manifest import NAME as MANIFEST
 from ..dataset.format.manifest import Manifest, shard_rows
 from ..dataset.format.shard import Shard
 from ..dataset.sources.folder import open_source
-from ..errors import FormatError
+from ..errors import ConfigError, FormatError
 from .classes import Numbering, check_numbering, describe, sampled_keys
 from .cluster.pool import Pool
 from .cluster.session import plan_resources, ray_session
@@ -114,7 +115,11 @@ def _check_classes(
         keys = sampled_keys(manifest, _ASKED)
         answers = pool.answers(keys)
         asked = config.numbering != "auto"
-        fits, notes = check_numbering(numbering, keys, answers, identity.num_classes, asked)
+        try:
+            fits, notes = check_numbering(numbering, keys, answers, identity.num_classes, asked)
+        except ConfigError:
+            (config.folder / MANIFEST).unlink()  # or `rescan: false` would take it as it is
+            raise
     _log.info("%s", describe(numbering, identity.class_names, fits))
     for note in (*numbering.notes, *notes):
         _log.warning(note)
