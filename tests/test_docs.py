@@ -125,6 +125,9 @@ CHECKED = {
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 # Hugging Face's Trainer pins memory where there is no GPU to send it to.
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+# Lightning calls what torch deprecates, and gives advice on workers as a warning.
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 @pytest.mark.parametrize("section", sections())
 def test_plug_in(section: str, here: Path) -> None:
     torch.manual_seed(0)
