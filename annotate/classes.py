@@ -275,27 +275,24 @@ def describe(
 
 def _is_clear(hits: int, count: int, chance: float) -> bool:
     """Whether so many hits or more, each of this chance, are improbable."""
-    if chance >= 1 or not count:
-        return chance >= 1
-    logs = (
-        math.lgamma(count + 1)
-        - math.lgamma(n + 1)
-        - math.lgamma(count - n + 1)
-        + n * math.log(chance)
-        + (count - n) * math.log1p(-chance)
-        for n in range(hits, count + 1)
+    if chance == 1:  # a single class, which no answer can miss
+        return True
+    more = range(hits, count + 1)
+    return (
+        sum(math.comb(count, n) * chance**n * (1 - chance) ** (count - n) for n in more) < _CHANCE
     )
-    return hits > 0 and sum(map(math.exp, logs)) < _CHANCE
 
 
 def _by_name(folders: Sequence[str], names: Sequence[str]) -> tuple[dict[str, int], list[str]]:
     """Class of each folder by its name, and the folders that are called like no class."""
-    known: dict[str, int] = {}
+    aliases: dict[str, set[int]] = {}
     for number, name in enumerate(names):
         wnid, _, rest = name.partition(" ")
-        for alias in (wnid, rest.strip(), rest.partition(",")[0].strip()):
-            if _WNID.fullmatch(wnid) and alias:
-                known.setdefault(alias, number)
+        if _WNID.fullmatch(wnid):
+            for alias in (wnid, rest.strip(), rest.partition(",")[0].strip()):
+                aliases.setdefault(alias, set()).add(number)
+    # ImageNet has two cranes: what is no name of one class alone is none.
+    known = {alias: min(numbers) for alias, numbers in aliases.items() if len(numbers) == 1}
     known |= {unicodedata.normalize("NFC", name): number for number, name in enumerate(names)}
     ids = {folder: known.get(unicodedata.normalize("NFC", folder), -1) for folder in folders}
     return ids, [folder for folder in folders if ids[folder] < 0]

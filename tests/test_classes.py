@@ -36,6 +36,9 @@ PADDED = [f"{number:03d}" for number in range(1000)]
         (["cafe\u0301"], ["tea", "caf\u00e9"], 2, "names", [1]),
         (["tench", "n01443537"], [f"{WNIDS[0]} tench, Tinca tinca", f"{WNIDS[1]} goldfish"], 2,
          "names", [0, 1]),
+        # Two classes of one name: a folder of that name is neither.
+        (["crane", WNIDS[517]], [f"{WNIDS[134]} crane", f"{WNIDS[517]} crane"], 2, "names",
+         [-1, 1]),
         (["cat", "dog"], None, 2, "string", [0, 1]),
         # ImageNetV2's folders; some of them; zero-padded; as many as the teacher has, or not.
         (sorted(map(str, range(1000))), WNIDS, 1000, "numeric", sorted(range(1000), key=str)),
