@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .annotate import AnnotateConfig, Teacher
     from .dataset import (
+        Albumentations,
+        Alignment,
         AutoAugment,
         ImageOnly,
         ImageSource,
+        Kornia,
         LabelStore,
         MapLayout,
         RandAugment,
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
         ToTokenLabels,
         TrivialAugmentWide,
         aligned,
+        check_alignment,
         eval_transform,
         train_transform,
         validation_dataset,
@@ -58,12 +62,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Albumentations",
+    "Alignment",
     "AnnotateConfig",
     "AutoAugment",
     "CutMix",
     "FormatError",
     "ImageOnly",
     "ImageSource",
+    "Kornia",
     "LVViT",
     "LabelStore",
     "MapLayout",
@@ -88,6 +95,7 @@ __all__ = [
     "TokenWindows",
     "TrivialAugmentWide",
     "aligned",
+    "check_alignment",
     "eval_transform",
     "load_backbone",
     "lvvit_l",

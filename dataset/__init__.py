@@ -21,15 +21,21 @@ if TYPE_CHECKING:
     from .targets.token_labels import TokenLabels
     from .targets.windows import TokenTargets, TokenWindows
     from .token_label_dataset import TokenLabelDataset
+    from .transforms.albumentations import Albumentations
     from .transforms.aligned import ImageOnly, aligned
+    from .transforms.alignment import Alignment, check_alignment
+    from .transforms.kornia import Kornia
     from .transforms.recipe import eval_transform, train_transform
     from .transforms.to_token_labels import ToTokenLabels
     from .transforms.torchvision import AutoAugment, RandAugment, TrivialAugmentWide
 
 __all__ = [
+    "Albumentations",
+    "Alignment",
     "AutoAugment",
     "ImageOnly",
     "ImageSource",
+    "Kornia",
     "LabelStore",
     "MapLayout",
     "RandAugment",
@@ -43,6 +49,7 @@ __all__ = [
     "TokenWindows",
     "TrivialAugmentWide",
     "aligned",
+    "check_alignment",
     "eval_transform",
     "train_transform",
     "validation_dataset",
@@ -58,7 +65,10 @@ _HOMES = {
     "targets.token_labels": ("TokenLabels",),
     "targets.windows": ("TokenTargets", "TokenWindows"),
     "token_label_dataset": ("TokenLabelDataset",),
+    "transforms.albumentations": ("Albumentations",),
     "transforms.aligned": ("ImageOnly", "aligned"),
+    "transforms.alignment": ("Alignment", "check_alignment"),
+    "transforms.kornia": ("Kornia",),
     "transforms.recipe": ("eval_transform", "train_transform"),
     "transforms.to_token_labels": ("ToTokenLabels",),
     "transforms.torchvision": ("AutoAugment", "RandAugment", "TrivialAugmentWide"),

@@ -18,7 +18,7 @@ ArrayLike = Tensor | np.ndarray
 Size = tuple[int, int]
 _NOTHING = torch.empty(0)
 #: Of matrices: a determinant that is none, and the error of a number that should be whole.
-_SINGULAR, _EXACT = 1e-12, 1e-9
+SINGULAR, _EXACT = 1e-12, 1e-9
 
 
 class TokenLabelMap(tv_tensors.Mask):
@@ -138,7 +138,12 @@ class TokenLabelMap(tv_tensors.Mask):
         leaf.__dict__.update(path=path, canvas_size=canvas_size)
         return leaf
 
-    def follow(self, source: ArrayLike, canvas_size: Size | None = None) -> Self:
+    def follow(
+        self,
+        source: ArrayLike,
+        canvas_size: Size | None = None,
+        box: Sequence[float] | None = None,
+    ) -> Self:
         """The map after a geometric change that another library or your own code made.
 
             turn = [[0, 1, 0], [-1, 0, image.height], [0, 0, 1]]  # by 90 degrees, clockwise
@@ -153,6 +158,8 @@ class TokenLabelMap(tv_tensors.Mask):
                 image, between which it is linear. What lies outside the current image shows fill,
                 which has no label: its patches' weight is 0.
             canvas_size: (h, w) of the new image in pixels; None: as before.
+            box: (x0, y0, x1, y1) of the current image in pixels that the new one may show, where it
+                was cropped on the way; None: all of it.
 
         Raises:
             ValueError: another shape, a number that is not finite, or a singular matrix.
@@ -165,14 +172,13 @@ class TokenLabelMap(tv_tensors.Mask):
             raise ValueError(
                 f"source must be a matrix [3, 3] or points [h, w, 2], got {list(given.shape)}"
             )
-        if not np.isfinite(given).all() or (
-            is_matrix and not abs(np.linalg.det(given)) > _SINGULAR
-        ):
+        if not np.isfinite(given).all() or (is_matrix and not abs(np.linalg.det(given)) > SINGULAR):
             raise ValueError(
                 "source must be finite, and a matrix must not be singular. Remedy: give the way "
                 "from the new image's points to the old ones"
             )
         path = self.path.guarded((height, width))
+        path = path if box is None else path.within((box[0], box[1], box[2], box[3]))
         if is_matrix:
             given = given / given[2, 2] if given[2, 2] else given
             # A product of floats must be upright where it is meant to be.
@@ -182,6 +188,10 @@ class TokenLabelMap(tv_tensors.Mask):
             )
             return self.with_path(path.after((a, b, c, d, e, f, g, h, i)), size)
         rows, columns = given.shape[:2]
+        if _is_mirrored(given):
+            # Which view of the map is shown, the matrices say: the field is that of the mirror.
+            path = path.after((-1.0, 0.0, float(width), 0.0, 1.0, 0.0, 0.0, 0.0, 1.0))
+            given = np.stack([width - given[..., 0], given[..., 1]], -1)
         # As a displacement of an image of one pixel a point.
         at = np.stack(np.meshgrid(np.arange(columns) + 0.5, np.arange(rows) + 0.5), -1)
         steps = 2 * given / (width, height) - 2 * at / (columns, rows)
@@ -234,6 +244,15 @@ class TokenLabelMap(tv_tensors.Mask):
             f"TokenLabelMap({height}x{width} cells of {k} classes, label={self.label}, "
             f"canvas_size={self.canvas_size}, source_size={self.source_size})"
         )
+
+
+def _is_mirrored(points: np.ndarray) -> bool:
+    """Whether a field of points [h, w, 2] mostly turns the other way round."""
+    if min(points.shape[:2]) < 2:
+        return False
+    across, down = np.diff(points, axis=1)[:-1], np.diff(points, axis=0)[:, :-1]
+    turns = across[..., 0] * down[..., 1] - across[..., 1] * down[..., 0]
+    return bool(np.median(turns[turns != 0]) < 0) if turns.any() else False
 
 
 def _array(array: ArrayLike) -> np.ndarray:

@@ -131,11 +131,14 @@ class PixelPath(NamedTuple):
 
     def guarded(self, size: tuple[int, int]) -> "PixelPath":
         """The same path where points outside this image of `size` (h, w) show fill."""
-        image: Box = (0.0, 0.0, float(size[1]), float(size[0]))
+        return self.within((0.0, 0.0, float(size[1]), float(size[0])))
+
+    def within(self, shown: Box) -> "PixelPath":
+        """The same path where points of this image outside a box of it show fill."""
         if not self.is_rectilinear:
             # Behind the matrix the image is no upright box: it guards before it, in a new segment.
-            return PixelPath(IDENTITY, image, None, self)
-        x0, y0, x1, y1 = transform_box(self.matrix, image)
+            return PixelPath(IDENTITY, shown, None, self)
+        x0, y0, x1, y1 = transform_box(self.matrix, shown)
         p0, q0, p1, q1 = self.box
         return self._replace(box=(max(x0, p0), max(y0, q0), min(x1, p1), min(y1, q1)))
 

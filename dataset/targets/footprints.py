@@ -188,9 +188,14 @@ def _through_segments(records: Records, grid: Grid, per: list[int]) -> tuple[Ten
     )
     x = _by_patch(x[:, None, :].expand(-1, counts[0], -1), grid, per)
     y = _by_patch(y[:, :, None].expand(-1, -1, counts[1]), grid, per)
+    return source_points(records, x, y)
+
+
+def source_points(records: Records, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Points [B, ...] in pixels through the paths' segments: normalised, NaN for fill."""
     inside = torch.ones_like(x, dtype=torch.bool)
     for segment in records.paths().unbind(1):
-        values = (segment[:, index, None, None] for index in range(16))
+        values = (segment[:, index].view(-1, *[1] * (x.ndim - 1)) for index in range(16))
         a, b, c, d, e, f, g, h, i, x0, y0, x1, y1, mode, height, width = values
         z = 1 / (g * x + h * y + i)
         x, y = (a * x + b * y + c) * z, (d * x + e * y + f) * z

@@ -32,8 +32,8 @@ WORDS = (
     *("x0", "y0", "x1", "y1", "reach_xx", "reach_xy", "reach_yx", "reach_yy"),
 )
 _CODES = "iiiiiiiifiiiiiifffffffffff"  # int32 or float32, word by word
-_HEADER = struct.Struct(f"<{_CODES}24x")
-_WORD = {name: index for index, name in enumerate(WORDS)}
+HEADER = struct.Struct(f"<{_CODES}24x")
+WORD = {name: index for index, name in enumerate(WORDS)}
 #: Bits of the word "state".
 HAS_MAP, MIRRORED, TILTED = 1, 2, 4
 #: Segments of a path that a record has room for: six tilting operations and more.
@@ -43,13 +43,13 @@ _UNUSED = _SEGMENT.pack(1, 0, 0, 0, 1, 0, 0, 0, 1, -np.inf, -np.inf, np.inf, np.
 #: Modes of a fold by number; 0 is none.
 FOLDS = ("", "edge", "reflect", "symmetric")
 #: Bytes before the planes.
-HEAD = _HEADER.size + SEGMENTS * _SEGMENT.size
+HEAD = HEADER.size + SEGMENTS * _SEGMENT.size
 #: Points along each side of a lattice. 112 is a multiple of 7, 14, 16, 28 and 56, so that each
 #: patch of the usual grids gets equally many.
 LATTICE = 112
-_OUTSIDE = 65535  # a lattice's point that shows nothing of the image
+OUTSIDE = 65535  # a lattice's point that shows nothing of the image
 _ALIGNED = 8
-_SAMPLES = 17  # points along each side by which the zoom of a curved path is measured
+SAMPLES = 17  # points along each side by which the zoom of a curved path is measured
 
 
 class RecordLayout(NamedTuple):
@@ -103,9 +103,9 @@ def _head(leaf: TokenLabelMap, grid: Grid | None, shrink: float) -> tuple[bytes,
         segments = []
         x, y, inside = _points(path, size, LATTICE)
         inside &= (x >= 0) & (x <= 1) & (y >= 0) & (y <= 1)
-        points = np.rint(np.stack([x, y], -1) * (_OUTSIDE - 1))
-        lattice = np.where(inside[..., None], points, _OUTSIDE).astype("<u2").tobytes()
-    head = _HEADER.pack(
+        points = np.rint(np.stack([x, y], -1) * (OUTSIDE - 1))
+        lattice = np.where(inside[..., None], points, OUTSIDE).astype("<u2").tobytes()
+    head = HEADER.pack(
         MAGIC,
         len(layout.views),
         layout.k,
@@ -158,13 +158,13 @@ def _reach(leaf: TokenLabelMap) -> tuple[float, float, float, float]:
             abs(e) * height * down,
         )
     # Elsewhere from differences, with some room for what happens between the points.
-    x, y, inside = _points(path, (height, width), _SAMPLES)
+    x, y, inside = _points(path, (height, width), SAMPLES)
 
     def steepest(values: np.ndarray, axis: int) -> float:
         both = np.diff(inside.astype(np.int8), axis=axis) == 0
         both &= np.delete(inside, -1, axis)
         steps = np.abs(np.diff(values, axis=axis), where=both, out=np.zeros(both.shape))
-        return 1.1 * _SAMPLES * float(steps.max(initial=0.0))
+        return 1.1 * SAMPLES * float(steps.max(initial=0.0))
 
     xx, xy, yx, yy = steepest(x, 1), steepest(y, 1), steepest(x, 0), steepest(y, 0)
     return (xx * across, xy * down, yx * across, yy * down)
@@ -176,10 +176,10 @@ def _shrink(path: PixelPath, size: Grid, factor: float) -> float:
         a, b, _, d, e = path.matrix[:5]
         area = abs(a * e - b * d) * size[0] * size[1]
     else:
-        x, y, inside = _points(path, size, _SAMPLES)
+        x, y, inside = _points(path, size, SAMPLES)
         (x_down, x_across), (y_down, y_across) = np.gradient(x), np.gradient(y)
         steps = np.abs(x_across * y_down - x_down * y_across)[inside]
-        area = float(np.median(steps)) * _SAMPLES**2 if len(steps) else 1.0
+        area = float(np.median(steps)) * SAMPLES**2 if len(steps) else 1.0
     zoom = -0.5 * float(np.log2(max(area, 1e-12)))
     return min(0.5, max(0.0, factor * zoom))
 
@@ -189,9 +189,9 @@ def _shrink(path: PixelPath, size: Grid, factor: float) -> float:
 
 def word(data: Tensor, name: str) -> Tensor:
     """A word of the header, int32 or float32 [B], of records [B, bytes]."""
-    index = _WORD[name]
+    index = WORD[name]
     kind = torch.float32 if _CODES[index] == "f" else torch.int32
-    return data[..., : _HEADER.size].contiguous().view(kind)[..., index]
+    return data[..., : HEADER.size].contiguous().view(kind)[..., index]
 
 
 def read_layout(data: Tensor) -> RecordLayout:
@@ -206,30 +206,30 @@ def read_layout(data: Tensor) -> RecordLayout:
             f"TokenLabels are uint8 records of {HEAD} bytes or more, got {data.dtype} of {size}. "
             "Remedy: use what a DataLoader over TokenLabelDataset gives"
         )
-    heads = data[..., : _HEADER.size].contiguous().reshape(-1, _HEADER.size)
+    heads = data[..., : HEADER.size].contiguous().reshape(-1, HEADER.size)
     ints = heads.cpu().numpy().view("<i4")
     floats = ints.view("<f4")
-    first = {name: ints[0, index].item() for name, index in _WORD.items()} if len(ints) else {}
-    shared = _WORD["label"]
+    first = {name: ints[0, index].item() for name, index in WORD.items()} if len(ints) else {}
+    shared = WORD["label"]
     if first.get("magic") != MAGIC or (ints[:, :shared] != ints[0, :shared]).any():
         raise ValueError(
             "the records of a batch must be tokenlabel's, all of one layout. Remedy: make them "
             "with TokenLabelDataset or ToTokenLabels, and batch those of one label set"
         )
     views, cells = ("identity", "hflip")[: first["views"]], (first["height"], first["width"])
-    counts, step = (first["k"], first["num_classes"], first["residual"]), floats[0, _WORD["step"]]
+    counts, step = (first["k"], first["num_classes"], first["residual"]), floats[0, WORD["step"]]
     maps = MapLayout(views, cells, *counts, step.item(), bool(first["level"]))
     # In eighths of the map, so that a compiled step meets few different ones.
     steps = np.array([maps.grid[1], maps.grid[0]] * 2) / 8
-    reach = floats[:, _WORD["reach_xx"] : _WORD["reach_yy"] + 1].max(0)
+    reach = floats[:, WORD["reach_xx"] : WORD["reach_yy"] + 1].max(0)
     reach = (np.ceil(reach / steps - 1e-4) * steps).tolist()
     return RecordLayout(
         maps,
         (first["grid_h"], first["grid_w"]) if first["grid_h"] else None,
-        bool((ints[:, _WORD["state"]] & TILTED).any()),
-        int(ints[:, _WORD["segments"]].max()),
-        bool(ints[:, _WORD["lattice"]].any()),
-        bool((floats[:, _WORD["shrink"]] > 0).any()),
+        bool((ints[:, WORD["state"]] & TILTED).any()),
+        int(ints[:, WORD["segments"]].max()),
+        bool(ints[:, WORD["lattice"]].any()),
+        bool((floats[:, WORD["shrink"]] > 0).any()),
         (reach[0], reach[1], reach[2], reach[3]),
     )
 
@@ -256,7 +256,7 @@ class Records(NamedTuple):
     def paths(self) -> Tensor:
         """The segments of the paths, float32 [B, S, 16], S the most of the batch."""
         end = HEAD - (SEGMENTS - self.layout.segments) * _SEGMENT.size
-        data = self.data[:, _HEADER.size : end].contiguous().view(torch.float32)
+        data = self.data[:, HEADER.size : end].contiguous().view(torch.float32)
         segments: Tensor = data.unflatten(1, (-1, 16))
         return segments
 
@@ -288,4 +288,4 @@ class Records(NamedTuple):
         data = self.data[:, start : start + LATTICE * LATTICE * 4].contiguous().int()
         low, high = data.unflatten(1, (LATTICE, LATTICE, 2, 2)).unbind(-1)
         points = low | (high << 8)
-        return torch.where(points == _OUTSIDE, torch.nan, points / (_OUTSIDE - 1.0)).float()
+        return torch.where(points == OUTSIDE, torch.nan, points / (OUTSIDE - 1.0)).float()

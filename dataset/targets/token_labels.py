@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
 
-from ..label_map.label_map import TokenLabelMap
+from ..label_map.label_map import SINGULAR, TokenLabelMap
+from .follow import follow_matrices, follow_points
 from .published import published_targets
 from .record import HAS_MAP, HEAD, Grid, RecordLayout, Records, pack, read_layout, word
 from .windows import TokenTargets, TokenWindows, crop_targets, patch_windows
@@ -151,6 +152,63 @@ class TokenLabels(Tensor):
             return published_targets(records, grid, k)
         windows, crop = patch_windows(records, grid), crop_targets(records, "logits")
         return TokenTargets.of(self.label, windows.weight, windows.dense(), crop, k)
+
+    def follow(
+        self, source: Tensor, canvas_size: Grid | None = None, boxes: Tensor | None = None
+    ) -> "TokenLabels":
+        """The labels after the batch's images were moved where they lie, on any device.
+
+            # every image mirrored, after the loader
+            flip = torch.tensor([[-1.0, 0, 224], [0, 1, 0], [0, 0, 1]])
+            images, labels = images.flip(-1), labels.follow(flip.expand(len(images), 3, 3))
+
+        Points are (x, y) in pixels, and pixel i covers [i, i + 1]. What lies outside the old image
+        shows fill, which has no label. `shrink` stays what the loader's crop made it. Checking what
+        is given waits for the device.
+
+        Args:
+            source: where the new images' points lie on the old ones: matrices [B, 3, 3] for columns
+                (x, y, 1); or points [B, h, w, 2], at the centres of h x w equal parts of the new
+                images, far outside for fill; those make records longer by 50 KB.
+            canvas_size: (h, w) of the new images in pixels; None: as before.
+            boxes: [B, 4], (x0, y0, x1, y1) of the old images in pixels that the new ones may show,
+                where matrices are not all: they were cropped on the way; None: all of it.
+
+        Raises:
+            ValueError: another shape, images of different sizes and no `canvas_size`, or matrices
+                that are singular or not finite.
+        """
+        records, is_matrix = self._records(), source.shape[1:] == (3, 3)
+        known = is_matrix or (source.ndim == 4 and source.shape[3] == 2)
+        if not known or len(source) != len(self) or not source.is_floating_point():
+            raise ValueError(
+                f"source must be floats [B, 3, 3] or [B, h, w, 2], for {len(self)} images; got "
+                f"{source.dtype} {list(source.shape)}"
+            )
+        if is_matrix:
+            source = source.to(self.device, torch.float64)
+            scale = source[:, 2:, 2:]
+            source = source / torch.where(scale == 0, 1.0, scale)
+            if not bool(
+                (torch.linalg.det(source).abs() > SINGULAR).all() & source.isfinite().all()
+            ):
+                raise ValueError(
+                    "matrices must be finite and not singular. Remedy: give the way from each new "
+                    "image's points to the old one's"
+                )
+        if canvas_size is None:
+            sizes = torch.stack([records.word("canvas_h"), records.word("canvas_w")], 1)
+            if bool((sizes != sizes[:1]).any()):
+                raise ValueError(
+                    "the images of these labels differ in size. Remedy: "
+                    "labels.follow(source, canvas_size=images.shape[-2:])"
+                )
+            canvas_size = int(sizes[0, 0]), int(sizes[0, 1])
+        size = int(canvas_size[0]), int(canvas_size[1])
+        if not is_matrix:
+            return TokenLabels.wrap(follow_points(records, source.to(self.device), size))
+        boxes = None if boxes is None else boxes.to(self.device, torch.float64)
+        return TokenLabels.wrap(follow_matrices(records, source, size, boxes))
 
     def crop(self, pool: str = "logits") -> Tensor:
         """The whole crop's soft target, float32 [B, C]; 0 where the image has no map.

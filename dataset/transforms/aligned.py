@@ -1,5 +1,5 @@
 # mypy: allow-subclassing-any
-"""`aligned`: torchvision's older pipelines and those of timm, for images with label maps."""
+"""`aligned`: the pipelines of other libraries, for images with label maps."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -12,6 +12,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from . import torchvision as augment
+from .albumentations import Albumentations
+from .kornia import Kornia
 from .timm import TimmAugment
 
 #: Classes of both of torchvision's generations, whose arguments are attributes of the older ones.
@@ -76,8 +78,9 @@ def aligned(transform: Any) -> Any:
 
     Each transform of `torchvision.transforms` (not v2) and of `timm.data` that moves pixels becomes
     its counterpart in v2, which draws from the same distribution; each that changes colours only
-    runs as it is. Pipelines of v2 and functions of (image, map) are returned as they are, but for
-    such transforms in a `v2.Compose`. `TokenLabelDataset` does this to its `transform`.
+    runs as it is. albumentations' `Compose` and kornia's augmentations become `Albumentations` and
+    `Kornia`. Pipelines of v2 and functions of (image, map) are returned as they are, but for such
+    transforms in a `v2.Compose`. `TokenLabelDataset` does this to its `transform`.
 
     Args:
         transform: a pipeline, one of its transforms, or None.
@@ -93,6 +96,10 @@ def aligned(transform: Any) -> Any:
     if isinstance(transform, list | tuple):
         return v2.Compose([_step(step) for step in transform])
     module = type(transform).__module__
+    if module.startswith("albumentations."):
+        return Albumentations(transform)
+    if module.startswith("kornia."):
+        return Kornia(transform)
     if module.startswith("timm.") or (
         module.startswith("torchvision.transforms.") and not isinstance(transform, v2.Transform)
     ):
