@@ -1,6 +1,7 @@
 # mypy: allow-subclassing-any
 """Map-style data sets of all kinds: the image, the class and the key of each item."""
 
+import copy
 import operator
 import os
 from collections import Counter
@@ -39,11 +40,12 @@ class KeyedImages:
         images: the data set.
         key: index to key.
         class_to_idx: number of each class folder; None where the data set does not say.
+        transform: that of the data set given; `images` is a copy without it.
 
     Raises:
         FileNotFoundError: the folder is not there, or has no images.
         TypeError: not a map-style data set, or one that needs `key`.
-        ValueError: the data set transforms its images itself.
+        ValueError: the data set changes its classes itself.
     """
 
     def __init__(
@@ -63,13 +65,16 @@ class KeyedImages:
         while isinstance(inner, Subset):
             inner = inner.dataset
         # An image that was cropped or flipped before its map is there can no longer be matched.
-        for name in ("transform", "transforms"):
-            if getattr(inner, name, None) is not None:
-                raise ValueError(
-                    f"images must come untransformed, but {type(inner).__name__} has a {name!r} of "
-                    "its own, which the label maps would not follow. Remedy: remove it there and "
-                    "give it to TokenLabelDataset(transform=...)"
-                )
+        if getattr(inner, "transforms", None) is not None and (
+            getattr(inner, "transform", None) is None
+            or getattr(inner, "target_transform", None) is not None
+        ):
+            raise ValueError(
+                f"images must give their own classes, but {type(inner).__name__} has a "
+                "'target_transform' or 'transforms'. Remedy: remove it there; a pipeline belongs "
+                "in TokenLabelDataset(transform=...)"
+            )
+        images, self.transform = _without_transform(images)
         self.images: Any = images
         numbers = getattr(inner, "class_to_idx", None) or getattr(
             getattr(inner, "reader", None), "class_to_idx", None
@@ -132,6 +137,21 @@ class _Folder(ImageFolder):
             if not any(map(is_hidden, _below(directory, folder).split("/")))
         }
         return [(path, label) for path, label in found if os.path.dirname(path) in shown]
+
+
+def _without_transform(images: Any) -> tuple[Any, Any]:
+    """A data set that gives its images as they are, and the transform that it had."""
+    if isinstance(images, Subset):
+        inner, transform = _without_transform(images.dataset)
+        if inner is not images.dataset:
+            images = copy.copy(images)
+            images.dataset = inner
+        return images, transform
+    transform = getattr(images, "transform", None)
+    if transform is not None:
+        images = copy.copy(images)
+        images.transform = None
+    return images, transform
 
 
 def _load(source: ImageSource, root: str, path: str) -> PIL.Image.Image:

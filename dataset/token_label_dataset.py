@@ -32,12 +32,12 @@ class TokenLabelDataset(Dataset[Sample]):
     Args:
         images: folder of the split (read as torchvision's ImageFolder), or any map-style data set
             of (PIL image or tensor, class): ImageFolder, timm's ImageDataset, a Hugging Face image
-            data set, a Subset of these. It must not transform its images itself.
+            data set, a Subset of these. A `transform` that it has is taken over.
         labels: folder of the split's shards, OUT/SPLIT, or a `LabelStore`.
         transform: any pipeline of torchvision.transforms.v2, called with (image, TokenLabelMap)
             and returning the same; `train_transform()` makes one. Pipelines of timm and of
-            torchvision's older transforms are taken as `aligned` makes them. None leaves the image
-            as it is. Can be set later, as timm's `create_loader` does.
+            torchvision's older transforms are taken as `aligned` makes them. None: that of
+            `images`, or else none. Can be set later, as timm's `create_loader` does.
         grid: the student's patches, (h, w), or one number for a square; or the student itself, or
             timm's name of its model. `labels.targets()` computes those of another grid as well.
             None: the records do not name one.
@@ -80,13 +80,18 @@ class TokenLabelDataset(Dataset[Sample]):
     ) -> None:
         self.store = labels if isinstance(labels, LabelStore) else LabelStore(labels)
         self.images = KeyedImages(images, key, self.store.__contains__)
+        if transform is not None and self.images.transform is not None:
+            raise ValueError(
+                "transform is given twice, here and to the images. Remedy: leave out one; that of "
+                "the images becomes that of image and map"
+            )
         if label_source == "auto":
             is_folder = isinstance(images, str | os.PathLike)
             check_classes(self.store, self.images.class_to_idx, is_folder)
             label_source = "maps" if is_folder else "auto"
         self.mapper = TokenLabelMapper(
             self.store,
-            transform=transform,
+            transform=self.images.transform if transform is None else transform,
             grid=grid,
             missing=missing,
             label_source=label_source,

@@ -213,11 +213,28 @@ def test_classes_that_are_numbered_otherwise_are_refused(images: Path, labels: P
         TokenLabelDataset(pairs, labels, key=keys.__getitem__)[0]
 
 
-def test_images_that_were_transformed_are_refused(images: Path, labels: Path) -> None:
+def test_the_transform_of_the_images_is_taken_over(images: Path, labels: Path) -> None:
+    crop = v2.Compose([v2.RandomResizedCrop(48), v2.RandomHorizontalFlip()])
+    options: dict[str, Any] = {"grid": GRID, "label_source": "maps"}
+    given = TokenLabelDataset(ImageFolder(images), labels, transform=crop, **options)
+    folder = ImageFolder(images, crop)
+    for source, rows in ((folder, range(3)), (Subset(Subset(folder, [2, 1, 0]), [2, 0]), [0, 2])):
+        taken = TokenLabelDataset(source, labels, **options)
+        for number, row in enumerate(rows):
+            torch.manual_seed(row)
+            image, found = taken[number]
+            torch.manual_seed(row)
+            expected, wanted = given[row]
+            assert same(found, wanted) and image.tobytes() == expected.tobytes()
+    assert folder.transform is crop, "the caller's own data set stays as it is"
+    with pytest.raises(ValueError, match="transform is given twice"):
+        TokenLabelDataset(folder, labels, transform=crop)
+    with pytest.raises(ValueError, match="must give their own classes, but ImageFolder has a 'tar"):
+        TokenLabelDataset(ImageFolder(images, crop, lambda label: label + 1), labels)
+
+
+def test_images_that_were_cropped_before_are_refused(images: Path, labels: Path) -> None:
     crop = v2.CenterCrop(10)
-    for source in (ImageFolder(images, crop), Subset(ImageFolder(images, crop), [1, 2])):
-        with pytest.raises(ValueError, match="must come untransformed, but ImageFolder has a 'tra"):
-            TokenLabelDataset(source, labels)
     names = [Path(path).relative_to(images).as_posix() for path, _ in ImageFolder(images).samples]
     small = [(crop(read(images / name)), -1) for name in names]
     dataset = TokenLabelDataset(small, labels, key=names.__getitem__)

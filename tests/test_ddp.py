@@ -1,12 +1,16 @@
 """Students in two processes: gradients of the joined batch, and boxes of MixToken on one side."""
 
+import os
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from tests.records import made_up, with_word
 from tokenlabel.dataset import TokenLabels
@@ -95,6 +99,46 @@ def train_control(rank: int, store: str) -> None:
     distributed.destroy_process_group()
 
 
+class Rows(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """Tokens and labels of twelve images."""
+
+    def __len__(self) -> int:
+        return 2 * B
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.full((N, WIDTH), float(index)), made_up(2 * B, C)[index]
+
+
+def train_with_accelerate(rank: int, port: int) -> None:
+    """An epoch each: one process hands out the batches, then each reads its own."""
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    os.environ.update(zip(names, (str(rank), str(rank), "2", "127.0.0.1", str(port)), strict=True))
+    torch.set_num_threads(1)
+    for dispatch in (True, False):
+        loading = DataLoaderConfiguration(dispatch_batches=dispatch)
+        accelerator = Accelerator(cpu=True, dataloader_config=loading)
+        model: Any = Student()
+        optimizer: Any = torch.optim.SGD(model.parameters(), 0.1)
+        loader: Any = DataLoader(Rows(), batch_size=2)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        seen = []
+        for tokens, labels in loader:
+            loss = TokenLabelLoss()(model(tokens), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            gathered = TokenLabels.wrap(accelerator.gather(labels))
+            assert torch.equal(
+                gathered.label, made_up(2 * B, C)[accelerator.gather(tokens[:, 0, 0]).long()].label
+            )
+            seen += accelerator.gather(tokens[:, 0, 0]).tolist()
+        assert sorted(seen) == list(range(2 * B))
+    distributed.destroy_process_group()
+
+
 needs_gloo = pytest.mark.skipif(
     not distributed.is_gloo_available(), reason="torch was built without gloo"
 )
@@ -136,3 +180,12 @@ def test_the_control_without_the_patches_loss_trains(
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     multiprocessing.spawn(train_control, (str(tmp_path / "store"),), nprocs=2)
+
+
+@needs_gloo
+def test_accelerate_hands_labels_to_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(train_with_accelerate, (port,), nprocs=2)

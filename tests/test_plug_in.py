@@ -341,3 +341,19 @@ def test_labels_collate_through_workers() -> None:
         assert type(batch) is TokenLabels and batch.hard_label().shape == (2,)
         TokenLabelLoss()(TokenStudent(vit())(images), batch)
     assert torch.equal(default_collate(rows), labels())
+
+
+def test_timms_training_task_takes_student_and_criterion() -> None:
+    from timm.task import ClassificationTask
+
+    student, batch = TokenStudent(vit()), labels()
+    task = ClassificationTask(student, criterion=TokenLabelLoss(), device=torch.device("cpu"))
+    task.setup_ema(decay=0.5)
+    optimizer = create_optimizer_v2(task.get_trainable_module(), "adamw", lr=0.1, layer_decay=0.7)
+    result = task(IMAGES, batch)
+    assert torch.equal(result["loss"], TokenLabelLoss()(result["output"], batch))
+    result["loss"].backward()
+    optimizer.step()
+    task.update_ema()
+    evaluated = task.get_eval_model(ema=True)(IMAGES)
+    assert evaluated.shape == (4, CLASSES)

@@ -282,6 +282,7 @@ def student_grid(grid: Any) -> Grid:
     given = grid
     if isinstance(grid, str):
         grid = import_module("timm").create_model(grid)
+    grid = getattr(grid, "module", grid)  # as DistributedDataParallel holds it
     grid = getattr(grid, "grid", grid)
     grid = getattr(getattr(grid, "patch_embed", None), "grid_size", grid)
     try:
