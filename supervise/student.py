@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from .backbones.backbone import OVERRIDE, Grid, new_linear, pair
 from .backbones.timm import timm_backbone
 from .backbones.torchvision import torchvision_backbone
 from .backbones.transformers import transformers_backbone
+from .loss import TokenLabelLoss
 from .lvvit import LVViT
 from .mix_token import TokenBox, TokenExchange
 
@@ -21,6 +22,18 @@ _START = re.compile(r"(?<![\[\\])\^")
 def _of_the_model(name: str, text: str) -> Any:
     """A property of the model that the student has too, if the model has it."""
     return property(lambda student: getattr(student.model, name), doc=text)
+
+
+class StudentOutput(NamedTuple):
+    """What `student(pixel_values=…, labels=…)` gives, as models of Hugging Face do.
+
+    Attributes:
+        loss: the criterion's, a scalar.
+        logits: class logits [B, C].
+    """
+
+    loss: Tensor
+    logits: Tensor
 
 
 class TokenStudent(nn.Module):
@@ -66,6 +79,8 @@ class TokenStudent(nn.Module):
 
     Attributes:
         model: the backbone.
+        criterion: the loss where `labels` are passed to the student: `TokenLabelLoss()`, with
+            `dense_weight=0` if it was made with `patches=False`; can be replaced.
         num_classes: C.
         image_size: (H, W) of the default input.
         grid: (h, w) of the patches at `image_size`; N = h * w, row by row. For images of another
@@ -126,6 +141,7 @@ class TokenStudent(nn.Module):
                 f"{cls.shape[-1]}. Remedy: give the model a classifier of {num_classes} classes"
             )
         self.patches = patches
+        self.criterion = TokenLabelLoss() if patches else TokenLabelLoss(dense_weight=0)
         if patches and (backbone is None or not backbone.dense):
             self.patch_head = new_linear(features.shape[-1], self.num_classes, like)
         self._exchange: TokenExchange | None = None
@@ -156,7 +172,8 @@ class TokenStudent(nn.Module):
         *,
         patches: bool | None = None,
         pixel_values: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        labels: Any = None,
+    ) -> Tensor | tuple[Tensor, Tensor] | StudentOutput:
         """Class logits [B, C] in evaluation; in training also patch logits [B, N, C].
 
         Args:
@@ -164,6 +181,8 @@ class TokenStudent(nn.Module):
             patches: whether to give patch logits too; None: in training, unless the student was
                 made with `patches=False`.
             pixel_values: the images, as Hugging Face calls them.
+            labels: what `criterion` takes, token labels or classes. With it, the result is a
+                `StudentOutput`, as a model of Hugging Face would answer `model(**batch)`.
             box: from `MixToken.sample`, in training only: these patches are exchanged after the
                 patch embedding and returned at the end, so that patch logits are those of
                 `images`' own patches. The class logits are of the mixed images:
@@ -172,6 +191,11 @@ class TokenStudent(nn.Module):
         images = pixel_values if images is None else images
         if images is None:
             raise TypeError("a student takes images [B, channels, H, W], got none")
+        logits: Tensor
+        if labels is not None:
+            output: Any = TokenStudent.forward(self, images, box, patches=patches)
+            logits = output if isinstance(output, Tensor) else output[0]
+            return StudentOutput(self.criterion(output, labels), logits)
         if patches is None:
             patches = self.training and self.patches
         elif patches and not self.patches:
@@ -182,8 +206,10 @@ class TokenStudent(nn.Module):
             raise ValueError("MixToken is for training. Remedy: student.train(), or box=None")
         if box is None:
             cls, features = self.features(images)
-            logits: Tensor = self.cls_head(cls)
-            return (logits, self.patch_head(features).flatten(1, 2)) if patches else logits
+            logits = self.cls_head(cls)
+            if not patches:
+                return logits
+            return logits, self.patch_head(features).flatten(1, 2)
         if self._exchange is None:
             raise ValueError(
                 f"MixToken needs a patch embedding; {type(self.model).__name__} has none. Remedy: "

@@ -17,11 +17,12 @@ def collate(rows: Sequence[Any]) -> dict[str, Any]:
 
     Args:
         rows: (image, TokenLabels) of a `TokenLabelDataset`, (image, class) of an ImageFolder, or
-            dictionaries with these two names, as those of Hugging Face `datasets`.
+            dictionaries with "pixel_values" and "labels" or "label", as those of Hugging Face
+            `datasets`, of which other columns are left out.
     """
     if isinstance(rows[0], Mapping):
-        found: dict[str, Any] = default_collate(list(rows))
-        return found
+        name = "labels" if "labels" in rows[0] else "label"
+        rows = [(row["pixel_values"], row[name]) for row in rows]
     images, labels = default_collate(list(rows))
     return {"pixel_values": images, "labels": labels}
 

@@ -1,6 +1,7 @@
 """Pipelines of torchvision v1 and timm: their own image, with a label map that follows it."""
 
 import random
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -163,3 +164,21 @@ def test_image_only_refuses_what_moves_pixels():
     assert blurred.shape == image.shape and same.path == leaf.path
     with pytest.raises(ValueError, match=r"ImageOnly.*CenterCrop made an image of .* \[4, 4\]"):
         ImageOnly(v1.CenterCrop(4))(image, leaf)
+
+
+class Preset:
+    """A pipeline in a class, as torchvision's training scripts have it."""
+
+    def __init__(self) -> None:
+        self.transforms = v1.Compose([v1.RandomResizedCrop(32), v1.ToTensor()])
+
+    def __call__(self, image: Any) -> Any:
+        return self.transforms(image)
+
+
+def test_what_takes_an_image_alone_is_refused_where_it_is_assigned() -> None:
+    with pytest.raises(TypeError, match=r"Preset takes an image alone.*preset\.transforms"):
+        aligned(Preset())
+    assert isinstance(aligned(Preset().transforms), v2.Compose)
+    for function in (lambda image, leaf: (image, leaf), lambda *pair: pair, torch.nn.Identity()):
+        assert aligned(function) is function

@@ -115,6 +115,22 @@ def test_a_control_without_patches() -> None:
         control(IMAGES, patches=True)
 
 
+def test_the_loss_comes_with_the_labels_as_hugging_face_gives_it() -> None:
+    student, batch = TokenStudent(hugging_face()), {"pixel_values": IMAGES, "labels": labels()}
+    torch.manual_seed(0)
+    output = student(**batch)
+    torch.manual_seed(0)
+    logits = student(IMAGES)
+    assert torch.equal(output.logits, logits[0])
+    assert torch.equal(output.loss, TokenLabelLoss()(logits, batch["labels"]))
+    classes = batch["labels"].hard_label()
+    evaluated = student.eval()(pixel_values=IMAGES, labels=classes)
+    assert torch.equal(evaluated.loss, cross_entropy(evaluated.logits, classes))
+    control = TokenStudent(hugging_face(), patches=False)
+    assert control(**batch).loss.isfinite()
+    assert not any(name.startswith("criterion") for name in student.state_dict())
+
+
 def test_hugging_faces_way_to_call_and_to_save(tmp_path: Any) -> None:
     model = hugging_face()
     student = TokenStudent(model)

@@ -104,7 +104,27 @@ def aligned(transform: Any) -> Any:
         module.startswith("torchvision.transforms.") and not isinstance(transform, v2.Transform)
     ):
         return _step(transform)
+    if transform is not None and _takes_one(transform):
+        raise TypeError(
+            f"a transform gets an image and its map; {_name(transform)} takes an image alone. "
+            "Remedy: make it a function of (image, map); if it only runs a pipeline, pass that, as "
+            "transform=preset.transforms"
+        )
     return transform
+
+
+def _takes_one(function: Any) -> bool:
+    """Whether a callable has no place for a second argument."""
+    try:
+        signature = inspect.signature(function)
+        signature.bind(None)
+    except (TypeError, ValueError):  # it is of another kind, or does not say
+        return False
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return True
+    return False
 
 
 def _step(op: Any) -> Any:
