@@ -1,6 +1,6 @@
 """Train a student on token labels: the loss, MixUp, CutMix and MixToken, and students."""
 
-from .checkpoint import load_backbone
+from .checkpoint import load_backbone, load_published
 from .loss import TokenLabelLoss
 from .lvvit import LVViT, lvvit_l, lvvit_m, lvvit_s, lvvit_t
 from .mix_token import MixToken, TokenBox
@@ -19,6 +19,7 @@ __all__ = [
     "TokenLabelLoss",
     "TokenStudent",
     "load_backbone",
+    "load_published",
     "lvvit_l",
     "lvvit_m",
     "lvvit_s",

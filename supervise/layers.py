@@ -1,4 +1,6 @@
-"""The parts of LV-ViT: stem, attention, layers with scaled residual branches."""
+"""The parts of LV-ViT, their parameters named as in the published code."""
+
+from collections import OrderedDict
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,18 +22,20 @@ class Block(nn.Module):
         self, width: int, heads: int, hidden: int, residual_scale: float, drop_path_rate: float
     ) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
-        self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(fc1=nn.Linear(width, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, width))
+        )
         self.drop_path = StochasticDepth(drop_path_rate, "row")
         self.residual_scale = residual_scale
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, 1 + N, D] to the same."""
-        branch = self.attention(self.attention_norm(tokens))
+        branch = self.attn(self.norm1(tokens))
         tokens = tokens + self.drop_path(branch) / self.residual_scale
-        branch = self.mlp(self.mlp_norm(tokens))
+        branch = self.mlp(self.norm2(tokens))
         tokens = tokens + self.drop_path(branch) / self.residual_scale
         return tokens
 
@@ -43,26 +47,28 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, 1 + N, D] to the same."""
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return out
 
 
-def stem(in_channels: int, hidden: int, width: int, patch_size: int) -> nn.Sequential:
+def patch_embed(in_channels: int, hidden: int, width: int, patch_size: int) -> nn.Sequential:
     """Three convolutions at half the resolution, then one that makes a token of each patch."""
-    layers: list[nn.Module] = []
-    for channels, kernel, stride in ((in_channels, 7, 2), (hidden, 3, 1), (hidden, 3, 1)):
-        layers += [
-            nn.Conv2d(channels, hidden, kernel, stride, padding=kernel // 2, bias=False),
-            nn.BatchNorm2d(hidden),
-            nn.ReLU(inplace=True),
-        ]
-    return nn.Sequential(*layers, nn.Conv2d(hidden, width, patch_size // 2, patch_size // 2))
+    layers: dict[str, nn.Module] = {}
+    parts = ((in_channels, 7, 2), (hidden, 3, 1), (hidden, 3, 1))
+    for number, (channels, kernel, stride) in enumerate(parts, 1):
+        layers[f"conv{number}"] = nn.Conv2d(
+            channels, hidden, kernel, stride, padding=kernel // 2, bias=False
+        )
+        layers[f"bn{number}"] = nn.BatchNorm2d(hidden)
+        layers[f"relu{number}"] = nn.ReLU(inplace=True)
+    layers["proj"] = nn.Conv2d(hidden, width, patch_size // 2, patch_size // 2)
+    return nn.Sequential(OrderedDict(layers))
 
 
 def initialise(module: nn.Module) -> None:

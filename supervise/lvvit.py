@@ -12,7 +12,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from .backbones.backbone import Grid, pair
-from .layers import Block, initialise, stem
+from .checkpoint import load_published
+from .layers import Block, initialise, patch_embed
 from .mix_token import TokenBox
 
 
@@ -29,6 +30,9 @@ class LVViT(nn.Module):
 
     It takes any image of at least one patch each way: position embeddings are interpolated from
     `image_size`'s grid to the image's. For images of 32 px: `patch_size=4, image_size=32`.
+
+    Its parameters have the names of the published code: `load_published` reads the published
+    checkpoints, and `torch.save(model.state_dict(), …)` writes what that code reads.
 
     Args:
         image_size: the default input (H, W) in pixels, or one number for a square.
@@ -80,7 +84,7 @@ class LVViT(nn.Module):
         self.patch_size = patch_size
         self.num_classes = num_classes
         self.patch_vote = patch_vote
-        self.stem = stem(in_channels, stem_width, width, patch_size)
+        self.patch_embed = patch_embed(in_channels, stem_width, width, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         rows, columns = self.grid
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + rows * columns, width))
@@ -90,8 +94,8 @@ class LVViT(nn.Module):
             Block(width, heads, hidden, residual_scale, rate) for rate in rates
         )
         self.norm = nn.LayerNorm(width)
-        self.cls_head = nn.Linear(width, num_classes)
-        self.patch_head = nn.Linear(width, num_classes)
+        self.head = nn.Linear(width, num_classes)
+        self.aux_head = nn.Linear(width, num_classes)
         self._checkpointing = False
         self.apply(initialise)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -110,11 +114,11 @@ class LVViT(nn.Module):
         if box is not None and not self.training:
             raise ValueError("MixToken is for training. Remedy: model.train(), or box=None")
         cls, patches = self.features(images, box)
-        logits: Tensor = self.cls_head(cls)
+        logits: Tensor = self.head(cls)
         if self.training:
-            return logits, self.patch_head(patches).flatten(1, 2)
+            return logits, self.aux_head(patches).flatten(1, 2)
         if self.patch_vote:
-            logits = logits + self.patch_vote * self.patch_head(patches).amax((1, 2))
+            logits = logits + self.patch_vote * self.aux_head(patches).amax((1, 2))
         return logits
 
     def features(self, images: Tensor, box: TokenBox | None = None) -> tuple[Tensor, Tensor]:
@@ -125,7 +129,7 @@ class LVViT(nn.Module):
                 f"an image must be at least one patch of {self.patch_size} pixels each way, got "
                 f"(H, W) = {tuple(images.shape[-2:])}"
             )
-        embedded = self.stem(images)
+        embedded = self.patch_embed(images)
         if box is not None:
             embedded = box.mix(embedded)
         tokens = torch.cat(
@@ -172,22 +176,35 @@ class LVViT(nn.Module):
         return {"cls_token", "pos_embed"}
 
 
+def _built(size: dict[str, Any], options: dict[str, Any]) -> LVViT:
+    weights = options.pop("weights", None)
+    model = LVViT(**size | options)
+    if weights is not None:
+        load_published(model, weights)
+    return model
+
+
 def lvvit_t(**options: Any) -> LVViT:
-    """LV-ViT-T: 12 layers of width 240, residual scale 1. `options`: those of `LVViT`."""
-    return LVViT(**({"width": 240, "depth": 12, "heads": 4, "residual_scale": 1.0} | options))
+    """LV-ViT-T: 12 layers of width 240, residual scale 1.
+
+    Args:
+        **options: those of `LVViT`; and `weights`, a published checkpoint, as `load_published`
+            takes it.
+    """
+    return _built({"width": 240, "depth": 12, "heads": 4, "residual_scale": 1.0}, options)
 
 
 def lvvit_s(**options: Any) -> LVViT:
-    """LV-ViT-S: 16 layers of width 384. `options`: those of `LVViT`."""
-    return LVViT(**({"width": 384, "depth": 16, "heads": 6} | options))
+    """LV-ViT-S: 16 layers of width 384. `options`: as of `lvvit_t`."""
+    return _built({"width": 384, "depth": 16, "heads": 6}, options)
 
 
 def lvvit_m(**options: Any) -> LVViT:
-    """LV-ViT-M: 20 layers of width 512. `options`: those of `LVViT`."""
-    return LVViT(**({"width": 512, "depth": 20, "heads": 8} | options))
+    """LV-ViT-M: 20 layers of width 512. `options`: as of `lvvit_t`."""
+    return _built({"width": 512, "depth": 20, "heads": 8}, options)
 
 
 def lvvit_l(**options: Any) -> LVViT:
-    """LV-ViT-L: 24 layers of width 768, residual scale 3. `options`: those of `LVViT`."""
+    """LV-ViT-L: 24 layers of width 768, residual scale 3. `options`: as of `lvvit_t`."""
     size = {"width": 768, "depth": 24, "heads": 12, "stem_width": 128, "residual_scale": 3.0}
-    return LVViT(**(size | options))
+    return _built(size, options)

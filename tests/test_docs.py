@@ -110,6 +110,7 @@ def sections() -> dict[str, list[Block]]:
 CHECKED = {
     "The student and the loss": 4,
     "albumentations, kornia, and augmentation on the device": 4,
+    "LV-ViT, and published weights": 1,
     "Your own loss": 1,
     "Any pipeline or stream": 1,
     "Your own crops": 1,

@@ -1,10 +1,13 @@
 """LV-ViT: the paper's sizes, any resolution, residual scaling, and that it learns."""
 
+import argparse
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from timm.models.volo import VOLO
 from torch import Tensor, nn
 
 from tests.records import made_up
@@ -12,17 +15,20 @@ from tokenlabel.supervise import (
     LVViT,
     MixToken,
     TokenLabelLoss,
+    load_published,
     lvvit_l,
     lvvit_m,
     lvvit_s,
     lvvit_t,
 )
 
+SMALL = {"image_size": 32, "patch_size": 4, "num_classes": 5}
+SMALL |= {"width": 24, "depth": 3, "heads": 3, "stem_width": 8}
+
 
 def small(**options: object) -> LVViT:
     torch.manual_seed(0)
-    sizes = {"image_size": 32, "patch_size": 4, "num_classes": 5}
-    return LVViT(**(sizes | {"width": 24, "depth": 3, "heads": 3, "stem_width": 8} | options))
+    return LVViT(**(SMALL | options))
 
 
 def count(model: nn.Module) -> int:
@@ -81,13 +87,13 @@ def test_any_resolution(size: tuple[int, int], grid: tuple[int, int]) -> None:
 def test_positions_follow_the_resolution() -> None:
     """Interpolated position embeddings are those of the same place in the image."""
     model = small(image_size=(32, 48))
-    model.blocks, model.norm, model.stem[-1] = (
+    model.blocks, model.norm, model.patch_embed.proj = (
         nn.ModuleList(),
         nn.Identity(),
         nn.Conv2d(8, 24, 2, 2),
     )
     with torch.no_grad():  # nothing is left but the positions
-        for parameter in (model.cls_token, *model.stem[-1].parameters()):
+        for parameter in (model.cls_token, *model.patch_embed.proj.parameters()):
             parameter.zero_()
         axes = [(torch.arange(patches) + 0.5) / patches for patches in model.grid]
         model.pos_embed[0, 1:, :2] = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(
@@ -246,3 +252,96 @@ def test_it_learns() -> None:
         losses.append(loss.item())
     assert all(loss < float("inf") for loss in losses)
     assert sum(losses[-4:]) < 0.93 * sum(losses[:4]), losses
+
+
+def published_names(depth: int) -> set[str]:
+    """Names of the parameters and statistics in the published code's checkpoints."""
+    statistics = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    embed = [f"conv{n}.weight" for n in (1, 2, 3)] + ["proj.weight", "proj.bias"]
+    embed += [f"bn{n}.{name}" for n in (1, 2, 3) for name in statistics]
+    layer = ["attn.qkv.weight"] + [
+        f"{part}.{name}"
+        for part in ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2")
+        for name in ("weight", "bias")
+    ]
+    heads = [f"{part}.{name}" for part in ("norm", "head", "aux_head") for name in statistics[:2]]
+    return {
+        *("cls_token", "pos_embed", *heads),
+        *(f"patch_embed.{name}" for name in embed),
+        *(f"blocks.{n}.{name}" for n in range(depth) for name in layer),
+    }
+
+
+def test_parameters_have_the_published_names() -> None:
+    with torch.device("meta"):
+        assert set(lvvit_s().state_dict()) == published_names(16)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_published_checkpoints_load_and_go_back(prefix: str, tmp_path: Path) -> None:
+    source = small()
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    averaged = {name: value + 1 for name, value in state.items()}
+    saved = {"state_dict": state, "state_dict_ema": averaged, "args": argparse.Namespace(lr=0.1)}
+    torch.save(saved, tmp_path / "lvvit-83.3.pth.tar")
+    torch.manual_seed(1)
+    model = load_published(LVViT(**SMALL), tmp_path / "lvvit-83.3.pth.tar")
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    load_published(model, tmp_path / "lvvit-83.3.pth.tar", ema=True)
+    assert torch.equal(model.state_dict()["pos_embed"], source.pos_embed + 1)
+
+
+@pytest.mark.parametrize(("size", "other"), [(32, 48), (48, 32)])
+def test_positions_are_resized_once_as_published(size: int, other: int) -> None:
+    source, model = small(image_size=size), small(image_size=other)
+    load_published(model, source.state_dict())
+    side = size // 4
+    planes = source.pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    resized = nn.functional.interpolate(planes, (other // 4,) * 2, mode="bicubic")
+    assert torch.equal(model.pos_embed[:, :1], source.pos_embed[:, :1])
+    assert torch.equal(model.pos_embed[:, 1:], resized.flatten(2).mT)
+    assert model.eval()(torch.zeros(1, 3, other, other)).shape == (1, 5)
+
+
+def test_heads_of_other_classes_are_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    source, model = small(), small(num_classes=7)
+    before = model.aux_head.weight.clone()
+    load_published(model, source.state_dict())
+    assert torch.equal(model.aux_head.weight, before)
+    assert torch.equal(model.norm.weight, source.norm.weight)
+    assert "head and aux_head of LVViT keeps its own weights" in caplog.text
+    caplog.clear()
+    alone = {name: v for name, v in source.state_dict().items() if "aux_head" not in name}
+    load_published(small(), alone)
+    assert "aux_head of LVViT keeps" in caplog.text and "head and" not in caplog.text
+
+
+def test_lvvit_takes_its_weights_where_it_is_made(tmp_path: Path) -> None:
+    source = lvvit_t(image_size=32)
+    torch.save(source.state_dict(), tmp_path / "t.pth")
+    model = lvvit_t(image_size=48, weights=tmp_path / "t.pth")
+    assert torch.equal(model.head.weight, source.head.weight) and model.grid == (3, 3)
+
+
+def test_volo_of_timm_is_resized_too() -> None:
+    options = {"embed_dims": (24, 48, 48, 48), "num_heads": (2, 4, 4, 4), "num_classes": 5}
+    source, model = (VOLO((1, 1, 1, 1), img_size=size, **options) for size in (64, 96))
+    load_published(model, {"state_dict": source.state_dict()})
+    planes = source.pos_embed.permute(0, 3, 1, 2)
+    resized = nn.functional.interpolate(planes, model.pos_embed.shape[1:3], mode="bicubic")
+    assert torch.equal(model.pos_embed, resized.permute(0, 2, 3, 1))
+    assert torch.equal(model.aux_head.weight, source.aux_head.weight)
+
+
+def test_what_is_no_published_checkpoint_is_refused(tmp_path: Path) -> None:
+    state = small().state_dict()
+    with pytest.raises(ValueError, match=r"every name and shape: 11 missing \(blocks\.3"):
+        load_published(small(depth=4), state)
+    with pytest.raises(ValueError, match=r"of another shape \(cls_token"):
+        load_published(small(width=48), state)
+    with pytest.raises(ValueError, match=r"1 unexpected \(hybrid\.weight"):
+        load_published(small(), state | {"hybrid.weight": torch.zeros(1)})
+    torch.save({"state_dict": state, "run": Path.cwd}, tmp_path / "code.pth")
+    with pytest.raises(ValueError, match="load without running code"):
+        load_published(small(), tmp_path / "code.pth")
