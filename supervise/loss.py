@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..dataset.targets.token_labels import TokenLabels
-from ..dataset.targets.windows import TokenTargets
+from ..dataset.targets.windows import TokenTargets, TokenWindows
 from .backbones.backbone import Grid
 from .cross_entropy import cross_entropy
 from .mixed_labels import MixedLabels
 
-ClassTarget = Literal["label", "crop", "both"]
+ClassTarget = Literal["label", "crop", "both", "corrected"]
 Labels = TokenLabels | MixedLabels | TokenTargets
 
 
@@ -41,14 +41,20 @@ class TokenLabelLoss(nn.Module):
 
     The class token's target is the image's `label` (unknown, -1: no loss), its `crop` target (where
     the image has no map: its label), or `both`: the mean of the two, or the one that is known.
+    `corrected` is what the published code calls ground truth: nine parts of the crop's target and
+    one of the label where they disagree on the class, five and five where they agree.
+
+    `TokenLabelLoss.published()` has the defaults of the published code, which are others.
 
     Args:
         cls_weight: factor of the class token's loss.
         dense_weight: factor of the patches' loss; with 0 the patch logits are ignored, and their
             gradient is 0, as DistributedDataParallel wants it: the natural control of a study.
-        cls_target: "label", "crop" or "both".
+        cls_target: "label", "crop", "both" or "corrected".
         label_smoothing: mass of the label spread evenly over all classes, as in
             torch.nn.CrossEntropyLoss; the soft targets are left as they are.
+        map_smoothing: the same of the soft targets t of crops and patches, in the published code's
+            form: t (1 - s + s/C) + s/C, which sums to 1 + s/C.
 
     Raises:
         ValueError: an option is out of range.
@@ -61,6 +67,7 @@ class TokenLabelLoss(nn.Module):
         dense_weight: float = 0.5,
         cls_target: ClassTarget = "label",
         label_smoothing: float = 0.0,
+        map_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (("cls_weight", cls_weight), ("dense_weight", dense_weight)):
@@ -70,12 +77,32 @@ class TokenLabelLoss(nn.Module):
             raise ValueError(
                 f"cls_target must be one of {get_args(ClassTarget)}, got {cls_target!r}"
             )
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+        for name, value in (("label_smoothing", label_smoothing), ("map_smoothing", map_smoothing)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
         self.cls_weight = cls_weight
         self.dense_weight = dense_weight
         self.cls_target = cls_target
         self.label_smoothing = label_smoothing
+        self.map_smoothing = map_smoothing
+
+    @classmethod
+    def published(cls, *, smoothing: float = 0.1, ground_truth: bool = False) -> Self:
+        """The loss with the defaults of the published code (zihangJiang/TokenLabeling, `main.py`).
+
+        The class token learns the crop's target, patches weigh as much as it does, and all targets
+        are smoothed. Its targets themselves are `labels.sparse(grid, k, rule="published")`.
+
+        Args:
+            smoothing: `--smoothing`, of labels and maps.
+            ground_truth: `--ground-truth`, the `corrected` target.
+        """
+        return cls(
+            dense_weight=1.0,
+            cls_target="corrected" if ground_truth else "crop",
+            label_smoothing=smoothing,
+            map_smoothing=smoothing,
+        )
 
     def forward(self, output: Any, *labels: Any) -> Tensor:
         """The mean loss of a batch, in float32 (float64 for float64 logits), also under autocast.
@@ -123,6 +150,8 @@ class TokenLabelLoss(nn.Module):
                     else targets.windows(cls_logits.shape[1])
                 )
                 parts = [(windows, windows.weight)]
+            if self.map_smoothing:
+                parts = [(_smoothed(part, self.map_smoothing), weight) for part, weight in parts]
             return loss + self.dense_weight * cross_entropy(patches, parts).mean()
 
     def _class_target(self, labels: Labels, num_classes: int, smoothing: float) -> Tensor:
@@ -139,9 +168,30 @@ class TokenLabelLoss(nn.Module):
             return by_label
         crop = _crop(labels, num_classes)
         has_crop = crop.sum(1, keepdim=True) > 0
+        agrees = crop.argmax(1, keepdim=True) == label
+        if self.map_smoothing:
+            even = self.map_smoothing / num_classes
+            crop = has_crop * (crop * (1 - self.map_smoothing + even) + even)
         if self.cls_target == "crop":
             return torch.where(has_crop, crop, by_label)
+        if self.cls_target == "corrected":
+            by_crop = torch.where(agrees, 0.5, 0.9)
+            mixed = by_crop * crop + (1 - by_crop) * by_label
+            return torch.where(has_crop & (known > 0), mixed, by_label + crop)
         return (by_label + crop) / (known + has_crop).clamp(min=1)
+
+
+def _smoothed(windows: TokenWindows, smoothing: float) -> TokenWindows:
+    """Targets t as t (1 - s + s/C) + s/C, where there are any."""
+    num_classes = windows.basis.shape[-1]
+    kept = 1 - smoothing + smoothing / num_classes
+    even = torch.full_like(windows.basis[:, :1], 1 / num_classes)
+    share = smoothing * (windows.weight > 0).to(windows.share.dtype).unsqueeze(-1)
+    return windows._replace(
+        window=windows.window * kept,
+        basis=torch.cat([windows.basis, even], 1),
+        share=torch.cat([windows.share * kept, share], -1),
+    )
 
 
 class _Ignored(torch.autograd.Function):

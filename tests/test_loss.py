@@ -339,3 +339,56 @@ def test_errors(kind: type[Exception], message: str, arguments: tuple[Any, ...])
 def test_options_are_checked(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(option))} must be"):
         TokenLabelLoss(**option)
+
+
+def published_loss(
+    output: tuple[Tensor, Tensor], labels: TokenLabels, smoothing: float, ground_truth: bool
+) -> Tensor:
+    """The published objective, written out on dense targets of images that are all shown."""
+    even = smoothing / C
+    kept = 1 - smoothing + even
+    patches = labels.targets().dense().double() * kept + even
+    cls = labels.crop().double() * kept + even
+    if ground_truth:
+        truth = F.one_hot(labels.label, C).double() * (kept - even) + even
+        for row in range(len(cls)):
+            share = 0.5 if truth[row].argmax() == cls[row].argmax() else 0.9
+            cls[row] = share * cls[row] + (1 - share) * truth[row]
+    losses = [
+        -(target * part.double().log_softmax(-1)).sum(-1).mean()
+        for target, part in zip((cls, patches), output, strict=True)
+    ]
+    return losses[0] + losses[1]
+
+
+@pytest.mark.parametrize("ground_truth", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_published_loss(smoothing: float, ground_truth: bool) -> None:
+    labels = made_up(B, C)
+    shown = labels.targets().weight.amin(1) > 0.999
+    labels = labels[shown]
+    best = labels.crop().argmax(1)
+    for row in (0, 1):  # the label agrees with the crop in some images, and not in others
+        labels = with_word(labels, row, label=int(best[row]) if row else int(best[row] + 1) % C)
+    output = logits(batch=len(labels))
+    criterion = TokenLabelLoss.published(smoothing=smoothing, ground_truth=ground_truth)
+    loss = criterion(output, labels)
+    expected = published_loss(output, labels, smoothing, ground_truth)
+    assert len(labels) > 2
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    loss.backward()
+    assert all(part.grad is not None and part.grad.isfinite().all() for part in output)
+
+
+def test_smoothing_leaves_what_has_no_map() -> None:
+    labels = with_word(made_up(B, C), 0, state=0)
+    output = logits()
+    losses = [
+        TokenLabelLoss(cls_weight=0, map_smoothing=smoothing)(
+            (output[0][:1], output[1][:1]), labels[:1]
+        )
+        for smoothing in (0.0, 0.1)
+    ]
+    assert losses == [0, 0]
+    with pytest.raises(ValueError, match=r"map_smoothing must be in \[0, 1\], got 2"):
+        TokenLabelLoss(map_smoothing=2)
