@@ -4,6 +4,7 @@ A ViT whose stem is four convolutions, whose residual branches are scaled down, 
 every patch as well as the image.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -123,6 +124,77 @@ class LVViT(nn.Module):
 
     def features(self, images: Tensor, box: TokenBox | None = None) -> tuple[Tensor, Tensor]:
         """The class token [B, D] and the patches [B, h, w, D], normalised, before the heads."""
+        tokens, (height, width) = self._embedded(images, box)
+        for block in self.blocks:
+            tokens = self._through(block, tokens)
+        tokens = self.norm(tokens)
+        patches = tokens[:, 1:].unflatten(1, (height, width))
+        return tokens[:, 0], patches if box is None else box.restore(patches)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Features of several layers, for a decoder: as timm's `VisionTransformer` gives them.
+
+        Args:
+            x: images [B, in_channels, H, W].
+            indices: which layers: the last n, the numbers of a sequence (from the end if below 0),
+                or all.
+            return_prefix_tokens: give (patches, class token [B, 1, D]) for each.
+            norm: normalise the features of each layer as those of the last.
+            stop_early: stop after the last layer asked for.
+            output_fmt: "NCHW", [B, D, h, w], or "NLC", [B, N, D].
+            intermediates_only: give the list alone, without the last layer's tokens.
+
+        Returns:
+            (tokens [B, 1 + N, D], normalised; list of features), or the list.
+
+        Raises:
+            ValueError: a layer that is not there, or another `output_fmt`.
+        """
+        depth = len(self.blocks)
+        wanted = range(depth)[-indices:] if isinstance(indices, int) else indices
+        layers = range(depth) if wanted is None else [number % depth for number in wanted]
+        allowed = range(1, depth + 1) if isinstance(indices, int) else range(-depth, depth)
+        asked = [indices] if isinstance(indices, int) else indices or []
+        if output_fmt not in ("NCHW", "NLC") or any(number not in allowed for number in asked):
+            raise ValueError(
+                f"indices must name some of {depth} layers and output_fmt be 'NCHW' or 'NLC', got "
+                f"{indices} and {output_fmt!r}"
+            )
+        tokens, grid = self._embedded(x, None)
+        found = []
+        for number, block in enumerate(self.blocks):
+            if stop_early and number > max(layers):
+                break
+            tokens = self._through(block, tokens)
+            if number in layers:
+                found.append(self.norm(tokens) if norm else tokens)
+        features: list[Any] = [layer[:, 1:] for layer in found]
+        if output_fmt == "NCHW":
+            features = [layer.mT.unflatten(2, grid).contiguous() for layer in features]
+        if return_prefix_tokens:
+            features = [(part, layer[:, :1]) for part, layer in zip(features, found, strict=True)]
+        return features if intermediates_only else (self.norm(tokens), features)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """For each layer its module, channels and pixels a patch, as timm has them."""
+        width = self.pos_embed.shape[2]
+        return [
+            {"module": f"blocks.{number}", "num_chs": width, "reduction": self.patch_size}
+            for number in range(len(self.blocks))
+        ]
+
+    def _embedded(self, images: Tensor, box: TokenBox | None) -> tuple[Tensor, Grid]:
+        """Tokens [B, 1 + N, D] before the first layer, and the grid of the patches."""
         height, width = self.grid_for((images.shape[-2], images.shape[-1]))
         if not height * width:
             raise ValueError(
@@ -135,15 +207,12 @@ class LVViT(nn.Module):
         tokens = torch.cat(
             [self.cls_token.expand(len(images), -1, -1), embedded.flatten(2).transpose(1, 2)], dim=1
         )
-        tokens = tokens + self._positions((height, width))
-        for block in self.blocks:
-            if self._checkpointing and self.training:
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
-        tokens = self.norm(tokens)
-        patches = tokens[:, 1:].unflatten(1, (height, width))
-        return tokens[:, 0], patches if box is None else box.restore(patches)
+        return tokens + self._positions((height, width)), (height, width)
+
+    def _through(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        if self._checkpointing and self.training:
+            return checkpoint(block, tokens, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(tokens)  # type: ignore[no-any-return]
 
     def _positions(self, grid: Grid) -> Tensor:
         if grid == self.grid:

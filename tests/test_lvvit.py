@@ -4,8 +4,10 @@ import argparse
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.models.volo import VOLO
 from torch import Tensor, nn
@@ -345,3 +347,41 @@ def test_what_is_no_published_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": state, "run": Path.cwd}, tmp_path / "code.pth")
     with pytest.raises(ValueError, match="load without running code"):
         load_published(small(), tmp_path / "code.pth")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"indices": 2},
+        {"indices": [0, -1], "norm": True},
+        {"indices": [1], "output_fmt": "NLC", "stop_early": True, "intermediates_only": True},
+        {"indices": (0, 2), "return_prefix_tokens": True},
+    ],
+)
+def test_intermediates_have_timms_shapes(options: dict[str, Any]) -> None:
+    """Held against timm's ViT of the same sizes, and the last layer's against `features`."""
+    reference = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=24, depth=3, num_heads=3
+    ).eval()
+    model, images = small().eval(), torch.rand(2, 3, 32, 32)
+    found, expected = (net.forward_intermediates(images, **options) for net in (model, reference))
+
+    def shapes(part: Any) -> Any:
+        return part.shape if isinstance(part, Tensor) else [shapes(one) for one in part]
+
+    assert shapes(found) == shapes(expected)
+    if options.get("norm"):
+        tokens, layers = found
+        cls, patches = model.features(images)
+        assert torch.equal(layers[-1], patches.permute(0, 3, 1, 2))
+        assert torch.equal(tokens[:, 0], cls)
+    keys = ("module", "num_chs", "reduction")
+    theirs = [{key: row[key] for key in keys} for row in reference.feature_info]
+    assert model.feature_info == theirs
+
+
+def test_layers_that_are_not_there() -> None:
+    for indices in (4, 0, [3], [-4]):
+        with pytest.raises(ValueError, match="must name some of 3 layers"):
+            small().forward_intermediates(torch.rand(1, 3, 32, 32), indices)
