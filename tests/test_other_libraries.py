@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -228,3 +229,34 @@ def test_what_no_map_can_follow_is_named():
         Kornia(K.RandomFisheye(*[torch.tensor([-0.3, 0.3])] * 2, torch.tensor([0.9, 1.0]), p=1))(
             PIL.Image.new("RGB", (30, 20)), label_map(CELLS, (20, 30))
         )
+
+
+def test_workers_draw_numbers_of_their_own():
+    pipeline = Albumentations(A.Compose([A.RandomCrop(8, 8)], seed=1))
+
+    def epoch(seed):
+        torch.manual_seed(seed)
+        loader = DataLoader(Drawn(pipeline), batch_size=None, num_workers=2)
+        return [tuple(matrix) for matrix in loader]
+
+    assert len({*epoch(0), *epoch(1)}) == 8, "two workers, two epochs, two images each"
+    assert epoch(0) == epoch(0)
+
+
+class Drawn(Dataset):
+    def __init__(self, pipeline):
+        self.pipeline = pipeline
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, _):
+        image, leaf = np.zeros((200, 200, 3), np.uint8), label_map(CELLS, (200, 200))
+        return self.pipeline(image, leaf)[1].path.matrix
+
+
+def test_a_crop_that_is_enlarged_is_one_matrix():
+    for seed in range(20):
+        pipeline = Albumentations(A.Compose([A.RandomResizedCrop((64, 64))], seed=seed))
+        _, leaf = pipeline(np.zeros((90, 80, 3), np.uint8), label_map(CELLS, (90, 80)))
+        assert leaf.path.is_single, "no field of points, which takes longer and fifty kilobytes"

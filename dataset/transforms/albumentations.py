@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from ..label_map.label_map import TokenLabelMap
 from .coordinates import coordinates, follow
@@ -24,7 +25,8 @@ class Albumentations:
 
     The map follows whatever moves albumentations' masks: crops, flips, padding of every mode,
     affine and perspective transforms, elastic and grid distortions, one's own `DualTransform`.
-    What is erased (CoarseDropout, GridDropout) keeps its label, unless it has a `fill_mask`.
+    What is erased (CoarseDropout, GridDropout) keeps its label, unless it has a `fill_mask`. The
+    workers of a DataLoader draw from generators of their own, seeded by torch's.
 
     Args:
         pipeline: an `albumentations.Compose`; it is copied.
@@ -48,6 +50,7 @@ class Albumentations:
                 )
         self.pipeline = copy.deepcopy(pipeline)
         self.pipeline.set_mask_interpolation(_LINEAR)
+        self._worker: int | None = None
 
     def __call__(self, image: Any, leaf: TokenLabelMap | None = None) -> Any:
         """The transformed image and its map; of an image alone, the image.
@@ -59,6 +62,11 @@ class Albumentations:
         Returns:
             The image as a tensor [C, h, w] of the pipeline's dtype.
         """
+        worker = get_worker_info()
+        if worker is not None and worker.seed != self._worker:
+            # albumentations' generator is its own, so that each worker and epoch would draw alike.
+            self._worker = worker.seed
+            self.pipeline.set_random_seed((worker.seed + (self.pipeline.seed or 0)) % 2**32)
         array = image
         if isinstance(image, Tensor):
             array = image.as_subclass(Tensor).permute(1, 2, 0).numpy()

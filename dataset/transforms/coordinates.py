@@ -31,14 +31,12 @@ class Geometry(NamedTuple):
     Attributes:
         matrices: float64 [B, 3, 3], from points (x, y, 1) of the new images to points of the old.
         boxes: float64 [B, 4], (x0, y0, x1, y1) of the old images outside which all is fill.
-        exact: bool [B], whether matrix and box say all.
-        points: float32 [B, h, w, 2], the old image's (x, y) for each pixel; far outside for fill.
+        exact: bool [B], whether matrix and box say all; if not, `points` do.
     """
 
     matrices: Tensor
     boxes: Tensor
     exact: Tensor
-    points: Tensor
 
 
 def coordinates(height: int, width: int) -> Tensor:
@@ -47,48 +45,59 @@ def coordinates(height: int, width: int) -> Tensor:
     return torch.stack([x, y, x + y + _OFFSET])
 
 
+def points(moved: Tensor) -> Tensor:
+    """Old (x, y) of each pixel of moved coordinates [B, 3, h, w], [B, h, w, 2]; far off in fill."""
+    return torch.where(_shown(moved).unsqueeze(-1), moved[:, :2].movedim(1, -1), _FAR)
+
+
 def read(moved: Tensor, size: tuple[int, int]) -> Geometry:
     """The geometry of images of coordinates, [B, 3, h, w], that were of `size` (h, w)."""
-    x, y, third = moved.unbind(1)
-    shown = (third - x - y - _OFFSET).abs() < _SLACK
-    bounds = [torch.where(shown, v, torch.inf).amin((1, 2)) for v in (x, y, -x, -y)]
-    points = torch.where(shown[..., None], torch.stack([x, y], -1), _FAR)
     rows, columns = (
-        torch.linspace(0, side - 1, min(side, _ASKED), device=x.device).long()
-        for side in x.shape[1:]
+        torch.linspace(0, side - 1, min(side, _ASKED), device=moved.device).long()
+        for side in moved.shape[2:]
     )
-    asked = points[:, rows][:, :, columns].double().flatten(1, 2)
-    shown = shown[:, rows][:, :, columns].flatten(1)
+    part = moved[:, :, rows][..., columns]
+    shown, asked = _shown(part).flatten(1), part[:, :2].flatten(2).mT.double()
     v, u = torch.meshgrid(rows + 0.5, columns + 0.5, indexing="ij")
     at = torch.stack([u, v], -1).double().flatten(0, 1)
-    sides = at.new_tensor([size[1], size[0]])
+    # The old points that are farthest out: without fill, they are at the corners, which are asked.
+    whole = (shown, asked)
+    if not bool(shown.all()):
+        whole = _shown(moved).flatten(1), moved[:, :2].flatten(2).mT.double()
+    low = torch.where(whole[0][..., None], whole[1], torch.inf).amin(1)
+    high = torch.where(whole[0][..., None], whole[1], -torch.inf).amax(1)
     # The outer pixels show less than they should where resampling stops at the border.
     scale = _slope(_affine(at, asked, shown))
-    margin = (1 + 2 * scale)[:, None, None]
-    inner = shown & ((asked > margin) & (asked < sides - margin)).all(-1)
-    enough = (inner.sum(1) >= _FEW)[:, None]
-    inner = torch.where(enough, inner, shown)
+    margin = (1 + 2 * scale)[:, None]
+    within = (asked > (low + margin)[:, None]) & (asked < (high - margin)[:, None])
+    inner = shown & within.all(-1)
+    inner = torch.where((inner.sum(1) >= _FEW)[:, None], inner, shown)
     affine, tilted = _affine(at, asked, inner), _projective(at, asked, inner)
     allowed = _ROUNDING * (1 + scale)
     fits = _error(affine, at, asked, inner) <= allowed
     matrices = torch.where(fits[:, None, None], _without_rounding(affine, at), tilted)
     fits |= _error(tilted, at, asked, inner) <= allowed
-    seen = _through(matrices, at)
     # A pixel shows what lies half a pixel around its centre; at the old image's border, all.
-    reach = (scale / 2)[:, None]
-    low = torch.stack(bounds[:2], 1).double() - reach
-    high = reach - torch.stack(bounds[2:], 1).double()
-    low = torch.where(low < margin[:, 0], 0.0, low)
-    high = torch.where(high > sides - margin[:, 0], sides, high)
-    first, last = low[:, None], high[:, None]
-    within = ((seen > first + margin) & (seen < last - margin)).all(-1)
-    without = ((seen < first - margin) | (seen > last + margin)).any(-1)
-    wrong = ((within & ~shown) | (without & shown)).any(1)
+    low, high = low - (scale / 2)[:, None], high + (scale / 2)[:, None]
+    sides = at.new_tensor([size[1], size[0]])
+    low = torch.where(low < margin, 0.0, low)
+    high = torch.where(high > sides - margin, sides, high)
+    seen = _through(matrices, at)
+    first, last, margin = low[:, None], high[:, None], margin[:, None]
+    inside = ((seen > first + margin) & (seen < last - margin)).all(-1)
+    outside = ((seen < first - margin) | (seen > last + margin)).any(-1)
+    wrong = ((inside & ~shown) | (outside & shown)).any(1)
     # Of an image that shows next to nothing, nothing is said: all of it is fill.
     few = (shown.sum(1) < _FEW)[:, None]
     boxes = torch.where(few, 0.0, torch.cat([low, high], 1))
-    matrices = torch.where(few[..., None], torch.eye(3, dtype=x.dtype, device=x.device), matrices)
-    return Geometry(matrices, boxes, (fits & ~wrong) | few[:, 0], points)
+    matrices = torch.where(few[..., None], torch.eye(3).to(matrices), matrices)
+    return Geometry(matrices, boxes, (fits & ~wrong) | few[:, 0])
+
+
+def _shown(moved: Tensor) -> Tensor:
+    """Which pixels of moved coordinates [B, 3, h, w] are of the old image, bool [B, h, w]."""
+    x, y, third = moved.unbind(1)
+    return (third - x - y - _OFFSET).abs() < _SLACK
 
 
 def _through(matrices: Tensor, at: Tensor) -> Tensor:
@@ -174,4 +183,4 @@ def follow(leaf: TokenLabelMap, moved: Tensor) -> TokenLabelMap:
     geometry, size = read(moved[None], leaf.canvas_size), (moved.shape[1], moved.shape[2])
     if geometry.exact[0]:
         return leaf.follow(geometry.matrices[0], size, geometry.boxes[0].tolist())
-    return leaf.follow(geometry.points[0], size)
+    return leaf.follow(points(moved[None])[0], size)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from ..label_map.label_map import TokenLabelMap
-from .coordinates import coordinates, follow, read
+from .coordinates import coordinates, follow, points, read
 
 
 class Kornia(nn.Module):
@@ -71,7 +71,7 @@ class Kornia(nn.Module):
         size = moved.shape[-2], moved.shape[-1]
         if bool(geometry.exact.all()):
             return moved, labels.follow(geometry.matrices, size, geometry.boxes)
-        return moved, labels.follow(geometry.points, size)
+        return moved, labels.follow(points(where), size)
 
 
 def _untouched(input: Tensor, *_: Any, **__: Any) -> Tensor:
