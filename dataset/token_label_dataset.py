@@ -35,9 +35,9 @@ class TokenLabelDataset(Dataset[Sample]):
             data set, a Subset of these. A `transform` that it has is taken over.
         labels: folder of the split's shards, OUT/SPLIT, or a `LabelStore`.
         transform: any pipeline of torchvision.transforms.v2, called with (image, TokenLabelMap)
-            and returning the same; `train_transform()` makes one. Pipelines of timm and of
-            torchvision's older transforms are taken as `aligned` makes them. None: that of
-            `images`, or else none. Can be set later, as timm's `create_loader` does.
+            and returning the same; `train_transform()` makes one. Pipelines of timm, torchvision's
+            older transforms, albumentations and kornia are taken as `aligned` makes them. None:
+            that of `images`, or else none. Can be set later, as timm's `create_loader` does.
         grid: the student's patches, (h, w), or one number for a square; or the student itself, or
             timm's name of its model. `labels.targets()` computes those of another grid as well.
             None: the records do not name one.
