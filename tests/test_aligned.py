@@ -200,7 +200,7 @@ def test_a_class_that_only_runs_a_pipeline_is_that_pipeline(library: Any) -> Non
 
 def test_what_takes_an_image_alone_is_refused_where_it_is_assigned() -> None:
     for transform in (BusyPreset(), lambda image: image):
-        with pytest.raises(TypeError, match=r"takes an image alone\. Remedy: make it a function of"):
+        with pytest.raises(TypeError, match=r"takes an image alone\. Remedy: make it a function"):
             aligned(transform)
     for function in (lambda image, leaf: (image, leaf), lambda *pair: pair, torch.nn.Identity()):
         assert aligned(function) is function
