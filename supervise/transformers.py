@@ -40,7 +40,8 @@ class TokenLabelTrainer(Trainer):
     Args:
         model: the student, or a model of Hugging Face to make one of.
         args: as for `Trainer`.
-        criterion: the training loss; None: `TokenLabelLoss()`.
+        criterion: the training loss; None: `TokenLabelLoss`, with the `label_smoothing_factor` of
+            `args`.
         mix: mixes images and labels of a batch in training, as `MixUpOrCutMix`; None: nothing.
         **options: of `Trainer`. `data_collator` is `collate` where none is given.
     """
@@ -60,7 +61,9 @@ class TokenLabelTrainer(Trainer):
             model = TokenStudent(model)
         options["data_collator"] = options.get("data_collator") or collate
         super().__init__(model, args, **options)
-        self.criterion, self.mix = criterion or TokenLabelLoss(), mix
+        smoothing = self.args.label_smoothing_factor
+        self.criterion = criterion or TokenLabelLoss(label_smoothing=smoothing)
+        self.mix = mix
         self.label_names = ["labels"]
 
     def compute_loss(

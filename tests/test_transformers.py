@@ -132,3 +132,19 @@ def test_accumulated_batches_are_averaged(tmp_path: Path) -> None:
     state = large.model.state_dict()
     for name, value in small.model.state_dict().items():
         torch.testing.assert_close(value, state[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_arguments_that_trainer_honours_are_honoured(tmp_path: Path) -> None:
+    """The same step with and without checkpointed activations; the labels are smoothed."""
+    options = {"max_steps": 1, "save_strategy": "no", "label_smoothing_factor": 0.2}
+    plain = trainer(tmp_path, arguments=options)
+    saving = trainer(tmp_path, arguments={**options, "activation_checkpointing": True})
+    assert plain.criterion.label_smoothing == 0.2
+    for one in (plain, saving):
+        one.model.model.config.hidden_dropout_prob = 0.0
+        one.train()
+    layers = saving.model.model.vit.modules()
+    assert any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    state = plain.model.state_dict()
+    for name, value in saving.model.state_dict().items():
+        torch.testing.assert_close(value, state[name], msg=name)
