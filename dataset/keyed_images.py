@@ -5,7 +5,7 @@ import copy
 import operator
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Container, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ class KeyedImages:
     Args:
         images: folder for torchvision's ImageFolder, or a map-style data set whose items are
             (image, class) pairs or dictionaries with an image and a class.
-        key: index to key, for data sets that do not name the files of their images.
+        key: index to key, for data sets that do not name the files of their images, as ImageFolder,
+            timm's and tables of Hugging Face do.
         known: whether a key has a map, to find out which folders of a file's path its key has.
 
     Attributes:
@@ -79,11 +80,15 @@ class KeyedImages:
         numbers = getattr(inner, "class_to_idx", None) or getattr(
             getattr(inner, "reader", None), "class_to_idx", None
         )
+        if hasattr(inner, "cast_column"):
+            names = getattr(inner.features.get(_first(_LABEL_COLUMNS, inner.features)), "names", [])
+            numbers = {name: number for number, name in enumerate(names)}
         self.class_to_idx: dict[str, int] | None = dict(numbers) if numbers else None
-        # Of the module and bound to data, not a closure: the data set is pickled to workers.
-        self.key: Callable[[int], str] = key or partial(
-            _file_key, images, _folders_above(images, known)
-        )
+        if key is None:
+            images = _undecoded(images)
+            # Of the module and bound to data, not a closure: the data set is pickled to workers.
+            key = partial(_file_key, images, _folders_above(images, known))
+        self.key: Callable[[int], str] = key
 
     def __len__(self) -> int:
         return len(self.images)
@@ -92,8 +97,8 @@ class KeyedImages:
         """(image, class); class -1 where there is none."""
         item = self.images[index]
         if isinstance(item, Mapping):
-            image = next((item[name] for name in _IMAGE_COLUMNS if name in item), None)
-            label = next((item[name] for name in _LABEL_COLUMNS if name in item), None)
+            image = item.get(_first(_IMAGE_COLUMNS, item))
+            label = item.get(_first(_LABEL_COLUMNS, item))
             if image is None:
                 raise TypeError(
                     f"a row needs an image in a column called {', '.join(_IMAGE_COLUMNS)}; it has "
@@ -154,6 +159,25 @@ def _without_transform(images: Any) -> tuple[Any, Any]:
     return images, transform
 
 
+def _first(names: Sequence[str], columns: Container[str]) -> str:
+    """The first of the names that is a column; an empty one where none is."""
+    return next((name for name in names if name in columns), "")
+
+
+def _undecoded(images: Any) -> Any:
+    """A Hugging Face table of which rows give the path of the image, unread; others as they are."""
+    if isinstance(images, Subset):
+        images = copy.copy(images)
+        images.dataset = _undecoded(images.dataset)
+    elif hasattr(images, "cast_column"):
+        name = _first(_IMAGE_COLUMNS, images.features)
+        kind = type(images.features.get(name))
+        if hasattr(kind, "decode_example"):  # datasets.Image, which need not be imported for it
+            images = images.with_format(None).select_columns(name)
+            images = images.cast_column(name, kind(decode=False))
+    return images
+
+
 def _load(source: ImageSource, root: str, path: str) -> PIL.Image.Image:
     """The image as the teacher was shown it, from the source's bytes."""
     (data,) = source.read([_below(root, path)])
@@ -188,6 +212,10 @@ def _file_key(images: Any, above: int, index: int) -> str:
         key = _below(images.root, os.fspath(images.samples[index][0]))
     elif callable(getattr(images, "filename", None)) and hasattr(images, "reader"):  # timm
         key = Path(images.filename(index, absolute=False)).as_posix()
+    elif hasattr(images, "cast_column"):
+        stored = images[index].get(_first(_IMAGE_COLUMNS, images.features))
+        if isinstance(stored, Mapping) and stored["path"]:
+            key = Path(stored["path"]).as_posix()
     if key is not None:
         return key.split("/", above)[-1] if above else key
     raise TypeError(

@@ -236,6 +236,12 @@ class TokenStudent(nn.Module):
     get_classifier = _of_the_model("get_classifier", "The model's own, for timm.")
     set_grad_checkpointing = _of_the_model("set_grad_checkpointing", "The model's own, for timm.")
     config = _of_the_model("config", "Hugging Face's configuration of the model.")
+    activation_checkpointing_enable = _of_the_model(
+        "activation_checkpointing_enable", "The model's own, for Hugging Face's Trainer."
+    )
+    gradient_checkpointing_enable = _of_the_model(
+        "gradient_checkpointing_enable", "The same in older versions of Hugging Face's Trainer."
+    )
     save_pretrained = _of_the_model(
         "save_pretrained", "The model's own: writes what `from_pretrained` of its class loads."
     )

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils.data import default_collate
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..dataset.targets.token_labels import TokenLabels
 from .loss import TokenLabelLoss
+from .student import TokenStudent
 
 
 def collate(rows: Sequence[Any]) -> dict[str, Any]:
@@ -37,9 +38,10 @@ class TokenLabelTrainer(Trainer):
         trainer.save_model(folder)  # of the bare model, for its class' from_pretrained
 
     Args:
-        model: the student.
+        model: the student, or a model of Hugging Face to make one of.
         args: as for `Trainer`.
-        criterion: the training loss; None: `TokenLabelLoss()`.
+        criterion: the training loss; None: `TokenLabelLoss`, with the `label_smoothing_factor` of
+            `args`.
         mix: mixes images and labels of a batch in training, as `MixUpOrCutMix`; None: nothing.
         **options: of `Trainer`. `data_collator` is `collate` where none is given.
     """
@@ -55,8 +57,13 @@ class TokenLabelTrainer(Trainer):
     ) -> None:
         if args is not None:
             args.remove_unused_columns = False  # by names of the model's arguments
-        super().__init__(model, args, **{"data_collator": collate, **options})
-        self.criterion, self.mix = criterion or TokenLabelLoss(), mix
+        if isinstance(model, PreTrainedModel):
+            model = TokenStudent(model)
+        options["data_collator"] = options.get("data_collator") or collate
+        super().__init__(model, args, **options)
+        smoothing = self.args.label_smoothing_factor
+        self.criterion = criterion or TokenLabelLoss(label_smoothing=smoothing)
+        self.mix = mix
         self.label_names = ["labels"]
 
     def compute_loss(
@@ -83,12 +90,17 @@ class TokenLabelTrainer(Trainer):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the bare model, for its class' `from_pretrained`; checkpoints hold the student.
+        """Save the bare model and all else that `Trainer` saves; checkpoints hold the student.
 
         `tokenlabel.load_backbone` loads the model out of these.
         """
         student = self.accelerator.unwrap_model(self.model)
-        if _internal_call or not hasattr(student, "save_pretrained"):
+        is_checkpoint = _internal_call and output_dir is not None  # a push to the hub names none
+        if is_checkpoint or not isinstance(student, TokenStudent):
             super().save_model(output_dir, _internal_call)
-        elif self.args.should_save:
-            student.save_pretrained(output_dir or self.args.output_dir)
+            return
+        whole, self.model = self.model, student.model
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self.model = whole

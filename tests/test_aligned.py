@@ -169,16 +169,54 @@ def test_image_only_refuses_what_moves_pixels():
 class Preset:
     """A pipeline in a class, as torchvision's training scripts have it."""
 
-    def __init__(self) -> None:
-        self.transforms = v1.Compose([v1.RandomResizedCrop(32), v1.ToTensor()])
+    def __init__(self, library: Any = v1) -> None:
+        steps = [library.CenterCrop(64), library.RandAugment(), library.PILToTensor()]
+        self.pipeline = library.Compose([*steps, v2.ToPureTensor()] if library is v2 else steps)
 
     def __call__(self, image: Any) -> Any:
-        return self.transforms(image)
+        """A name and a docstring of its own."""
+        return self.pipeline(image)
+
+
+class BusyPreset(Preset):
+    def __call__(self, image: Any) -> Any:
+        return self.pipeline(image.rotate(3))
+
+
+@pytest.mark.parametrize("library", [v1, v2], ids=["v1", "v2"])
+def test_a_class_that_only_runs_a_pipeline_is_that_pipeline(library: Any) -> None:
+    preset, paths = Preset(library), set()
+    for number in range(8):
+        seed(number)
+        expected = preset(photograph())
+        seed(number)
+        image, leaf = aligned(preset)(photograph(), label_map((3, 4), SIZE))
+        assert isinstance(leaf, TokenLabelMap) and leaf.canvas_size == (64, 64)
+        assert image.shape == expected.shape and type(image) is type(expected)
+        assert library is v1 or torch.equal(image, expected)  # v1's operations are drawn otherwise
+        paths.add(str(leaf.path))
+    assert len(paths) > 1, "RandAugment moved the map too"
 
 
 def test_what_takes_an_image_alone_is_refused_where_it_is_assigned() -> None:
-    with pytest.raises(TypeError, match=r"Preset takes an image alone.*preset\.transforms"):
-        aligned(Preset())
-    assert isinstance(aligned(Preset().transforms), v2.Compose)
+    for transform in (BusyPreset(), lambda image: image):
+        with pytest.raises(TypeError, match=r"takes an image alone\. Remedy: make it a function"):
+            aligned(transform)
     for function in (lambda image, leaf: (image, leaf), lambda *pair: pair, torch.nn.Identity()):
         assert aligned(function) is function
+
+
+@pytest.mark.parametrize("name", ["RandAugment", "AutoAugment", "TrivialAugmentWide"])
+def test_v2s_automatic_augmentation_takes_the_map_along(name: str) -> None:
+    theirs = getattr(v2, name)(fill=7, interpolation=BILINEAR)
+    clear = right = 0
+    for number in range(12):
+        for transform in (theirs, v2.Compose([theirs])):
+            seed(number)
+            expected = theirs(photograph())
+            seed(number)
+            image, _ = aligned(transform)(photograph(), label_map((3, 4), SIZE))
+            assert image.tobytes() == expected.tobytes()
+        seen, agreed = agreement(aligned(theirs), (5, 7), (160, 224), (14, 14), True)
+        clear, right = clear + seen, right + agreed
+    assert right == clear > 300

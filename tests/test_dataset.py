@@ -1,5 +1,6 @@
 """TokenLabelDataset: data sets and loaders of all sorts, and images that do not match."""
 
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,16 +195,31 @@ def test_data_sets_of_all_sorts_give_the_same(images: Path, labels: Path) -> Non
     assert dataset[3][1].label == 7
 
 
-def test_hugging_face_datasets(images: Path, labels: Path) -> None:
+def test_hugging_face_tables_name_their_files(images: Path, labels: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    folder = ImageFolder(images)
-    names = [Path(path).relative_to(images).as_posix() for path, _ in folder.samples]
-    table = datasets.Dataset.from_dict(
-        {"image": [str(images / name) for name in names], "label": [-1] * len(names)}
-    ).cast_column("image", datasets.Image())
-    dataset = TokenLabelDataset(table, labels, grid=GRID, key=names.__getitem__)
-    reference = TokenLabelDataset(images, labels, grid=GRID)
-    assert same(dataset[5][1], reference[5][1])
+    folder, reference = ImageFolder(images), TokenLabelDataset(images, labels, grid=GRID)
+    paths = [path for path, _ in folder.samples]
+    columns = {"image": paths, "label": [label for _, label in folder.samples]}
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=folder.classes)}
+    table = datasets.Dataset.from_dict(columns, datasets.Features(kinds))
+    shuffled = table.shuffle(seed=0).select(range(9)).with_transform(dict)
+    options: dict[str, Any] = {"grid": GRID, "label_source": "maps"}
+    for source in (table, shuffled, Subset(table, [5, 3, 11])):
+        dataset = pickle.loads(pickle.dumps(TokenLabelDataset(source, labels, **options)))
+        where = {reference.images.key(index): index for index in range(16)}
+        found = [dataset.images.key(index) for index in range(len(dataset))]
+        assert len({*found}) == len(source) <= 16
+        for index, key in enumerate(found):
+            assert same(dataset[index][1], reference[where[key]][1])
+    with pytest.raises(ValueError, match=r"the two number their classes differently"):
+        TokenLabelDataset(table, labels)  # some of ImageNet's folders, numbered from 0
+    nameless = datasets.Dataset.from_dict(
+        {"image": [read(Path(paths[0]))], "label": [0]}, datasets.Features(kinds)
+    )
+    with pytest.raises(TypeError, match=r"Dataset does not name the files of its images\."):
+        TokenLabelDataset(nameless, labels, **options)
+    dataset = TokenLabelDataset(nameless, labels, key=lambda index: found[index], **options)
+    assert dataset.images.key(0) == found[0]
 
 
 def test_classes_that_are_numbered_otherwise_are_refused(images: Path, labels: Path) -> None:

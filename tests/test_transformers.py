@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import (
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from tests.records import made_up
 from tokenlabel.supervise import MixUpOrCutMix, TokenStudent, load_backbone
@@ -90,6 +95,22 @@ def test_what_is_saved_is_the_bare_model_and_checkpoints_go_back_into_it(tmp_pat
     assert torch.equal(bare(images).logits, logits)
 
 
+def test_a_bare_model_becomes_a_student_and_is_saved_with_its_processor(tmp_path: Path) -> None:
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    options: dict[str, Any] = {"processing_class": processor, "data_collator": None}
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    bare = ViTForImageClassification(CONFIG)
+    one = TokenLabelTrainer(bare, arguments, train_dataset=Rows("records"), **options)
+    assert isinstance(one.model, TokenStudent) and one.model.model is bare
+    one.train()
+    one.save_model()
+    assert isinstance(one.model, TokenStudent)
+    assert ViTImageProcessor.from_pretrained(tmp_path).size == processor.size
+    images = Rows("classes").images
+    final = ViTForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(final(images).logits, one.model.eval()(images))
+
+
 def test_resuming_gives_the_run_that_was_not_stopped(tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole")
     whole.train()
@@ -111,3 +132,19 @@ def test_accumulated_batches_are_averaged(tmp_path: Path) -> None:
     state = large.model.state_dict()
     for name, value in small.model.state_dict().items():
         torch.testing.assert_close(value, state[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_arguments_that_trainer_honours_are_honoured(tmp_path: Path) -> None:
+    """The same step with and without checkpointed activations; the labels are smoothed."""
+    options = {"max_steps": 1, "save_strategy": "no", "label_smoothing_factor": 0.2}
+    plain = trainer(tmp_path, arguments=options)
+    saving = trainer(tmp_path, arguments={**options, "activation_checkpointing": True})
+    assert plain.criterion.label_smoothing == 0.2
+    for one in (plain, saving):
+        one.model.model.config.hidden_dropout_prob = 0.0
+        one.train()
+    layers = saving.model.model.vit.modules()
+    assert any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    state = plain.model.state_dict()
+    for name, value in saving.model.state_dict().items():
+        torch.testing.assert_close(value, state[name], msg=name)

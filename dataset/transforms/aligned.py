@@ -29,6 +29,8 @@ _IMAGE_ONLY = frozenset(
     "Grayscale RandomGrayscale GaussianBlur RandomInvert RandomPosterize RandomSolarize "
     "RandomAdjustSharpness RandomAutocontrast RandomEqualize RandomErasing".split()
 )
+#: What a preset's `__call__` is compiled to, if it runs one of its attributes and does no more.
+_PRESET = lambda self, image: self.transforms(image)  # noqa: E731
 _TIMM_IMAGE_ONLY = frozenset("ToTensor MaybeToTensor MaybePILToTensor RandomErasing".split())
 
 
@@ -80,7 +82,9 @@ def aligned(transform: Any) -> Any:
     its counterpart in v2, which draws from the same distribution; each that changes colours only
     runs as it is. albumentations' `Compose` and kornia's augmentations become `Albumentations` and
     `Kornia`. Pipelines of v2 and functions of (image, map) are returned as they are, but for such
-    transforms in a `v2.Compose`. `TokenLabelDataset` does this to its `transform`.
+    transforms in a `v2.Compose`, and those of v2 that take no map, such as its `RandAugment`. An
+    object that only runs a pipeline, as the presets of torchvision's training scripts, is that
+    pipeline. `TokenLabelDataset` does this to its `transform`.
 
     Args:
         transform: a pipeline, one of its transforms, or None.
@@ -95,20 +99,28 @@ def aligned(transform: Any) -> Any:
         return _rebuilt(transform, type(transform), steps)
     if isinstance(transform, list | tuple):
         return v2.Compose([_step(step) for step in transform])
+    if isinstance(transform, v2.Transform):
+        name = type(transform).__name__
+        if type(transform) is getattr(v2, name, None):  # a subclass may do more
+            if name in _AUTO_AUGMENT:
+                return _rebuilt(transform, getattr(augment, name))
+            if name == "ToPureTensor":  # it would make a plain tensor of the map
+                return ImageOnly(transform)
+        return transform
     module = type(transform).__module__
     if module.startswith("albumentations."):
         return Albumentations(transform)
     if module.startswith("kornia."):
         return Kornia(transform)
-    if module.startswith("timm.") or (
-        module.startswith("torchvision.transforms.") and not isinstance(transform, v2.Transform)
-    ):
+    if module.startswith(("timm.", "torchvision.transforms.")):
         return _step(transform)
     if transform is not None and _takes_one(transform):
+        call = getattr(type(transform).__call__, "__code__", None)
+        if call and call.co_code == _PRESET.__code__.co_code:
+            return aligned(getattr(transform, call.co_names[0]))
         raise TypeError(
             f"a transform gets an image and its map; {_name(transform)} takes an image alone. "
-            "Remedy: make it a function of (image, map); if it only runs a pipeline, pass that, as "
-            "transform=preset.transforms"
+            "Remedy: make it a function of (image, map), or pass the pipeline that it runs"
         )
     return transform
 
