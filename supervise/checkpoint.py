@@ -94,9 +94,9 @@ def load_published(
         load_published(model, folder / "lvvit_t.pth.tar")
 
     For LV-ViT (zihangJiang/TokenLabeling) and, by timm's `volo_d1` and others, VOLO (sail-sg/volo).
-    Position embeddings of another resolution are resized once, as the published code does it. The
-    classifiers are left out where they are of another number of classes, which is logged; so is the
-    patches' where the file has none. Nothing in the file is run.
+    Position embeddings of another resolution, both square, are resized once, as that code does it.
+    The classifiers are left out where they are of another number of classes, which is logged; so is
+    the patches' where the file has none. Nothing in the file is run.
 
     Args:
         model: the network, or a `TokenStudent` of it.
@@ -186,7 +186,9 @@ def _tensors(
 
 def _prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     """What stands before the model's names in a checkpoint: the one that fits the most of them."""
-    last = [*wanted][-1]
+    # The last of the model's names that is there: a file may lack a head.
+    ends = reversed([*wanted])
+    last = next((one for one in ends if any(name.endswith(one) for name in state)), "")
     before = [name.removesuffix(last) for name in state if name.endswith(last)]
     whole = [prefix for prefix in before if not prefix or prefix.endswith(".")]
     return max(whole, key=lambda prefix: sum(prefix + name in state for name in wanted), default="")

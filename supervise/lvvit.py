@@ -210,9 +210,9 @@ class LVViT(nn.Module):
         return tokens + self._positions((height, width)), (height, width)
 
     def _through(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        if self._checkpointing and self.training:
-            return checkpoint(block, tokens, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(tokens)  # type: ignore[no-any-return]
+        run = checkpoint if self._checkpointing and self.training else None
+        tokens = run(block, tokens, use_reentrant=False) if run else block(tokens)
+        return tokens
 
     def _positions(self, grid: Grid) -> Tensor:
         if grid == self.grid:

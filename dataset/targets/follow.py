@@ -39,7 +39,7 @@ def follow_matrices(
     if boxes is not None:
         shown = boxes.clamp(shown[:, :2].repeat(1, 2), shown[:, 2:].repeat(1, 2))
     if records.layout.lattice or records.layout.segments == SEGMENTS:
-        points = _through(matrices, _centres(size, LATTICE, matrices.device))
+        points = through(matrices, _centres(size, LATTICE, matrices.device))
         outside = (points < shown[:, None, None, :2]) | (points > shown[:, None, None, 2:])
         points = torch.where(outside.any(-1, keepdim=True), torch.nan, points)
         return follow_points(records, points, size)
@@ -120,7 +120,7 @@ def _header(
 def _reach_through(records: Records, matrices: Tensor, old: Tensor, size: Grid) -> Tensor:
     """The words "reach" [B, 4] behind matrices: the steepest slopes of two paths multiply."""
     points = _centres(size, SAMPLES, matrices.device)
-    seen = _through(matrices, points)
+    seen = through(matrices, points)
     inside = ((seen >= 0) & (seen <= old[:, None, None])).all(-1)[..., None, None]
     depth = points @ matrices[:, None, 2, :2, None] + matrices[:, None, None, 2:, 2]
     # [B, side, side, 2, 2]: of the old image's (x, y) by the new one's.
@@ -158,10 +158,10 @@ def _centres(size: Grid, side: int, device: torch.device) -> Tensor:
     return torch.stack(torch.meshgrid(at * size[1], at * size[0], indexing="xy"), -1)
 
 
-def _through(matrices: Tensor, points: Tensor) -> Tensor:
-    """Points [h, w, 2] through matrices [B, 3, 3]: [B, h, w, 2]."""
-    seen = pad(points.flatten(0, 1), (0, 1), value=1.0) @ matrices.mT
-    there: Tensor = (seen[..., :2] / seen[..., 2:]).unflatten(1, points.shape[:2])
+def through(matrices: Tensor, points: Tensor) -> Tensor:
+    """Points (x, y) [..., 2] through matrices [B, 3, 3]: [B, ..., 2], inf on the horizon."""
+    seen = pad(points.flatten(0, -2), (0, 1), value=1.0) @ matrices.mT
+    there: Tensor = (seen[..., :2] / seen[..., 2:]).unflatten(1, points.shape[:-1])
     return there
 
 

@@ -29,8 +29,6 @@ _IMAGE_ONLY = frozenset(
     "Grayscale RandomGrayscale GaussianBlur RandomInvert RandomPosterize RandomSolarize "
     "RandomAdjustSharpness RandomAutocontrast RandomEqualize RandomErasing".split()
 )
-#: What a preset's `__call__` is compiled to, if it runs one of its attributes and does no more.
-_PRESET = lambda self, image: self.transforms(image)  # noqa: E731
 _TIMM_IMAGE_ONLY = frozenset("ToTensor MaybeToTensor MaybePILToTensor RandomErasing".split())
 
 
@@ -116,13 +114,18 @@ def aligned(transform: Any) -> Any:
         return _step(transform)
     if transform is not None and _takes_one(transform):
         call = getattr(type(transform).__call__, "__code__", None)
-        if call and call.co_code == _PRESET.__code__.co_code:
+        if call and call.co_code == _preset.__code__.co_code:
             return aligned(getattr(transform, call.co_names[0]))
         raise TypeError(
             f"a transform gets an image and its map; {_name(transform)} takes an image alone. "
             "Remedy: make it a function of (image, map), or pass the pipeline that it runs"
         )
     return transform
+
+
+def _preset(self: Any, image: Any) -> Any:
+    """What a preset's `__call__` is compiled to, if it runs an attribute of its own and no more."""
+    return self.transforms(image)
 
 
 def _takes_one(function: Any) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..label_map.label_map import TokenLabelMap
+from ..targets.follow import through
 
 #: What x + y is short of the third channel. Fill, of whatever colour, is not.
 _OFFSET = 7777.0
@@ -82,7 +83,7 @@ def read(moved: Tensor, size: tuple[int, int]) -> Geometry:
     sides = at.new_tensor([size[1], size[0]])
     low = torch.where(low < margin, 0.0, low)
     high = torch.where(high > sides - margin, sides, high)
-    seen = _through(matrices, at)
+    seen = through(matrices, at)
     first, last, margin = low[:, None], high[:, None], margin[:, None]
     inside = ((seen > first + margin) & (seen < last - margin)).all(-1)
     outside = ((seen < first - margin) | (seen > last + margin)).any(-1)
@@ -100,15 +101,9 @@ def _shown(moved: Tensor) -> Tensor:
     return (third - x - y - _OFFSET).abs() < _SLACK
 
 
-def _through(matrices: Tensor, at: Tensor) -> Tensor:
-    """Points [N, 2] through matrices [B, 3, 3]: [B, N, 2]."""
-    seen: Tensor = torch.nn.functional.pad(at, (0, 1), value=1.0) @ matrices.mT
-    return seen[..., :2] / seen[..., 2:]
-
-
 def _error(matrices: Tensor, at: Tensor, to: Tensor, which: Tensor) -> Tensor:
     """The largest distance of what matrices say from the truth, in old pixels, [B]."""
-    off = (_through(matrices, at) - to).abs().amax(-1)
+    off = (through(matrices, at) - to).abs().amax(-1)
     return torch.where(which, off.nan_to_num(torch.inf), 0.0).amax(1)
 
 
@@ -127,17 +122,16 @@ def _solve(rows: Tensor, values: Tensor, which: Tensor) -> Tensor:
     return solved
 
 
-def _normaliser(at: Tensor) -> Tensor:
-    """The matrix that takes points of an image's pixels to about [-1, 1]."""
-    half, zero, one = at.amax(0) / 2, at.new_zeros(()), at.new_ones(())
-    x, y = 1 / half
-    return torch.stack([x, zero, -one, zero, y, -one, zero, zero, one]).view(3, 3)
+def _normalised(at: Tensor) -> tuple[Tensor, Tensor]:
+    """Points [N, 2] of pixels brought to about [-1, 1], as [N, 3], and the matrix that does it."""
+    (x, y), zero, one = 2 / at.amax(0), at.new_zeros(()), at.new_ones(())
+    matrix = torch.stack([x, zero, -one, zero, y, -one, zero, zero, one]).view(3, 3)
+    return torch.nn.functional.pad(at, (0, 1), value=1.0) @ matrix.mT, matrix
 
 
 def _affine(at: Tensor, to: Tensor, which: Tensor) -> Tensor:
     """The affine matrices [B, 3, 3] nearest to points [B, N, 2] of `at` [N, 2]."""
-    normaliser = _normaliser(at)
-    near = torch.nn.functional.pad(at, (0, 1), value=1.0) @ normaliser.mT
+    near, normaliser = _normalised(at)
     found = _solve(near.expand(len(to), -1, -1), to, which).mT
     last = found.new_tensor([0.0, 0.0, 1.0]).expand(len(found), 1, -1)
     return torch.cat([found, last], 1) @ normaliser
@@ -145,28 +139,21 @@ def _affine(at: Tensor, to: Tensor, which: Tensor) -> Tensor:
 
 def _projective(at: Tensor, to: Tensor, which: Tensor) -> Tensor:
     """The homographies [B, 3, 3] nearest to points [B, N, 2] of `at` [N, 2]."""
-    normaliser = _normaliser(at)
-    near = torch.nn.functional.pad(at, (0, 1), value=1.0) @ normaliser.mT
+    near, normaliser = _normalised(at)
     near = near.expand(len(to), -1, -1)
     size = torch.where(which[..., None], to, 0.0).amax((1, 2), keepdim=True).clamp(min=1.0)
     to, zero = to / size, torch.zeros_like(near)
-    rows = torch.cat(
-        [
-            torch.cat([near, zero, -near[..., :2] * to[..., :1]], -1),
-            torch.cat([zero, near, -near[..., :2] * to[..., 1:]], -1),
-        ],
-        1,
-    )
+    by_x, by_y = -near[..., :2] * to[..., :1], -near[..., :2] * to[..., 1:]
+    rows = torch.cat([torch.cat([near, zero, by_x], -1), torch.cat([zero, near, by_y], -1)], 1)
     values = torch.cat([to[..., :1], to[..., 1:]], 1)
     found = _solve(rows, values, which.repeat(1, 2))[..., 0]
     found = torch.cat([found, torch.ones_like(found[:, :1])], 1).unflatten(1, (3, 3))
-    found = torch.cat([found[:, :2] * size, found[:, 2:]], 1)
-    matrices = found @ normaliser
+    matrices = torch.cat([found[:, :2] * size, found[:, 2:]], 1) @ normaliser
     return matrices / matrices[:, 2:, 2:]
 
 
 def _without_rounding(affine: Tensor, at: Tensor) -> Tensor:
-    """Affine matrices whose slopes are 0 and 1 where they differ from that by rounding."""
+    """Affine matrices whose slopes and steps are whole where rounding is all that they lack."""
     part = affine[:, :2, :2]
     near = part.round()
     small = (part - near).abs() * at.amax() < _ROUNDING / 5
