@@ -12,8 +12,9 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -52,6 +53,8 @@ from tokenlabel.terminal import VisibleFormatter, console
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
+
+    from tokenlabel.annotate.report import Report
 
 _INTERRUPTED = 130
 
@@ -142,11 +145,18 @@ def annotate(config: str | None, **options: Any) -> None:
       python cli.py annotate --config nfnet_f6 --data /path/to/imagenet --split val
     """
     from tokenlabel.annotate.job import annotate as run
-    from tokenlabel.annotate.progress import print_report, progress_display
 
     given = {name: value for name, value in options.items() if value is not None}
     settings = load_config(config, given)
-    logging.getLogger("tokenlabel.annotate.job").setLevel(logging.INFO)
+    _run(partial(run, settings), settings.out, "tokenlabel.annotate.job")
+
+
+def _run(job: "Callable[..., Report]", out: str, *loggers: str) -> None:
+    """Run a job that takes a progress function; print its report and set the exit status."""
+    from tokenlabel.annotate.progress import print_report, progress_display
+
+    for name in ("tokenlabel.annotate.plan", *loggers):
+        logging.getLogger(name).setLevel(logging.INFO)
     stderr = console(stderr=True)
     try:
         with _stop_on_signals() as stopped, progress_display(stderr) as show:
@@ -156,14 +166,14 @@ def annotate(config: str | None, **options: Any) -> None:
                     raise KeyboardInterrupt
                 show(*progress)
 
-            report = run(settings, watch)
+            report = job(progress=watch)
     except KeyboardInterrupt:
         stderr.print("Stopped. Finished shards are kept; run the same command again to resume.")
         sys.exit(_INTERRUPTED)
     print_report(report, console())
     if not report.ok:
         sys.exit(1)
-    click.echo(f"Next: python cli.py inspect-labels {shlex.quote(settings.out)}")
+    click.echo(f"Next: python cli.py inspect-labels {shlex.quote(out)}")
 
 
 @contextmanager
@@ -193,6 +203,78 @@ def _stop_on_signals() -> Iterator[threading.Event]:
         for which, handler in before.items():
             signal.signal(which, handler)
         sys.unraisablehook = report
+
+
+@main.command("import-labels")
+@click.argument("labels", type=click.Path(path_type=Path))
+@click.option(
+    "--images",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the split's images, such as /path/to/imagenet/train.",
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the new split."
+)
+@click.option(
+    "--geometry",
+    default="detect",
+    metavar="NAME",
+    help="What the teacher of the set was shown. centre:SIZE:CROP_PCT: the centre crop; squash: "
+    "all of the image; whole: taken for that, as the published code takes it; detect: whichever "
+    "of the first two fits a teacher better. SIZE and :CROP_PCT may be left out: 32 times the "
+    "grid's side, and 1. [detect]",
+)
+@click.option(
+    "--rest",
+    type=click.Choice(["zeros", "none"]),
+    default="zeros",
+    help="Logits of the classes that the set leaves out. zeros: 0, as the published code has it; "
+    "none: these classes get no probability. [zeros]",
+)
+@click.option("--num-classes", type=click.IntRange(1), default=1000, help="Of the set. [1000]")
+@click.option("--class-names", help="File of the classes' names, as in annotate. [ImageNet's]")
+@click.option(
+    "--numbering",
+    type=click.Choice(["auto", "names", "numeric", "string", "natural", "folders"]),
+    default="auto",
+    help="As in annotate. [auto]",
+)
+@click.option("--shard-size", type=click.IntRange(1), default=4096, help="As in annotate. [4096]")
+@click.option("--max-errors", type=click.FLOAT, default=0.01, help="As in annotate. [0.01]")
+@click.option("--check", type=click.IntRange(1), default=48, help="Images for detect. [48]")
+@click.option(
+    "--config", metavar="FILE", help="Teacher for detect, as in annotate. [annotate's default]"
+)
+def import_labels(
+    labels: Path,
+    images: Path,
+    out: Path,
+    geometry: str,
+    rest: str,
+    check: int,
+    config: str | None,
+    **options: Any,
+) -> None:
+    """Make a split of the published label set LABELS, of TokenLabeling or ReLabel.
+
+    LABELS is a folder, a .zip or a .tar with a file CLASS/NAME.pt for each image. It is not
+    unpacked. Finished shards are kept, so an import that was stopped resumes.
+
+    \b
+    Examples:
+      python cli.py import-labels label_top5_train_nfnet.zip \\
+          --images /path/to/imagenet/train --out labels/train
+    """
+    from tokenlabel.published.importer import import_labels as run
+
+    folder = out.absolute()
+    settings = load_config(None, {"out": str(folder.parent), "split": folder.name, **options})
+    chosen: dict[str, Any] = {"geometry": geometry, "rest": rest, "check": check}
+    if geometry == "detect":
+        chosen["teacher"] = load_config(config)
+    job = partial(run, labels, images, settings, **chosen)
+    _run(job, str(out), "tokenlabel.published.importer")
 
 
 main.add_command(inspect_labels)

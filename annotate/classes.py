@@ -16,7 +16,7 @@ import numpy as np
 
 from ..dataset.format.manifest import Manifest, open_manifest, write_manifest
 from ..dataset.sources.image_source import ImageSource
-from ..errors import ConfigError
+from ..errors import ConfigError, TeacherError
 
 _BLOCK = 8192  # images
 _WNID = re.compile(r"n\d{8}")
@@ -161,6 +161,32 @@ def read_class_names(path: Path) -> list[str]:
     return names
 
 
+def chosen_names(
+    path: str | None, known: Sequence[str] | None, num_classes: int, whose: str
+) -> list[str] | None:
+    """The names of a teacher's classes: those of a file, or those that come with it.
+
+    Args:
+        path: a file of class names, or None.
+        known: the names that come with the teacher; None where unknown.
+        num_classes: how many it has.
+        whose: the teacher's name, for errors.
+
+    Raises:
+        TeacherError: there is not one different name for each class.
+        ConfigError: the file cannot be read.
+    """
+    names = read_class_names(Path(path)) if path else known
+    different = {name for name in names or () if isinstance(name, str) and name}
+    if names is not None and not len(names) == len(different) == num_classes:
+        raise TeacherError(
+            f"class_names must be a different name for each of the teacher's {num_classes} "
+            f"classes; {path or f'those of {whose}'} has {len(names)}, {len(different)} different. "
+            "Remedy: one name a line, in order of the class ids"
+        )
+    return None if names is None else list(names)
+
+
 def build_manifest(
     source: ImageSource, path: Path, numbering: Numbering, names: Sequence[str] | None
 ) -> Manifest:
@@ -228,7 +254,7 @@ def check_numbering(
     notes, mine = [], right[numbering.rule]
     for rule in numbering.others:
         theirs = right[rule]
-        if _is_clear(int((theirs & ~mine).sum()), int((theirs ^ mine).sum()), 0.5):
+        if is_clear(int((theirs & ~mine).sum()), int((theirs ^ mine).sum()), 0.5):
             problem = (
                 f"the folders' numbers do not fit the teacher's answers by numbering "
                 f"{numbering.rule}; the teacher is right on {text} sampled images. Remedy: "
@@ -238,7 +264,7 @@ def check_numbering(
                 raise ConfigError(problem)
             notes.append(problem)
     hits, count = fits[numbering.rule]
-    if count >= _ENOUGH and not _is_clear(hits, count, 1 / num_classes):
+    if count >= _ENOUGH and not is_clear(hits, count, 1 / num_classes):
         problem = (
             f"by numbering {numbering.rule} the teacher is right on {hits} of {count} sampled "
             f"images, no better than chance among {num_classes} classes"
@@ -273,7 +299,7 @@ def describe(
     return "\n".join(lines)
 
 
-def _is_clear(hits: int, count: int, chance: float) -> bool:
+def is_clear(hits: int, count: int, chance: float) -> bool:
     """Whether so many hits or more, each of this chance, are improbable."""
     if chance == 1:  # a single class, which no answer can miss
         return True

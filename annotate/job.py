@@ -8,26 +8,26 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from ..dataset.format.index import NAME as INDEX
-from ..dataset.format.index import build_index, find_shards, open_index
+from ..dataset.format.index import find_shards
 from ..dataset.format.lock import folder_lock
-from ..dataset.format.manifest import NAME as MANIFEST
-from ..dataset.format.manifest import Manifest, shard_rows
+from ..dataset.format.manifest import shard_rows
 from ..dataset.format.shard import Shard
 from ..dataset.sources.folder import open_source
-from ..errors import ConfigError, FormatError
-from .classes import Numbering, check_numbering, describe, sampled_keys
 from .cluster.pool import Pool
 from .cluster.session import plan_resources, ray_session
 from .config import SAMPLE, AnnotateConfig
-from .output import complete_sums, explained_errors, no_temporary_files, sums_of_written
-from .plan import Identity, Plan, make_plan, split_manifest, unfinished
-from .report import Report, Tally, make_report
+from .output import (
+    explained_errors,
+    finish,
+    looks_finished,
+    no_temporary_files,
+    sums_of_written,
+)
+from .plan import check_classes, make_plan, split_manifest, unfinished
+from .report import Report, Tally
 from .sample import sample_folder
 
 _log = logging.getLogger(__name__)
-#: Images of which the teacher is asked the class, where the folders' classes are in doubt.
-_ASKED = 64
 #: The embedded sample is laid out here.
 SAMPLE_PARENT = Path("data")
 
@@ -66,7 +66,7 @@ def annotate(
     source, tally = open_source(data, config.split), Tally()
     folder = config.folder.absolute()
     with folder_lock(folder) as run, explained_errors(), no_temporary_files(folder):
-        if _looks_finished(folder):
+        if looks_finished(folder):
             # No teacher has to run, so it is only identified, here in this process.
             from .teacher.identity import build_teacher, identify
 
@@ -79,7 +79,7 @@ def annotate(
             manifest, _ = split_manifest(config, source, identity)
             plan = make_plan(config, run, manifest, identity)
             if not unfinished(plan):
-                return _finish(config, plan, identity, tally, 0, begin)
+                return finish(config, plan, identity, tally, 0, begin)
         with ray_session(config.ray_address):
             resources = plan_resources(config)
             if resources.gpus == 0:
@@ -92,7 +92,9 @@ def annotate(
                 plan = make_plan(config, run, manifest, identity)
                 todo = unfinished(plan)
                 if numbering and len(todo) == plan.shards:
-                    tally.class_fits = _check_classes(config, manifest, numbering, identity, pool)
+                    tally.class_fits = check_classes(
+                        config, manifest, numbering, identity, pool.answers
+                    )
                 images = sum(len(shard_rows(plan.rows, plan.shard_size, shard)) for shard in todo)
                 with sums_of_written(plan, todo, tally):
                     pool.run(
@@ -102,57 +104,4 @@ def annotate(
                         tally,
                         lambda now: progress(now, images, plan.rows),
                     )
-        return _finish(config, plan, identity, tally, len(todo), begin)
-
-
-def _check_classes(
-    config: AnnotateConfig, manifest: Manifest, numbering: Numbering, identity: Identity, pool: Pool
-) -> dict[str, tuple[int, int]]:
-    """Say which class each folder is; unless its name leaves no doubt, ask the teacher first."""
-    fits: dict[str, tuple[int, int]] = {}
-    notes: list[str] = []
-    if not numbering.is_sure and numbering.label_space == "teacher":
-        keys = sampled_keys(manifest, _ASKED)
-        answers = pool.answers(keys)
-        asked = config.numbering != "auto"
-        try:
-            fits, notes = check_numbering(numbering, keys, answers, identity.num_classes, asked)
-        except ConfigError:
-            (config.folder / MANIFEST).unlink()  # or `rescan: false` would take it as it is
-            raise
-    _log.info("%s", describe(numbering, identity.class_names, fits))
-    for note in (*numbering.notes, *notes):
-        _log.warning(note)
-    return fits
-
-
-def _looks_finished(folder: Path) -> bool:
-    with suppress(FileNotFoundError, FormatError):
-        open_index(folder)
-        return (folder / INDEX).is_file()  # where it cannot be written, it is built in memory
-    return False
-
-
-def _finish(
-    config: AnnotateConfig, plan: Plan, identity: Identity, tally: Tally, todo: int, begin: float
-) -> Report:
-    if tally.failed:
-        _log.error("no index is built: %d shards are missing", len(tally.failed))
-    elif todo or not _looks_finished(plan.folder):
-        build_index(plan.folder)
-    complete_sums(plan)
-    report = make_report(
-        plan, identity, tally, plan.shards - todo, time.monotonic() - begin, config.max_errors
-    )
-    report.save()
-    if len(report.libraries) > 1:
-        names = {name for one in report.libraries for name in one}
-        kinds = {name: sorted({str(one.get(name)) for one in report.libraries}) for name in names}
-        differ = [f"{name}: {'; '.join(k)}" for name, k in sorted(kinds.items()) if len(k) > 1]
-        _log.warning(
-            "the shards were made on %d kinds of machines, so here and there a code differs by one "
-            "from what one of them alone would have given (%s)",
-            len(report.libraries),
-            ", ".join(differ),
-        )
-    return report
+        return finish(config, plan, identity, tally, len(todo), begin)

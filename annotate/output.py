@@ -1,18 +1,24 @@
-"""A job's output folder: errors of its storage, unfinished files, and the list of checksums."""
+"""A job's output folder: errors of its storage, unfinished files, checksums, index and report."""
 
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..dataset.format.files import TEMPORARY
 from ..dataset.format.index import NAME as INDEX
+from ..dataset.format.index import build_index, open_index
 from ..dataset.format.lock import holder
 from ..dataset.format.manifest import NAME as MANIFEST
 from ..dataset.format.shard import shard_name
 from ..dataset.format.sums import file_sha256, read_sums, write_sums
 from ..errors import FormatError, JobError, output_error
-from .plan import Plan
-from .report import Tally
+from .config import AnnotateConfig
+from .plan import Identity, Plan
+from .report import Report, Tally, make_report
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -89,3 +95,46 @@ def complete_sums(plan: Plan) -> None:
             sums[name] = file_sha256(plan.folder / name)
     if sums != listed:
         write_sums(plan.folder, sums)
+
+
+def looks_finished(folder: Path) -> bool:
+    """Whether a folder has an index that fits its shards."""
+    with suppress(FileNotFoundError, FormatError):
+        open_index(folder)
+        return (folder / INDEX).is_file()  # where it cannot be written, it is built in memory
+    return False
+
+
+def finish(
+    config: AnnotateConfig, plan: Plan, identity: Identity, tally: Tally, todo: int, begin: float
+) -> Report:
+    """Index the shards, complete their checksums, and report.
+
+    Args:
+        config: the options.
+        plan: what the run wrote.
+        identity: the teacher.
+        tally: what the run did.
+        todo: how many shards it had to make.
+        begin: when it began, by the monotonic clock.
+    """
+    if tally.failed:
+        _log.error("no index is built: %d shards are missing", len(tally.failed))
+    elif todo or not looks_finished(plan.folder):
+        build_index(plan.folder)
+    complete_sums(plan)
+    report = make_report(
+        plan, identity, tally, plan.shards - todo, time.monotonic() - begin, config.max_errors
+    )
+    report.save()
+    if len(report.libraries) > 1:
+        names = {name for one in report.libraries for name in one}
+        kinds = {name: sorted({str(one.get(name)) for one in report.libraries}) for name in names}
+        differ = [f"{name}: {'; '.join(k)}" for name, k in sorted(kinds.items()) if len(k) > 1]
+        _log.warning(
+            "the shards were made on %d kinds of machines, so here and there a code differs by one "
+            "from what one of them alone would have given (%s)",
+            len(report.libraries),
+            ", ".join(differ),
+        )
+    return report

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +16,22 @@ from ..dataset.format.score_map import MapLayout
 from ..dataset.format.shard import Shard, parse_shard_name, shard_name
 from ..dataset.sources.image_source import ImageSource
 from ..errors import ConfigError, FingerprintError, FormatError
-from .classes import Numbering, build_manifest, number_folders
+from .classes import (
+    Numbering,
+    build_manifest,
+    check_numbering,
+    describe,
+    number_folders,
+    sampled_keys,
+)
 from .config import AnnotateConfig
+
+_log = logging.getLogger(__name__)
 
 #: Raised by one whenever the same settings would give other bytes.
 CONTENT_VERSION = 3
+#: Images of which the teacher is asked the class, where the folders' classes are in doubt.
+_ASKED = 64
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,7 @@ class Identity:
         device: "cpu" or "cuda".
         head_mode: how the patch logits are computed.
         exact: whether their mean must equal the pooled logits, and `pooled_error` the largest
-            difference on the first images.
+            difference on the first images; None of imported labels.
         is_own: whether it is a network of somebody's own, not one of timm's.
         notes: warnings from building the teacher, for the user.
         libraries: versions of the libraries on its node, and its `processor`. Other ones give codes
@@ -51,7 +64,7 @@ class Identity:
     device: str
     head_mode: str
     exact: bool
-    pooled_error: float
+    pooled_error: float | None
     origins: dict[str, str] = field(default_factory=dict)
     crop_pct: float | None = None
     is_own: bool = False
@@ -138,6 +151,45 @@ def split_manifest(
         )
     fresh_path.replace(path)
     return fresh, numbering
+
+
+def check_classes(
+    config: AnnotateConfig,
+    manifest: Manifest,
+    numbering: Numbering,
+    identity: Identity,
+    ask: Callable[[list[str]], Sequence[int]],
+) -> dict[str, tuple[int, int]]:
+    """Say which class each folder is; unless its name leaves no doubt, ask the teacher first.
+
+    Args:
+        config: the options.
+        manifest: of the split.
+        numbering: to be tested.
+        identity: the teacher.
+        ask: gives the teacher's top class of each image that it is called with the keys of; -1
+            where there is none.
+
+    Returns:
+        (right answers, images) by rule.
+
+    Raises:
+        ConfigError: the answers fit another numbering clearly better, or none.
+    """
+    fits: dict[str, tuple[int, int]] = {}
+    notes: list[str] = []
+    if not numbering.is_sure and numbering.label_space == "teacher":
+        keys = sampled_keys(manifest, _ASKED)
+        asked = config.numbering != "auto"
+        try:
+            fits, notes = check_numbering(numbering, keys, ask(keys), identity.num_classes, asked)
+        except ConfigError:
+            (config.folder / MANIFEST).unlink()  # or `rescan: false` would take it as it is
+            raise
+    _log.info("%s", describe(numbering, identity.class_names, fits))
+    for note in (*numbering.notes, *notes):
+        _log.warning(note)
+    return fits
 
 
 def make_plan(config: AnnotateConfig, run: str, manifest: Manifest, teacher: Identity) -> Plan:

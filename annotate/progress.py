@@ -43,24 +43,25 @@ def progress_display(console: Console) -> Iterator[Callable[[Tally, int, int], N
 def print_report(report: Report, console: Console) -> None:
     """The end report as a table, with the errors and failed shards below it."""
     height, width = report.grid
-    how = "0 up to rounding, as it must be" if report.exact else "not expected to be 0"
     rows = {
         "shards": f"{report.folder} ({report.shards}: {report.written} new, {report.skipped} kept)",
         "images": f"{report.images}, {report.errors} of them without a map",
         "maps": f"{height} x {width} patches, top {report.k} of {report.num_classes}, "
         + " + ".join(report.views),
-        "teacher": f"{report.teacher}; patch logits: {report.head_mode}; their mean differs from "
-        f"the pooled logits by {report.pooled_error:.1e} ({how})",
+        "teacher": f"{report.teacher}; patch logits: {report.head_mode}",
     }
-    sizes = [f"{height} x {width}" for height, width in report.preprocessing["input_size"]]
-    shown = {"input_size": f"squashed to {', '.join(sizes)} px"}
-    for name in ("interpolation", "mean", "std"):
-        value = report.preprocessing[name]
-        shown[name] = (
-            value if name == "interpolation" else f"{name} " + " ".join(map("{:g}".format, value))
+    if report.pooled_error is not None:
+        how = "0 up to rounding, as it must be" if report.exact else "not expected to be 0"
+        rows["teacher"] += (
+            f"; their mean differs from the pooled logits by {report.pooled_error:.1e} ({how})"
         )
     by_origin: dict[str, list[str]] = {}
-    for name, text in shown.items():
+    for name in sorted(report.origins.keys() & report.preprocessing.keys()):
+        text = report.preprocessing[name]
+        if name == "input_size":
+            text = f"squashed to {', '.join(f'{h} x {w}' for h, w in text)} px"
+        elif isinstance(text, list):
+            text = f"{name} " + " ".join(map("{:g}".format, text))
         by_origin.setdefault(report.origins[name], []).append(text)
     rows["preprocessing"] = "; ".join(
         f"{', '.join(texts)} ({origin})" for origin, texts in by_origin.items()

@@ -5,7 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..dataset.format.files import replacing
+from ..dataset.format.score_map import MapLayout, decode
 from ..dataset.format.shard import Shard, shard_name
 from .plan import Identity, Plan
 
@@ -66,7 +69,8 @@ class Report:
         shards: of the split; `written` by this run, `skipped` because they were there, `failed` as
             {number: reason}.
         labelled: images whose ground truth is a class of the teacher. `top1`, `top5`: fraction of
-            these that the teacher gets right, from the pooled logits of its first pass.
+            these that the teacher gets right, from the pooled logits of its first pass; of imported
+            labels, from the mean of the map.
         numbering: how the class of each folder was found, see `AnnotateConfig.numbering`, and
             `class_fits` how well the teacher's answers on some images fit it and its alternatives:
             (right, images) by numbering. Empty where they were not asked for in this run.
@@ -75,7 +79,7 @@ class Report:
         preprocessing: how images were resized and normalised, and `origins` where each of these
             settings comes from.
         exact: whether the mean of the map's logits must equal the pooled logits, and `pooled_error`
-            the largest difference on the first images.
+            the largest difference on the first images; None of imported labels.
         seconds: of this run; `images_per_second` from the teachers' first batch to their last, and
             `busy` the fraction of that time that they computed.
         lost_actors: teacher actors that died and were replaced.
@@ -99,7 +103,7 @@ class Report:
     origins: dict[str, str]
     head_mode: str
     exact: bool
-    pooled_error: float
+    pooled_error: float | None
     seconds: float
     images_per_second: float | None
     busy: float | None
@@ -125,6 +129,32 @@ class Report:
         """Write report.json beside the shards."""
         with replacing(Path(self.folder) / NAME) as temporary:
             temporary.write_text(json.dumps({"ok": self.ok, **asdict(self)}, indent=2) + "\n")
+
+
+def count_maps(
+    counts: dict[str, Any],
+    truth: np.ndarray,
+    good: np.ndarray,
+    codes: np.ndarray,
+    top5: np.ndarray,
+    layout: MapLayout,
+) -> None:
+    """Add a batch of B rows to what a shard's header counts, so that a report reads no maps.
+
+    Args:
+        counts: `labelled`, `top1`, `top5` and `mass`, changed in place.
+        truth: int [B], ground truth; -1 where there is none, or no class of the teacher.
+        good: bool [B], False where a row has an error: it does not count.
+        codes: of the layout, [B, V, K, H, W].
+        top5: int [B, 5 or fewer], best classes of the image as a whole.
+        layout: of the maps.
+    """
+    hits, known = top5 == truth[:, None], good & (truth >= 0)
+    counts["labelled"] += int(known.sum())
+    counts["top1"] += int(hits[known, 0].sum())
+    counts["top5"] += int(hits[known].any(1).sum())
+    _, rest = decode(codes[good], layout)
+    counts["mass"] += float((1 - rest).mean((1, 2, 3)).sum(dtype=np.float64))
 
 
 def make_report(

@@ -14,7 +14,7 @@ import tokenlabel
 from tokenlabel.cli import main
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("annotate", "configs", "dataset", "inspection", "supervise")
+ROOMS = ("annotate", "configs", "dataset", "inspection", "published", "supervise")
 
 
 def python(code: str, *arguments: object, cwd: Path, **variables: str) -> str:

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from logging.handlers import BufferingHandler
-from typing import Any
 
 import numpy as np
 import ray
@@ -18,7 +17,7 @@ import torch
 from ...dataset.format.lock import holder
 from ...dataset.format.manifest import NAME as MANIFEST
 from ...dataset.format.manifest import open_manifest, shard_rows
-from ...dataset.format.score_map import MapLayout, decode, nats
+from ...dataset.format.score_map import MapLayout, nats
 from ...dataset.format.shard import shard_name, write_shard
 from ...dataset.format.sums import file_sha256
 from ...dataset.sources.image_source import ImageSource
@@ -26,7 +25,7 @@ from ...errors import JobError, LockedError, StorageError
 from ..config import AnnotateConfig
 from ..images import DecodedBatch, decode_batch
 from ..plan import Identity, Plan
-from ..report import Progress
+from ..report import Progress, count_maps
 from ..teacher.annotator import TeacherOutput
 from ..teacher.identity import build_teacher, identify
 from .window import decode_ahead
@@ -121,8 +120,15 @@ class Worker:
                 for batch, output in self._annotated(decoded, plan.layout):
                     planes = {name: plane.numpy() for name, plane in output.planes.items()}
                     writer.append(planes, *batch[1:])
-                    _count(counts, truth[: len(batch.errors)], batch, output, plan.layout)
-                    truth = truth[len(batch.errors) :]
+                    good = np.array([not error for error in batch.errors])
+                    if not np.isfinite(nats(planes["codes"][good][:, :, 0], plan.layout)).all():
+                        raise JobError(
+                            "logits must be finite; the teacher's are not for an image of this "
+                            "shard. Remedy: precision bfloat16 or float32"
+                        )
+                    known, truth = truth[: len(good)], truth[len(good) :]
+                    top5 = output.top5.numpy()
+                    count_maps(counts, known, good, planes["codes"], top5, plan.layout)
             writer.attrs |= counts
             if (run := holder(plan.folder)) != plan.run:
                 what = "belongs to another job now" if run else "was deleted"
@@ -183,29 +189,3 @@ class Worker:
             now,
         )
         return batch, output
-
-
-def _count(
-    counts: dict[str, Any],
-    truth: np.ndarray,
-    batch: DecodedBatch,
-    output: TeacherOutput,
-    layout: MapLayout,
-) -> None:
-    """Add a batch's rows, but for those with an error, to what a shard's header counts.
-
-    A report then need not read the maps.
-    """
-    good = np.array([not error for error in batch.errors])
-    codes = output.planes["codes"].numpy()[good]
-    if not np.isfinite(nats(codes[:, :, 0], layout)).all():
-        raise JobError(
-            "logits must be finite; the teacher's are not for an image of this shard. "
-            "Remedy: precision bfloat16 or float32"
-        )
-    hits, known = output.top5.numpy() == truth[:, None], good & (truth >= 0)
-    counts["labelled"] += int(known.sum())
-    counts["top1"] += int(hits[known, 0].sum())
-    counts["top5"] += int(hits[known].any(1).sum())
-    _, rest = decode(codes, layout)
-    counts["mass"] += float((1 - rest).mean((1, 2, 3)).sum(dtype=np.float64))

@@ -12,7 +12,7 @@ import torch
 from ... import __version__
 from ...dataset.sources.image_source import ImageSource
 from ...errors import StorageError, TeacherError
-from ..classes import read_class_names
+from ..classes import chosen_names
 from ..config import AnnotateConfig
 from ..images import DecodedBatch, decode_batch, join_batches
 from ..plan import Identity
@@ -60,19 +60,8 @@ def build_teacher(config: AnnotateConfig) -> Annotator:
         mean=config.mean,
         std=config.std,
     )
-    names, source = annotator.class_names, f"those of {annotator.name} are"
-    if config.class_names:
-        source = f"{config.class_names} has"
-        names = read_class_names(Path(config.class_names))
-    count = annotator.num_classes
-    different = {name for name in names or () if isinstance(name, str) and name}
-    if names is not None and not len(names) == len(different) == count:
-        raise TeacherError(
-            f"class_names must be a different name for each of the teacher's {count} classes; "
-            f"{source} {len(names)}, {len(different)} different. Remedy: one name a line, in "
-            "order of the class ids"
-        )
-    annotator.class_names = names
+    own, count = annotator.class_names, annotator.num_classes
+    annotator.class_names = chosen_names(config.class_names, own, count, annotator.name)
     return annotator
 
 

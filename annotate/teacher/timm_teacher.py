@@ -142,6 +142,12 @@ def wordnet_ids(subset: str = "imagenet-1k") -> list[str]:
     return list(info.label_names())
 
 
+def imagenet_names(num_classes: int) -> list[str] | None:
+    """The names of the ImageNet set with so many classes; None if there is none."""
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    return wordnet_ids(subset) if subset else None
+
+
 def _settings(name: str) -> Any:
     """What timm knows of a registered model, a `PretrainedCfg`."""
     try:

@@ -3,6 +3,8 @@
 import io
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -27,11 +29,22 @@ def decode_image(data: bytes) -> Image.Image:
     Raises:
         ImageError: it cannot be decoded. The same bytes give the same text: shards store it.
     """
+    with opened_image(data) as image:
+        return _to_rgb(image)
+
+
+@contextmanager
+def opened_image(data: bytes) -> Iterator[Image.Image]:
+    """The image of a file of these bytes, of which only the header was read.
+
+    Raises:
+        ImageError: it cannot be opened, or what the `with` block asks of it cannot be decoded.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large images and odd EXIF are no news here
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return _to_rgb(image)
+                yield image
     except UnidentifiedImageError as error:  # its text holds a memory address
         raise ImageError("not an image, or its header is damaged") from error
     except Image.DecompressionBombError as error:

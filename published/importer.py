@@ -1,0 +1,369 @@
+"""`import_labels`: a published label set as a split of ours, written and resumed like a job's."""
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..annotate.classes import chosen_names, sampled_keys
+from ..annotate.config import AnnotateConfig
+from ..annotate.images import (
+    DecodedBatch,
+    exif_orientation,
+    failed_batch,
+    file_digest,
+)
+from ..annotate.output import explained_errors, finish, no_temporary_files, sums_of_written
+from ..annotate.plan import Identity, Plan, check_classes, make_plan, split_manifest, unfinished
+from ..annotate.report import Report, Tally, count_maps
+from ..dataset.format.lock import folder_lock
+from ..dataset.format.manifest import Manifest, shard_rows
+from ..dataset.format.score_map import MapLayout, decode
+from ..dataset.format.shard import shard_name, write_shard
+from ..dataset.format.sums import file_sha256
+from ..dataset.label_map.path import UNIT_BOX
+from ..dataset.sources.decode import decode_image, opened_image
+from ..dataset.sources.folder import open_source
+from ..dataset.sources.image_source import ImageSource
+from ..errors import ConfigError, FormatError, ImageError
+from .archive import LabelFiles, hash_stem, hash_stems
+from .geometry import Geometry, agreement, clearly_better, parse_geometry
+from .label_file import encode_labels, exact_classes, parse
+
+#: What stands for the logits of the classes that a file leaves out.
+RESTS = ("zeros", "none")
+_BLOCK = 256  # images in memory at once
+_LISTED = 6
+
+_log = logging.getLogger(__name__)
+
+
+def import_labels(
+    labels: Path,
+    images: Path,
+    options: AnnotateConfig,
+    *,
+    geometry: str = "detect",
+    rest: str = "zeros",
+    teacher: AnnotateConfig | None = None,
+    check: int = 48,
+    progress: Callable[[Tally, int, int], None] = lambda *_: None,
+) -> Report:
+    """Make a split of a published label set: of TokenLabeling, ReLabel, or saved like them.
+
+        options = AnnotateConfig(out="labels", split="train", num_classes=1000)
+        report = import_labels(Path("label_top5_train_nfnet.zip"), images, options)
+
+    Nothing is unpacked, and nothing that a file says is run. Finished shards are kept, so an import
+    that was stopped resumes. An image without a label has a row with an error. Logits are stored as
+    float16; neither the set nor this function knows thumbprints of the images.
+
+    Args:
+        labels: folder, .zip or .tar of the set, with a file CLASS/NAME.pt for each image: a tensor
+            [2, K, H, W] of logits and of the ids of their classes.
+        images: folder of the split's images, CLASS/NAME.EXTENSION.
+        options: `out`, `split`, `num_classes` (default: 1000), `class_names` (default: ImageNet's,
+            if there are as many), `numbering`, `shard_size` and `max_errors` count.
+        geometry: what the set's teacher was shown: `centre:SIZE:CROP_PCT` (the centre crop of SIZE
+            pixels, after the short side was resized to SIZE / CROP_PCT; by default 32 times the
+            grid's side, and 1), `squash` (all of the image) or `whole` (taken for that, as the
+            published code takes all labels); `detect` finds out which of the first two.
+        rest: what the logits of the classes that a file leaves out were: `zeros`, as the published
+            code takes them, or `none`, which leaves these classes no probability.
+        teacher: for `detect`, of the same classes; None: the default one.
+        check: images for `detect`.
+        progress: as in `annotate`.
+
+    Raises:
+        ConfigError: wrong options or input, or `detect` cannot tell.
+        FormatError: the set is damaged, or a file breaks a rule.
+        OutputError: the folder cannot be written, holds another run's shards (FingerprintError)
+            or is locked by another job (LockedError).
+        JobError: storage failed.
+    """
+    begin = time.monotonic()
+    images, folder = images.absolute(), options.folder.absolute()
+    source = open_source(images.parent, images.name)
+    if rest not in RESTS:
+        raise ConfigError(f"rest must be one of {', '.join(RESTS)}, got {rest!r}")
+    with LabelFiles(labels) as files:
+        work = _Import(files, source, options.num_classes or 1000, rest)
+        geometries = parse_geometry(geometry, work.layout.grid)
+        with folder_lock(folder) as run, explained_errors(), no_temporary_files(folder):
+            identity = work.identity(options)
+            manifest, numbering = split_manifest(options, source, identity)
+            work.match(manifest)
+            found, origin = geometries[0], "options"
+            if len(geometries) > 1:
+                found, origin = work.detect(geometries, teacher, check)
+            identity = dataclasses.replace(
+                identity,
+                preprocessing={"resize": str(found), "rest": rest},
+                origins={"resize": origin},
+            )
+            given = {"k": work.layout.k, "step": 0.0, "floor": 0.0, "residual": 0}
+            options = options.model_copy(update=given)
+            plan = make_plan(options, run, manifest, identity)
+            todo, tally = unfinished(plan), Tally()
+            if numbering and len(todo) == plan.shards:
+                tally.class_fits = check_classes(
+                    options, manifest, numbering, identity, work.top_classes
+                )
+            _log.info("%s", work.described_rest)
+            total = sum(len(shard_rows(plan.rows, plan.shard_size, shard)) for shard in todo)
+
+            def watch(rows: int, errors: int) -> None:
+                tally.images, tally.errors = tally.images + rows, tally.errors + errors
+                tally.rate = tally.images / (time.monotonic() - begin)
+                progress(tally, total, plan.rows)
+
+            with sums_of_written(plan, todo, tally):
+                for shard in todo:
+                    tally.written[shard] = work.write(plan, shard, found, watch)
+            return finish(options, plan, identity, tally, len(todo), begin)
+
+
+class _Import:
+    """A label set beside its images."""
+
+    def __init__(self, files: LabelFiles, source: ImageSource, num_classes: int, rest: str) -> None:
+        self._files, self._source = files, source
+        first = self._parse(0, "its first file")
+        _, k, height, width = self._shape = first.shape
+        self._dtype, limit = first.dtype, exact_classes(first.dtype)
+        if num_classes > limit:
+            raise ConfigError(
+                f"class ids must be exact: {files.path} stores them as {first.dtype}, which holds "
+                f"whole numbers up to {limit} only, and the classes are {num_classes}. Remedy: "
+                "another set, for this one has lost the ids above; or correct --num-classes"
+            )
+        if k > num_classes:
+            raise ConfigError(
+                f"num_classes must be at least the {k} classes of a patch that {files.path} has, "
+                f"got {num_classes}. Remedy: correct --num-classes"
+            )
+        self.layout = MapLayout(("identity",), (height, width), k, num_classes, 0, 0.0)
+        others = num_classes - k if rest == "zeros" else 0
+        self._absent = math.log(others) if others else -math.inf
+        self.described_rest = f"the {num_classes - k} classes that a patch leaves out have " + (
+            f"logit 0 each, log-sum-exp {self._absent:.2f}" if others else "no probability"
+        )
+
+    def identity(self, options: AnnotateConfig) -> Identity:
+        """What stands for the teacher, of which the set says nothing."""
+        from ..annotate.teacher.identity import libraries  # imports timm
+        from ..annotate.teacher.timm_teacher import imagenet_names
+
+        names = imagenet_names(self.layout.num_classes)
+        return Identity(
+            model="imported",
+            weights_digest=self._files.digest,
+            preprocessing={},
+            grid=self.layout.grid,
+            num_classes=self.layout.num_classes,
+            class_names=chosen_names(
+                options.class_names, names, self.layout.num_classes, "ImageNet"
+            ),
+            device="cpu",
+            head_mode="imported",
+            exact=False,
+            pooled_error=None,
+            is_own=True,  # so that the numbers of the classes are always compared with the labels
+            libraries=libraries(torch.device("cpu")),
+        )
+
+    def match(self, manifest: Manifest) -> None:
+        """Find the label of each image.
+
+        Raises:
+            ConfigError: two images have the same one, or none has any.
+        """
+        self._manifest = manifest
+        count = len(manifest.keys)
+        stems = hash_stems(manifest.keys)
+        order = stems.argsort(kind="stable")
+        same = stems[order][1:] == stems[order][:-1]
+        if same.any():
+            twice = {*stems[order][1:][same].tolist()}
+            names = (key for key in manifest.keys if hash_stem(key) in twice)
+            raise ConfigError(
+                "images must have different names up to the first dot, which name their labels; "
+                f"{len(twice)} names stand for several: {', '.join(islice(names, _LISTED))} … "
+                "Remedy: move all but the right one out of the split"
+            )
+        self._rows = self._files.find(stems)
+        there = int((self._rows >= 0).sum())
+        if not there:
+            raise ConfigError(
+                f"{self._files.path} has {len(self._files)} labels, and none is of an image of "
+                f"{self._source}, such as {manifest.keys[0]!r}. Remedy: check both paths; labels "
+                "lie in CLASS/NAME.pt, images in CLASS/NAME.EXTENSION"
+            )
+        if unused := len(self._files) - there:
+            _log.warning("%d labels of %s are of no image here", unused, self._files.path)
+        if missing := count - there:
+            first = manifest.keys[int((self._rows < 0).argmax())]
+            _log.warning("%d images have no label, the first is %s", missing, ascii(first))
+
+    def top_classes(self, keys: Sequence[str]) -> list[int]:
+        """The class with most probability over the map of each image; -1 where it has no label."""
+        rows = self._find(keys)
+        top = _top5(self._planes(rows, keys), self.layout)[:, 0]
+        answers: list[int] = np.where(rows >= 0, top, -1).tolist()
+        return answers
+
+    def detect(
+        self, geometries: Sequence[Geometry], config: AnnotateConfig | None, count: int
+    ) -> tuple[Geometry, str]:
+        """Show a teacher what the set's may have been shown, and compare with the labels by patch.
+
+        Returns:
+            The one that fits, and what says so.
+
+        Raises:
+            ConfigError: neither fits clearly better, or the teacher has other classes.
+        """
+        from ..annotate.teacher.identity import build_teacher
+
+        # A teacher sees most of what the set's saw at the same size.
+        config = (config or AnnotateConfig()).model_copy(update={"input_size": geometries[0].size})
+        teacher = build_teacher(config)
+        if teacher.num_classes != self.layout.num_classes:
+            raise ConfigError(
+                f"the teacher that finds the geometry must have the set's classes; {teacher.name} "
+                f"has {teacher.num_classes}, not {self.layout.num_classes}. Remedy: another "
+                "--config, or name the geometry"
+            )
+        only, seen, keys = np.zeros(2, int), 0, sampled_keys(self._manifest, count)
+        ((height, width),) = teacher.input_sizes
+        resample = Image.Resampling[teacher.interpolation.upper()]
+        for key, row, data in zip(keys, self._find(keys), self._source.read(keys), strict=True):
+            if row < 0 or isinstance(data, ImageError):
+                continue
+            with suppress(ImageError):
+                image = decode_image(data)
+                best = self._planes(np.array([row]), [key])["classes"][0, 0, 0]
+                shown = []
+                for geometry in geometries:
+                    box = np.multiply(geometry.extent(*image.size), image.size * 2).tolist()
+                    shown.append(np.asarray(image.resize((width, height), resample, box)))
+                live = teacher.logits([np.stack(shown)]).argmax(-1).cpu().numpy()
+                first, second = (agreement(one, best) for one in live)
+                only += [int((first & ~second).sum()), int((second & ~first).sum())]
+                seen += 1
+        text = " and ".join(f"{n} by {one} alone" for n, one in zip(only, geometries, strict=True))
+        text = f"of {seen} images, the teacher agrees with {text} on the best class of patches"
+        if (found := clearly_better(only.tolist())) is None:
+            raise ConfigError(
+                f"geometry detect cannot tell what the set's teacher was shown: {text} (of square "
+                "images it was the same). Remedy: name the geometry, more images with --check, or "
+                "a better teacher with --config"
+            )
+        _log.info("geometry %s: %s", geometries[found], text)
+        return geometries[found], text
+
+    def write(
+        self, plan: Plan, shard: int, geometry: Geometry, watch: Callable[[int, int], None]
+    ) -> str:
+        """Write one shard; returns its sha256."""
+        rows = shard_rows(plan.rows, plan.shard_size, shard)
+        keys, truth = self._manifest.keys[rows.start : rows.stop], self._manifest.labels
+        truth, found = truth[rows.start : rows.stop], self._rows[rows.start : rows.stop]
+        facts, extents = self._facts(keys, found), np.tile(np.array(UNIT_BOX), (len(keys), 1))
+        for i, error in enumerate(facts.errors):
+            if not error:
+                extents[i] = geometry.extent(*facts.sizes[i].tolist())
+        path, attrs = plan.folder / shard_name(shard, plan.shards), dict(plan.attrs)
+        attrs |= {"shard": shard, "first_row": rows.start}
+        counts = {"labelled": 0, "top1": 0, "top5": 0, "mass": 0.0}
+        known = truth if attrs["label_space"] == "teacher" else np.full_like(truth, -1)
+        folders = self._manifest.folders
+        with write_shard(
+            path, plan.layout, keys, truth, attrs, extents if geometry.size else None, folders
+        ) as writer:
+            for start in range(0, len(keys), _BLOCK):
+                part = slice(start, start + _BLOCK)
+                errors = facts.errors[part]
+                good = np.array([not error for error in errors])
+                planes = self._planes(np.where(good, found[part], -1), keys[part])
+                writer.append(
+                    planes,
+                    facts.sizes[part],
+                    facts.digests[part],
+                    facts.thumbprints[part],
+                    facts.orientations[part],
+                    errors,
+                )
+                top5 = _top5(planes, self.layout)
+                count_maps(counts, known[part], good, planes["codes"], top5, self.layout)
+                watch(len(errors), int((~good).sum()))
+            writer.attrs |= counts
+        return file_sha256(path)
+
+    def _find(self, keys: Sequence[str]) -> np.ndarray:
+        return self._files.find(hash_stems(keys))
+
+    def _facts(self, keys: Sequence[str], found: np.ndarray) -> DecodedBatch:
+        """What is stored of these images themselves; only their headers are decoded."""
+        facts = failed_batch(len(keys), [], "")
+        for i, data in enumerate(self._source.read(keys)):
+            try:
+                if isinstance(data, ImageError):
+                    raise data
+                facts.digests[i] = file_digest(data)
+                with opened_image(data) as image:
+                    facts.sizes[i] = image.size
+                    facts.orientations[i] = exif_orientation(image)
+                if found[i] < 0:
+                    raise ImageError("the label set has none for it")
+            except ImageError as error:
+                facts.errors[i] = str(error)
+        return facts
+
+    def _planes(self, rows: np.ndarray, keys: Sequence[str]) -> dict[str, np.ndarray]:
+        """The planes of labels by their rows in the set; zeros where the row is -1."""
+        there = np.flatnonzero(rows >= 0).tolist()
+        planes = {
+            name: np.zeros((len(rows), *shape), dtype)
+            for name, (dtype, shape) in self.layout.planes().items()
+        }
+        if len(there):
+            names = [f"{self._files.path}: the label of {keys[i]}" for i in there]
+            labels = [self._parse(rows[i], name) for i, name in zip(there, names, strict=True)]
+            encoded = encode_labels(labels, names, self.layout, self._absent)
+            for name, plane in encoded.items():
+                planes[name][there] = plane.numpy()
+        return planes
+
+    def _parse(self, row: int, name: str) -> Tensor:
+        try:
+            label = parse(self._files.read(row))
+            if row and (label.shape, label.dtype) != (self._shape, self._dtype):
+                raise ValueError(
+                    f"it is {label.dtype} {list(label.shape)}, where the first label of the set is "
+                    f"{self._dtype} {list(self._shape)}"
+                )
+            return label
+        except ValueError as error:
+            raise FormatError(
+                f"{name} is damaged, or no label: {error}. Remedy: leave it out of the set, and "
+                "its image gets a row with an error; or download the set again"
+            ) from error
+
+
+def _top5(planes: dict[str, np.ndarray], layout: MapLayout) -> np.ndarray:
+    """The classes with most probability over the whole map, int64 [B, 5 or fewer]."""
+    probs, _ = decode(planes["codes"], layout)
+    count, total = len(probs), layout.num_classes
+    where = planes["classes"].reshape(count, -1) + np.arange(count)[:, None] * total
+    mass = np.bincount(where.ravel(), probs.ravel(), count * total).reshape(count, total)
+    return np.argsort(-mass, kind="stable")[:, :5]
