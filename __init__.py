@@ -7,8 +7,9 @@ The public names, each imported when it is first used:
     dataset = tl.TokenLabelDataset("imagenet/train", "labels/train", transform=tl.train_transform())
     student, criterion = tl.TokenStudent(model), tl.TokenLabelLoss()
 
-Rooms: `dataset` reads label maps, `annotate` makes them, `supervise` trains with them, `inspection`
-shows them. Importing this package, or `tokenlabel.dataset`, loads no ray, timm or click.
+Rooms: `dataset` reads label maps, `annotate` makes them, `published` imports those of others,
+`supervise` trains with them, `inspection` shows them. Importing this package, or
+`tokenlabel.dataset`, loads no ray, timm or click.
 """
 
 from importlib import import_module
