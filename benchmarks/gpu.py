@@ -35,7 +35,7 @@ from tokenlabel.annotate.teacher.annotator import Annotator
 from tokenlabel.annotate.teacher.encode import encode
 from tokenlabel.annotate.teacher.timm_teacher import TimmTeacher, build_model
 from tokenlabel.dataset import MapLayout
-from tokenlabel.supervise import CutMix, MixToken, TokenLabelLoss, TokenStudent
+from tokenlabel.supervise import CutMix, MixToken, TokenLabelLoss, TokenStudent, lvvit_s, lvvit_t
 
 CLASSES, FLOOR, WAYS = 1000, 0.003, [("float32", False), ("bfloat16", False), ("bfloat16", True)]
 #: Name, side in pixels and batch size.
@@ -185,6 +185,8 @@ def measure_step(options: argparse.Namespace, clock: Clock) -> None:
 
     ways: dict[str, Any] = {"labels alone": lambda labels: (images, labels)}
     ways |= {"token labels": ways["labels alone"], "CutMix": lambda labels: cut(images, labels)}
+    for precision in (torch.bfloat16, torch.float16)[: 1 + clock.cuda]:
+        measure_lvvit(options, clock, precision, images, host)
     for compiled in (False, True)[: 2 - options.small]:
         header(f"step of {name}, batch {options.batch}, bfloat16{', compiled' * compiled}")
         for title, way in (ways | {"MixToken": mixtoken}).items():
@@ -195,6 +197,36 @@ def measure_step(options: argparse.Namespace, clock: Clock) -> None:
             if compiled:
                 net, criterion = torch.compile(net), criterion and torch.compile(criterion)
             clock.show(title, partial(train, net, criterion, optimizer, way))
+
+
+def measure_lvvit(
+    options: argparse.Namespace, clock: Clock, dtype: torch.dtype, images: Tensor, host: Any
+) -> None:
+    """The published recipe: LV-ViT, MixToken's boxes, soft crop targets, all smoothed."""
+    device, criterion = options.device, TokenLabelLoss.published()
+    name = "lvvit_t" if options.small else "lvvit_s"
+    net: Any = (lvvit_t if options.small else lvvit_s)(drop_path_rate=0.1).to(device).train()
+    optimizer = torch.optim.AdamW(net.parameters(), fused=clock.cuda)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    mix = MixToken(published=True)
+
+    def train(with_labels: bool) -> None:
+        labels = host.to(device, non_blocking=True)
+        box = mix.sample(14) if with_labels else None
+        with torch.autocast(device.type, dtype):
+            output = net(images, box)
+        if with_labels:
+            loss = criterion(*output, box.mix_labels(labels) if box else labels)
+        else:
+            loss = functional.cross_entropy(output[0], labels.label) + 0 * output[1].sum()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    header(f"step of {name}, batch {options.batch}, {str(dtype).partition('.')[2]}")
+    clock.show("labels alone", partial(train, False))
+    clock.show("token labels, MixToken", partial(train, True))
 
 
 def measure_annotate(options: argparse.Namespace, clock: Clock) -> None:
