@@ -11,7 +11,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from tokenlabel.annotate import AnnotateConfig, annotate
+from tokenlabel.annotate import AnnotateConfig
 from tokenlabel.annotate.sample import sample_folder
 from tokenlabel.dataset import LabelStore
 from tokenlabel.dataset.format.index import build_index
@@ -50,6 +50,8 @@ def images_and_labels(options: argparse.Namespace) -> tuple[Path, Path]:
     data = getattr(options, "data", None) or sample_folder(options.work)
     if options.labels:
         return data / "train", options.labels
+    from tokenlabel.annotate import annotate  # imports ray, which not every machine here needs
+
     out = options.work / f"labels-{data.resolve().name}"
     annotate(sample_config(data, out=str(out), input_size=576, batch_size=16))
     return data / "train", out / "train"
