@@ -175,10 +175,11 @@ def measure_step(options: argparse.Namespace, clock: Clock) -> None:
         return images, labels if box is None else box.mix_labels(labels), box
 
     def train(net: Any, criterion: Any, optimizer: Any, way: Any) -> None:
+        targets = criterion is not None  # a compiled module has no truth value
         with torch.autocast(device.type, torch.bfloat16):
             shown, labels, *box = way(host.to(device, non_blocking=True))
             out = net(shown, *box)
-            loss = criterion(*out, labels) if criterion else by_label(out, labels.label)
+            loss = criterion(*out, labels) if targets else by_label(out, labels.label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -195,7 +196,8 @@ def measure_step(options: argparse.Namespace, clock: Clock) -> None:
             net = (net if criterion is None else TokenStudent(net)).to(device).train()
             optimizer = torch.optim.AdamW(net.parameters(), fused=clock.cuda)
             if compiled:
-                net, criterion = torch.compile(net), criterion and torch.compile(criterion)
+                net = torch.compile(net)
+                criterion = None if criterion is None else torch.compile(criterion)
             clock.show(title, partial(train, net, criterion, optimizer, way))
 
 
