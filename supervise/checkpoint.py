@@ -137,7 +137,8 @@ def load_published(
         for name, value in wanted.items()
         if name in found and found[name].shape != value.shape
     ]
-    extra = [name for name in found if name not in wanted]
+    extra = [name for name in found if name not in wanted and name.split(".")[0] not in _HEADS]
+    found = {name: value for name, value in found.items() if name in wanted}
     _check_fit(inner, [name for name in wanted if name not in found | own], extra, shapes)
     inner.load_state_dict(found | own)
     return model

@@ -206,11 +206,13 @@ def geometric_only(transform):
     return transform
 
 
+@pytest.mark.parametrize("crop_last", [False, True])
 @pytest.mark.parametrize("pil", [True, False], ids=["PIL", "tensor"])
-def test_cells_of_image_and_map_agree_through_the_whole_recipe(pil):
+def test_cells_of_image_and_map_agree_through_the_whole_recipe(pil, crop_last):
     """Each cell has its own colour; after the recipe, a patch's colour is that of its target."""
     options = {"auto_augment": "rand-m9-n4-mstd0.5-inc1", "erase_prob": 0}
     options |= {"interpolation": "nearest", "mean": (0, 0, 0), "std": (1, 1, 1)}
+    options |= {"crop_last": crop_last}
     recipe = geometric_only(train_transform((128, 112), **options))
     seed(0)
     found = [agreement(recipe, (6, 7), (384, 448), (8, 8), pil) for _ in range(100)]
@@ -318,6 +320,29 @@ def test_the_recipe_has_timm_s_stages(auto_augment, interpolation):
             own = mine.policy.ops if hasattr(mine.policy, "ops") else mine.policy.policy[0]
             assert str(own) == str(ops)
             assert own[0].kwargs == ops[0].kwargs and ops[0].kwargs["fillcolor"] == FILL
+
+
+def test_cropping_last_is_the_published_order_of_torchvision_s_and_timm_s_own_parts():
+    text = "rand-m9-mstd0.5-inc1"
+    crops = [
+        v2.RandomResizedCrop(32, interpolation=mode)
+        for mode in (v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC)
+    ]
+    parts = [v2.RandomHorizontalFlip(), of_timm(text, img_mean=FILL), v2.RandomChoice(crops)]
+    theirs = v2.Compose([*parts, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    ours = train_transform(
+        32, auto_augment=text, erase_prob=0, crop_last=True, mean=(0, 0, 0), std=(1, 1, 1)
+    )
+    for step in ours.transforms:
+        if isinstance(step, TimmAugment):  # the fill is the mean's, which is 0 here
+            step.policy = TimmAugment(text, fill=FILL).policy
+    for value in range(40):
+        seed(value)
+        expected = theirs(photograph())
+        seed(value)
+        assert torch.equal(ours(photograph()), expected)
+    jitter = train_transform(auto_augment=None, crop_last=True)
+    assert stages(jitter)[:3] == ["RandomHorizontalFlip", "ColorJitter", "RandomChoice"]
 
 
 def test_random_interpolation_is_bilinear_or_bicubic():

@@ -28,6 +28,7 @@ def train_transform(
     erase_prob: float = 0.25,
     hflip: float = 0.5,
     vflip: float = 0.0,
+    crop_last: bool = False,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> v2.Compose:
@@ -58,6 +59,8 @@ def train_transform(
         erase_prob: probability of erasing a box of 2 to 33 percent of the area.
         hflip: probability of a horizontal flip.
         vflip: probability of a vertical flip.
+        crop_last: flip, augment and jitter the whole image before the crop, as the published code
+            of token labeling does (zihangJiang/TokenLabeling), which costs more time.
         mean: of the channels, 0 to 1; also the colour of what comes from outside the image.
         std: of the channels.
 
@@ -75,7 +78,8 @@ def train_transform(
             raise ValueError(f"{name} is (low, high) with 0 < low <= high; got {tuple(bounds)}")
     modes = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
     crops = [v2.RandomResizedCrop(size, scale, ratio, _mode(mode)) for mode in modes]
-    steps: list[Any] = [v2.RandomChoice(crops) if len(crops) > 1 else crops[0]]
+    crop = v2.RandomChoice(crops) if len(crops) > 1 else crops[0]
+    steps: list[Any] = [] if crop_last else [crop]
     if hflip:
         steps.append(v2.RandomHorizontalFlip(hflip))
     if vflip:
@@ -92,6 +96,8 @@ def train_transform(
                 f"got {len(color_jitter)} numbers"
             )
         steps.append(v2.ColorJitter(*color_jitter))
+    if crop_last:
+        steps.append(crop)
     steps += _to_normalised(mean, std)
     if erase_prob:
         steps.append(RandomErasing(erase_prob))
