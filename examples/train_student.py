@@ -3,6 +3,7 @@
     python examples/train_student.py --data DATA --out OUT                          # without
     python examples/train_student.py --data DATA --out OUT --labels LABELS/train    # with
     torchrun --nproc-per-node 8 examples/train_student.py --data DATA --out OUT ...
+    ... --labels LABELS/train --recipe lvvit_s                                      # as published
 
 DATA holds train/CLASS/* and val/CLASS/*; OUT gets log.csv and checkpoint.pt, from which the same
 command resumes. `--labels` is all that differs: the images, their order and their augmentation, the
@@ -27,7 +28,8 @@ import torch
 import torch.distributed as dist
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, ParseKwargs, random_seed
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -37,62 +39,8 @@ from torchvision.transforms import v2
 
 import tokenlabel as tl
 
-
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder with train/CLASS/* and val/CLASS/*")
-    add("--out", type=Path, required=True, help="folder for log.csv and checkpoint.pt")
-    add("--labels", type=Path, help="token labels of DATA/train; leave out to train without")
-    add("--model", default="deit_small_patch16_224", help="a timm model")
-    add(
-        "--model-kwargs",
-        nargs="*",
-        default={},
-        action=ParseKwargs,
-        metavar="NAME=VALUE",
-        help="for its constructor, such as img_size=32 patch_size=4 drop_path_rate=0.1",
-    )
-    add("--size", type=int, default=224, help="side of the student's input in pixels")
-    add("--epochs", type=int, default=300)
-    add("--batch-size", type=int, default=128, help="of each process")
-    add("--opt", default="adamw", help="a timm optimizer")
-    add("--lr", type=float, default=1e-3)
-    add("--weight-decay", type=float, default=0.05)
-    add("--sched", default="cosine", help="a timm schedule")
-    add("--warmup-epochs", type=int, default=5)
-    add("--dense-weight", type=float, default=0.5, help="beta: weight of the patches' loss")
-    add("--cls-target", default="label", choices=["label", "crop", "both"])
-    add("--label-smoothing", type=float, default=0.0)
-    add("--auto-augment", default="rand-m9-mstd0.5-inc1", help="as timm spells it, or none")
-    add("--min-scale", type=float, default=0.08, help="smallest crop, as a fraction of the image")
-    add("--crop-pct", type=float, default=0.875, help="of the validation images, as timm has it")
-    add("--erase-prob", type=float, default=0.25)
-    add("--mix", type=float, default=0.0, metavar="P", help="fraction of MixUp or CutMix batches")
-    add("--ema", type=float, default=0.0, metavar="DECAY", help="validate averaged weights too")
-    add("--precision", default="bfloat16", choices=["bfloat16", "float32"])
-    add("--workers", type=int, default=4, help="data loader processes, for each process")
-    add("--seed", type=int, default=0)
-    args = parser.parse_args()
-    for split in ("train", "val"):
-        if not (args.data / split).is_dir():
-            parser.error(
-                f"--data must hold a folder train and a folder val; no {args.data / split}"
-            )
-    for name in ("size", "epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not timm.is_model(args.model):
-        parser.error(f"--model must be a timm model; there is no {args.model!r}")
-    if not 0 <= args.mix <= 1:
-        parser.error(f"--mix is a probability, 0 to 1; got {args.mix}")
-    if not 0 <= args.ema < 1:
-        parser.error(f"--ema is a decay below 1, such as 0.9999; 0 is off; got {args.ema}")
-    return args
+sys.path.insert(0, str(Path(__file__).parent))
+from options import LVVIT, arguments
 
 
 class Classes(ImageFolder):
@@ -126,6 +74,48 @@ def class_names(args: argparse.Namespace, store: tl.LabelStore | None) -> list[s
             "--class-names"
         )
     return folders
+
+
+def make_student(
+    args: argparse.Namespace, num_classes: int, store: tl.LabelStore | None
+) -> nn.Module:
+    """The model, with the weights that it starts from, and with a patch head if there are labels.
+
+    Without labels LV-ViT has no use for its own: it votes with the class token alone.
+    """
+    options = dict(args.model_kwargs, num_classes=num_classes)
+    if args.drop_path is not None:
+        options["drop_path_rate"] = args.drop_path
+    if args.model not in LVVIT:
+        model = timm.create_model(args.model, **options)
+    elif store:
+        model = getattr(tl, args.model)(image_size=args.size, **options)
+    else:
+        model = getattr(tl, args.model)(image_size=args.size, **options, patch_vote=0)
+        model.aux_head.requires_grad_(False)  # DistributedDataParallel would wait for its gradient
+    if args.weights:  # averaged ones as the published code takes them, where it averages itself
+        tl.load_published(model, args.weights, ema=args.ema > 0)
+    if args.model in LVVIT or not store:
+        return model
+    return tl.TokenStudent(model, image_size=args.size)
+
+
+def make_scheduler(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates: int
+) -> tuple[Scheduler, int]:
+    """The schedule of the learning rate, for so many updates an epoch, and how many epochs."""
+    scheduler, epochs = create_scheduler_v2(
+        optimizer,
+        args.sched,
+        args.epochs,
+        min_lr=args.min_lr,
+        warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs,
+        cooldown_epochs=args.cooldown_epochs,
+        updates_per_epoch=updates,
+        step_on_epochs=args.sched_step == "epoch",
+    )
+    return scheduler, epochs
 
 
 def make_loader(
@@ -184,7 +174,7 @@ def write_log(args: argparse.Namespace, history: list[dict[str, float]]) -> None
 
 def settings(args: argparse.Namespace, world: int) -> dict[str, str]:
     """What decides the result of a run, as far as the command line does."""
-    free = ("out", "data", "workers")
+    free = ("out", "data", "workers", "recipe")
     decisive = {name: str(value) for name, value in vars(args).items() if name not in free}
     return {**decisive, "processes": str(world)}
 
@@ -209,16 +199,16 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     names = class_names(args, store)
 
     torch.manual_seed(args.seed)
-    model = timm.create_model(args.model, num_classes=len(names), **args.model_kwargs)
-    bare = tl.TokenStudent(model, image_size=args.size) if store else model
-    bare.to(device)
+    bare = make_student(args, len(names), store).to(device)
     ema = ModelEmaV3(bare, decay=args.ema) if args.ema else None
 
     augment = tl.train_transform(
         args.size,
         scale=(args.min_scale, 1.0),
         auto_augment=None if args.auto_augment == "none" else args.auto_augment,
+        color_jitter=args.color_jitter,
         erase_prob=args.erase_prob,
+        crop_last=args.crop == "last",
     )
     dataset: Dataset[Any]
     if store:
@@ -226,9 +216,11 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
             Classes(args.data / "train", names, None), store, transform=augment, grid=bare.grid
         )
         criterion = tl.TokenLabelLoss(
+            cls_weight=args.cls_weight,
             dense_weight=args.dense_weight,
             cls_target=args.cls_target,
             label_smoothing=args.label_smoothing,
+            map_smoothing=args.map_smoothing,
         )
         mixes = [tl.MixUp(0.8), tl.CutMix(1.0)]
     else:
@@ -238,6 +230,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
             v2.CutMix(alpha=1.0, num_classes=len(names)),
         ]
     mix = v2.RandomChoice(mixes)  # by torchvision's draws in either case
+    mix_token = tl.MixToken(prob=args.mix_token, published=True)
     loader = make_loader(dataset, args, rank, world)
     validation = Classes(
         args.data / "val", names, tl.eval_transform(args.size, crop_pct=args.crop_pct)
@@ -246,14 +239,9 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     val_loader = DataLoader(part, args.batch_size, num_workers=args.workers)
 
     optimizer = create_optimizer_v2(bare, args.opt, args.lr, args.weight_decay)
-    scheduler, epochs = create_scheduler_v2(
-        optimizer,
-        args.sched,
-        args.epochs,
-        warmup_epochs=args.warmup_epochs,
-        updates_per_epoch=len(loader),
-        step_on_epochs=False,
-    )
+    scheduler, epochs = make_scheduler(args, optimizer, len(loader))
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "float16")
+    precision = getattr(torch, args.precision)
     student = DistributedDataParallel(bare) if world > 1 else bare
 
     first, history = 0, []
@@ -263,8 +251,9 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         refuse_other_run(checkpoint, state["settings"], settings(args, world))
         bare.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
         if ema:
-            ema.module.load_state_dict(state["ema"])
+            ema.module.load_state_dict(state["model_ema"])
         first, history = state["epoch"], state["history"]
         if rank == 0:
             print(f"resuming after epoch {first} of {checkpoint}", flush=True)
@@ -280,15 +269,20 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
             labels = labels.to(device, non_blocking=True)  # targets are made there, by the loss
             if torch.rand(()) < args.mix:
                 images, labels = mix(images, labels)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
-                output = student(images)
+            box = mix_token.sample(bare.grid) if args.mix_token else None
+            if box is not None:
+                labels = box.mix_labels(labels)
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                output = student(images) if box is None else student(images, box)
             if store:
                 loss = criterion(*output, labels)
             else:
+                output = output[0] if isinstance(output, tuple) else output
                 loss = cross_entropy(output.float(), labels, label_smoothing=args.label_smoothing)
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             scheduler.step_update(step)
             if ema:
                 ema.update(bare, step)
@@ -304,6 +298,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
             "seconds": round(time.monotonic() - start, 1),
         }
         history.append(row)
+        scheduler.step(epoch + 1)  # does nothing if the schedule moves with the updates
         if not math.isfinite(row["loss"]):
             raise ValueError(
                 f"the loss of epoch {epoch + 1} is {row['loss']}. Remedy: a lower --lr"
@@ -318,15 +313,16 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
                     "epoch": epoch + 1,
                     "history": history,
                     "model": bare.state_dict(),
-                    "ema": ema.module.state_dict() if ema else None,
+                    "model_ema": ema.module.state_dict() if ema else None,
                     "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
                 },
             )
 
 
 def main() -> None:
     """Join the other processes, if any, and train."""
-    args = arguments()
+    args = arguments((__doc__ or "").partition("\n")[0])
     cuda = torch.cuda.is_available()
     rank, world = 0, 1
     if "RANK" in os.environ:  # torchrun
