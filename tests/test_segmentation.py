@@ -331,7 +331,11 @@ def test_the_toy_set_repeats_and_its_maps_are_its_masks(example: Any, tmp_path: 
     dense = labels[None].targets().dense()[0]
     cells = mask.reshape(12, 8, 16, 8)
     shown = np.stack([(cells == number).mean((1, 3)) for number in range(6)], -1).reshape(-1, 6)
-    torch.testing.assert_close(dense.double(), torch.tensor(shown), atol=0.01, rtol=0)
+    # A map is read between its cells, so the edges of objects are soft.
+    truth = torch.tensor(shown).float()
+    assert (dense.argmax(1) == truth.argmax(1)).float().mean() > 0.9
+    torch.testing.assert_close(dense.mean(0), truth.mean(0), atol=0.02, rtol=0)
+    assert leaf.label == 1 + np.bincount(mask.ravel(), minlength=6)[1:].argmax()
 
 
 def test_one_command_compares_two_students(
