@@ -104,7 +104,7 @@ class Segmenter(nn.Module):
         self.backbone, self.aux_weight = backbone, aux_weight
         self.necks = nn.ModuleList(nn.Identity() for _ in channels)
         if flat:
-            widths = [*channels[:3], 8 * width if width < 256 else 2048]  # published: 2048
+            widths = [*channels[:3], min(2048, 8 * width)]
             parts = zip(channels, widths, (4, 2, 1, 1), strict=True)
             self.necks, channels = nn.ModuleList(neck(*part) for part in parts), widths
         config = UperNetConfig(

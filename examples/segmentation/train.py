@@ -9,6 +9,7 @@ OUT gets checkpoint.pt, from which the same command resumes; it ends as an undis
 
 import argparse
 import json
+import math
 import re
 import sys
 import time
@@ -28,8 +29,9 @@ import tokenlabel as tl
 
 #: Published settings that differ from those of LV-ViT-S.
 OFFICIAL = {"lvvit_m": {"drop_path": 0.2}, "lvvit_l": {"drop_path": 0.5, "width": 512}}
-#: Options that do not decide the result.
+#: Options that do not decide the result, and those that decide what a checkpoint fits.
 FREE = ("out", "data", "workers", "eval_only")
+SHAPES = ("num_classes", "model", "model_kwargs", "layers", "size", "width")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,7 +59,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight-decay", type=float, default=0.01)
     add("--scales", type=float, nargs="+", default=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75])
     add("--save-every", type=int, default=4000, help="steps")
-    add("--eval-only", action="store_true", help="evaluate OUT/checkpoint.pt as it is")
+    add("--eval-only", action="store_true", help="score OUT/checkpoint.pt, at other --scales say")
     add("--workers", type=int, default=8)
     add("--seed", type=int, default=0)
     first = parser.parse_args(argv)
@@ -123,8 +125,7 @@ def resumed(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     changed = [
         f"{name}: {state['settings'].get(name)} then, {value} now"
         for name, value in settings_of(args).items()
-        if state["settings"].get(name) != value
-        and not (args.eval_only and name not in ("model", "model_kwargs", "layers", "width"))
+        if state["settings"].get(name) != value and (name in SHAPES or not args.eval_only)
     ]
     if changed:
         raise ValueError(
@@ -166,7 +167,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         state["miou"] = {"before": state["miou"]["before"]}
     while state["step"] < args.steps:
         first, last = state["step"], min(state["step"] + args.save_every, args.steps)
-        start, total = time.monotonic(), 0.0
+        start, total = time.monotonic(), torch.zeros((), device=device)
         # All random state there is, but for the order: a resumed run repeats this part.
         torch.manual_seed((args.seed * 1_000_003 + first) % 2**63)
         loader = DataLoader(
@@ -183,9 +184,9 @@ def run(args: argparse.Namespace) -> dict[str, float]:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.item()
-        mean = total / (last - first)
-        if mean != mean:
+            total += loss.detach()
+        mean = total.item() / (last - first)
+        if not math.isfinite(mean):
             raise ValueError(f"the loss must be a number, got {mean}. Remedy: a lower --lr")
         seconds = time.monotonic() - start
         print(f"step {last}/{args.steps}: loss {mean:.4f}, {seconds:.0f} s", flush=True)
