@@ -207,15 +207,17 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _is_zip(file: IO[bytes]) -> bool:
-    start = file.read(512)
-    if start[:2] == b"PK":
+    if file.read(2) == b"PK":
         return True
-    if start[257:262] == b"ustar":
+    file.seek(0)
+    try:
+        tarfile.open(fileobj=file, mode="r:").close()
         return False
-    raise ConfigError(
-        f"a label set must be a folder, a .zip or a .tar that is not compressed; {file.name} is "
-        "none of these. Remedy: gunzip it, or unpack it"
-    )
+    except tarfile.TarError as error:
+        raise ConfigError(
+            f"a label set must be a folder, a .zip or a .tar that is not compressed; {file.name} "
+            "is none of these. Remedy: gunzip it, or unpack it"
+        ) from error
 
 
 def _tar_members(file: IO[bytes]) -> Iterator[_Member]:

@@ -137,7 +137,7 @@ class _Import:
 
     def __init__(self, files: LabelFiles, source: ImageSource, num_classes: int, rest: str) -> None:
         self._files, self._source = files, source
-        first = self._parse(0, "its first file")
+        first = self._parse(0, f"{files.path}: its first file")
         _, k, height, width = self._shape = first.shape
         self._dtype, limit = first.dtype, exact_classes(first.dtype)
         if num_classes > limit:

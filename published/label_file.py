@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..dataset.format.score_map import MapLayout
 from ..errors import FormatError
+from .archive import MOST_BYTES
 
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
@@ -25,14 +26,20 @@ def parse(data: bytes) -> Tensor:
     try:
         found: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles make torch raise nearly anything
-        text = str(error).partition("\n")[0]
+        text = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"torch.load(weights_only=True) cannot read it: {text}") from error
     if not isinstance(found, Tensor) or not found.is_floating_point():
         what = found.dtype if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"it must hold one tensor of floats, it holds {what}")
-    if found.ndim != 4 or len(found) != 2 or not found.numel():
-        raise ValueError(f"its tensor must be [2, K, H, W], it is {list(found.shape)}")
-    return found
+    if found.layout != torch.strided or found.device.type != "cpu":
+        kind = f"{found.layout} on {found.device}"
+        raise ValueError(f"its tensor must be dense and hold values, it is {kind}")
+    if found.ndim != 4 or len(found) != 2 or not 0 < found.numel() <= MOST_BYTES:
+        raise ValueError(
+            f"its tensor must be [2, K, H, W], of at most {MOST_BYTES} numbers, it is "
+            f"{list(found.shape)}"
+        )
+    return found.detach()
 
 
 def exact_classes(dtype: torch.dtype) -> int:
