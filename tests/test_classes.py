@@ -244,7 +244,7 @@ def options(model):
 def test_natural_order_is_right_at_once_and_the_table_is_stored(
     numbered, tmp_path, ray_here, caplog
 ):
-    caplog.set_level(logging.INFO, "tokenlabel.annotate.job")
+    caplog.set_level(logging.INFO, "tokenlabel.annotate.plan")
     model = teacher(tmp_path / "net.py", NUMBERS)
     report = annotate(config(numbered, tmp_path / "labels", **options(model)))
     assert report.numbering == "numeric"
