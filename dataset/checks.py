@@ -20,6 +20,11 @@ _SLOTS = 256
 _LISTED = 3
 
 
+def folder_classes(store: LabelStore) -> dict[str, int]:
+    """Class of each folder of the label maps, -1 where it has none; names in Unicode's NFC."""
+    return {unicodedata.normalize("NFC", name): number for name, number in store.folders.items()}
+
+
 def check_classes(
     store: LabelStore, numbers: Mapping[str, int] | None = None, is_folder: bool = False
 ) -> None:
@@ -35,7 +40,7 @@ def check_classes(
         ValueError: the maps' ground truth are numbers of folders; or both sides number a folder
             differently, or have other folders where their order decides.
     """
-    table = {unicodedata.normalize("NFC", name): number for name, number in store.folders.items()}
+    table = folder_classes(store)
     if store.attrs.get("label_space") == "folders":
         known = ", ".join(f"{name} {number}" for name, number in [*table.items()][:_LISTED])
         first = f" (class 0 is {store.classes[0]!r})" if store.classes else ""

@@ -4,6 +4,7 @@
 import copy
 import operator
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence, Sized
 from functools import partial
@@ -15,6 +16,7 @@ from torch.utils.data import IterableDataset, Subset
 from torchvision.datasets import ImageFolder
 
 from ..errors import ImageError
+from .checks import check_classes, folder_classes
 from .sources.decode import decode_image
 from .sources.folder import FolderSource, is_hidden
 from .sources.image_source import ImageSource
@@ -256,19 +258,22 @@ def validation_dataset(
 
     Raises:
         FileNotFoundError: a folder is not there, or has no images.
-        ValueError: a folder is no class that the labels know.
+        ValueError: a folder is no class that the labels know, or shares its name with another; or
+            the labels are no classes of the teacher.
     """
     store = labels if isinstance(labels, LabelStore) else LabelStore(labels)
-    found = _Folder(images, transform)
-    known = {name: number for number, name in enumerate(store.classes or [])} | store.folders
-    if unknown := [name for name in found.classes if known.get(name, -1) < 0]:
+    check_classes(store)
+    found, names = _Folder(images, transform), store.classes or []
+    count = Counter(names)  # a name that two classes share is neither's
+    known = {name: number for number, name in enumerate(names) if count[name] == 1}
+    known |= folder_classes(store)
+    numbers = [known.get(unicodedata.normalize("NFC", name), -1) for name in found.classes]
+    if unknown := [name for name, number in zip(found.classes, numbers, strict=True) if number < 0]:
         raise ValueError(
             f"each folder must be a class of {store.root}; {unknown[0]!a} is none, "
             f"{', '.join(map(ascii, [*known][:3]))}, … are. Remedy: leave it out, or rename it"
         )
-    found.class_to_idx = {name: known[name] for name in found.classes}
-    found.samples = [
-        (path, found.class_to_idx[found.classes[label]]) for path, label in found.samples
-    ]
+    found.class_to_idx = dict(zip(found.classes, numbers, strict=True))
+    found.samples = [(path, numbers[label]) for path, label in found.samples]
     found.imgs, found.targets = found.samples, [label for _, label in found.samples]
     return found

@@ -1,6 +1,7 @@
 """`TokenLabelMapper`: one image and its key, to the augmented image and its labels."""
 
 import os
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from ..errors import MissingMapError
-from .checks import ImageCheck, MissingCount, check_classes
+from .checks import ImageCheck, MissingCount, check_classes, folder_classes
 from .label_map.label_map import TokenLabelMap
 from .label_map.path import PixelPath
 from .store import LabelStore
@@ -80,7 +81,7 @@ class TokenLabelMapper:
         self._to_labels = ToTokenLabels(grid, shrink=shrink)
         self._check, self._resized = ImageCheck(self.store, check), resized
         self._missing = MissingCount() if missing == "ignore" else None
-        self._label_source = label_source
+        self._label_source, self._folders = label_source, folder_classes(self.store)
         if label_source == "auto":
             check_classes(self.store)
         labelled = self.store.ground_truth[:: max(1, len(self.store) // _SAMPLED)]
@@ -192,7 +193,8 @@ class TokenLabelMapper:
         elif source == "maps":
             # The image has no map, and the number that its folder has here need not be that of the
             # maps: of some of ImageNet's folders, ImageFolder numbers the first 0.
-            label = self.store.folders.get(key.partition("/")[0], -1)
+            folder = unicodedata.normalize("NFC", key.partition("/")[0])
+            label = self._folders.get(folder, -1)
         leaf.label = label
         return leaf
 

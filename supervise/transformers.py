@@ -38,7 +38,7 @@ class TokenLabelTrainer(Trainer):
         trainer.save_model(folder)  # of the bare model, for its class' from_pretrained
 
     Args:
-        model: the student, or a model of Hugging Face to make one of.
+        model: the student, LV-ViT among them, or a model of Hugging Face to make one of.
         args: as for `Trainer`.
         criterion: the training loss; None: `TokenLabelLoss`, with the `label_smoothing_factor` of
             `args`.
@@ -55,12 +55,11 @@ class TokenLabelTrainer(Trainer):
         mix: Callable[[Tensor, Any], tuple[Tensor, Any]] | None = None,
         **options: Any,
     ) -> None:
-        if args is not None:
-            args.remove_unused_columns = False  # by names of the model's arguments
         if isinstance(model, PreTrainedModel):
             model = TokenStudent(model)
         options["data_collator"] = options.get("data_collator") or collate
         super().__init__(model, args, **options)
+        self.args.remove_unused_columns = False  # by names of the model's arguments
         smoothing = self.args.label_smoothing_factor
         self.criterion = criterion or TokenLabelLoss(label_smoothing=smoothing)
         self.mix = mix
@@ -77,7 +76,7 @@ class TokenLabelTrainer(Trainer):
         images, labels = inputs["pixel_values"], inputs["labels"]
         if model.training and self.mix:
             images, labels = self.mix(images, labels)
-        output = model(pixel_values=images)
+        output = model(images)
         loss = self.criterion(output, labels)
         logits = output if isinstance(output, Tensor) else output[0]
         return (loss, {"logits": logits}) if return_outputs else loss

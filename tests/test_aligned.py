@@ -202,8 +202,37 @@ def test_what_takes_an_image_alone_is_refused_where_it_is_assigned() -> None:
     for transform in (BusyPreset(), lambda image: image):
         with pytest.raises(TypeError, match=r"takes an image alone\. Remedy: make it a function"):
             aligned(transform)
-    for function in (lambda image, leaf: (image, leaf), lambda *pair: pair, torch.nn.Identity()):
+    with pytest.raises(TypeError, match=r"Identity takes an image alone"):
+        aligned(torch.nn.Identity())
+    for function in (lambda image, leaf: (image, leaf), lambda *pair: pair):
         assert aligned(function) is function
+
+
+class MyFlip(torch.nn.Module):
+    def forward(self, image: Any, leaf: Any) -> Any:
+        return F.horizontal_flip(image), F.horizontal_flip(leaf)
+
+
+@pytest.mark.parametrize("step", [MyFlip(), MyFlip().forward], ids=["module", "function"])
+def test_a_step_of_ones_own_takes_image_and_map(step: Any) -> None:
+    seen, agreed = agreement(
+        aligned(v2.Compose([step, v2.CenterCrop(150)])), (5, 7), (160, 224), (14, 14), True
+    )
+    assert seen == agreed > 30
+
+
+@pytest.mark.parametrize("library", [v1, v2], ids=["v1", "v2"])
+def test_steps_in_sequential_are_a_pipeline(library: Any) -> None:
+    steps = torch.nn.Sequential(library.RandomHorizontalFlip(1), library.CenterCrop(150))
+    seen, agreed = agreement(aligned(steps), (5, 7), (160, 224), (14, 14), False)
+    assert seen == agreed > 30
+
+
+def test_to_tensor_takes_the_tensor_of_a_numpy_image() -> None:
+    array = np.array(photograph())
+    tensor = tv_tensors.Image(torch.from_numpy(array).permute(2, 0, 1))
+    image, _ = aligned(v1.Compose([v1.ToTensor()]))(tensor, label_map((3, 4), SIZE))
+    assert torch.equal(image, v1.ToTensor()(array))
 
 
 @pytest.mark.parametrize("name", ["RandAugment", "AutoAugment", "TrivialAugmentWide"])

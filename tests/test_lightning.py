@@ -1,5 +1,7 @@
 """Lightning's Trainer with token labels: fit, mix, validate, save, resume."""
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -69,3 +71,28 @@ def test_fit_validate_and_back_into_the_bare_model(tmp_path: Path) -> None:
     assert again.global_step == 6
     (found,) = run.validate(one, train, verbose=False)
     assert found["val_loss"] > 0, "records have classes too"
+
+
+SCRIPT = """
+import warnings; warnings.simplefilter("ignore")
+import lightning, torch
+from torch.utils.data import DataLoader, TensorDataset
+from tokenlabel.supervise.lightning import TokenLabelModule
+
+module = TokenLabelModule(torch.nn.Identity(), None)
+classes = torch.arange(8) % 2  # shown to two processes in turn
+loader = DataLoader(TensorDataset(torch.eye(2)[torch.zeros(8).long()], classes), batch_size=4)
+run = lightning.Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False,
+    enable_checkpointing=False, enable_model_summary=False,
+)
+(found,) = run.validate(module, loader, verbose=False)
+assert found["val_acc"] == 0.5, found
+"""
+
+
+def test_validation_is_that_of_all_processes(tmp_path: Path) -> None:
+    """One of two sees class 0 alone, the other class 1: neither half is the accuracy."""
+    (tmp_path / "run.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

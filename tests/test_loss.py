@@ -278,6 +278,19 @@ def test_compiles_as_one_graph(backend: str, kind: str) -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_compiles_for_batches_that_zoom_differently() -> None:
+    """A record's reach, a float, decides how many cells a window has."""
+    labels, inputs, loss = made_up(B), logits(), TokenLabelLoss()
+    compiled = torch.compile(copy.deepcopy(loss), backend="eager", fullgraph=True)
+    reaches = set()
+    for zoom in (1.0, 0.5, 0.3, 0.8):
+        matrix = torch.tensor([zoom, zoom, 1.0]).diag().expand(B, 3, 3)
+        nearer = labels.follow(matrix, canvas_size=(32, 32))
+        reaches.add(nearer.record_layout.reach)
+        torch.testing.assert_close(compiled(*inputs, nearer), loss(*inputs, nearer))
+    assert len(reaches) > 2
+
+
 def test_ends_in_nothing_learned_at_the_target() -> None:
     """Cross entropy is least, and its gradient 0, where the student says what the teacher says."""
     labels = made_up(B)

@@ -18,7 +18,13 @@ from torchvision.transforms import v2
 
 from tests.jobs import config
 from tokenlabel.annotate import annotate
-from tokenlabel.dataset import LabelStore, TokenLabelDataset, TokenLabels, aligned
+from tokenlabel.dataset import (
+    LabelStore,
+    TokenLabelDataset,
+    TokenLabels,
+    aligned,
+    validation_dataset,
+)
 from tokenlabel.errors import MissingMapError
 
 CAFE = "caf\u00e9"
@@ -65,6 +71,30 @@ def test_numbers_of_folders_never_meet_the_teachers_classes_unasked(own, own_lab
     assert [int(row.label) for _, row in without.__getitems__([0, 3, 5])] == [-1] * 3
     asked = TokenLabelDataset(own / "train", own_labels, label_source="maps")
     assert [int(row.label) for _, row in asked.__getitems__([0, 3, 5])] == [0, 1, 2]
+
+
+def test_validation_never_takes_numbers_of_folders_for_classes(own, own_labels, sample, wordnet):
+    with pytest.raises(ValueError, match="must be classes of the teacher"):
+        validation_dataset(own / "train", own_labels)
+    store = LabelStore(wordnet)
+    folder = sorted(path.name for path in (sample / "val").iterdir())[0]
+    store.classes = [folder, *store.classes[1:]]  # of two classes, as ImageNet's "crane"
+    with pytest.raises(ValueError, match=rf"each folder must be a class of .*'{folder}' is none"):
+        validation_dataset(sample / "val", store)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_folder_in_either_unicode_form_has_its_class(own, own_labels, tmp_path, form):
+    store = LabelStore(own_labels)
+    store.attrs["label_space"] = "teacher"  # as by a teacher of these three
+    folder = tmp_path / unicodedata.normalize(form, CAFE)
+    shutil.copytree(own / "train" / CAFE, folder)
+    assert validation_dataset(tmp_path, store).targets == [1, 1]
+    (tmp_path / folder / "new.jpg").write_bytes(next(folder.iterdir()).read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one has no map
+        dataset = TokenLabelDataset(tmp_path, store, missing="ignore", transform=TO_TENSOR)
+        assert {int(row.label) for _, row in dataset.__getitems__([0, 1, 2])} == {1}
 
 
 def test_class_to_idx_is_compared_at_once(sample, wordnet):

@@ -230,6 +230,30 @@ def test_what_no_map_can_follow_is_named():
             PIL.Image.new("RGB", (30, 20)), label_map(CELLS, (20, 30))
         )
 
+    with pytest.raises(TypeError, match=r"RandomMixUpV2, which mixes images\. Remedy: "):
+        Kornia(K.AugmentationSequential(K.RandomMixUpV2(p=1)))
+
+
+def test_both_are_steps_of_a_pipeline_of_v2():
+    flips = [K.RandomHorizontalFlip(p=1), A.Compose([A.VerticalFlip(p=1)])]
+    flips += [Kornia(flips[0]), Albumentations(flips[1])]
+    image, leaf = PIL.Image.new("RGB", (64, 40)), label_map(CELLS, (40, 64))
+    _, after = aligned(v2.Compose([v2.CenterCrop(32), *flips]))(image, leaf)
+    assert after.path.matrix == pytest.approx(F.center_crop(leaf, 32).path.matrix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_halves_and_autocast_lose_no_label(dtype):
+    labels = torch.stack([TokenLabels.of(label_map(CELLS, (64, 64)), (4, 4))] * 3)
+    augment = Kornia(K.RandomAffine(20.0, p=1))
+    torch.manual_seed(0)
+    _, expected = augment(torch.rand(3, 3, 64, 64), labels)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        images, after = augment(torch.rand(3, 3, 64, 64).to(dtype), labels)
+    assert images.dtype == dtype
+    assert torch.equal(after, expected) and expected.targets().weight.mean() > 0.8
+
 
 def test_workers_draw_numbers_of_their_own():
     pipeline = Albumentations(A.Compose([A.RandomCrop(8, 8)], seed=1))

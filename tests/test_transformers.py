@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from tests.records import made_up
-from tokenlabel.supervise import MixUpOrCutMix, TokenStudent, load_backbone
+from tokenlabel.supervise import LVViT, MixUpOrCutMix, TokenStudent, load_backbone
 from tokenlabel.supervise.transformers import TokenLabelTrainer
 
 CLASSES, IMAGES = 30, 12
@@ -109,6 +109,16 @@ def test_a_bare_model_becomes_a_student_and_is_saved_with_its_processor(tmp_path
     images = Rows("classes").images
     final = ViTForImageClassification.from_pretrained(tmp_path).eval()
     assert torch.equal(final(images).logits, one.model.eval()(images))
+
+
+def test_lvvit_trains_and_no_column_is_taken_away(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)  # where Trainer writes without arguments
+    arguments = TrainingArguments("out", max_steps=1, report_to=[], use_cpu=True)
+    net = LVViT(width=32, depth=2, heads=2, image_size=32, num_classes=CLASSES)
+    for given in (arguments, None):
+        one = TokenLabelTrainer(net, given, train_dataset=Rows("records"))
+        assert not one.args.remove_unused_columns
+    assert TokenLabelTrainer(net, arguments, train_dataset=Rows("records")).train().global_step == 1
 
 
 def test_resuming_gives_the_run_that_was_not_stopped(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def footprints(records: Records, grid: Grid) -> tuple[Footprints, Tensor]:
     # A cell's hat is two cells wide, so a patch that spans d cells meets at most ceil(d) + 2 hats.
     across_x, down_x, across_y, down_y = layout.reach
     across, down = across_x / grid[1] + across_y / grid[0], down_x / grid[1] + down_y / grid[0]
-    size = min(rows, int(down - 1e-4) + 3), min(columns, int(across - 1e-4) + 3)
+    size = _hats(down, rows), _hats(across, columns)
     found = _integrated(records, grid, size)
     if layout.tilted:
         found = _chosen(records.has(TILTED), _sampled(records, grid, size), found)
@@ -49,6 +49,15 @@ def footprints(records: Records, grid: Grid) -> tuple[Footprints, Tensor]:
     offsets = (offsets + torch.arange(size[1], device=there.device)).flatten()
     window = torch.where(there[..., None], found.window, 0.0)
     return Footprints(found.origin, window, torch.where(there, found.weight, 0.0)), offsets
+
+
+def _hats(span: float, cells: int) -> int:
+    """How many hats a patch that spans so many cells meets at most, of `cells`."""
+    # Counted: torch.compile compares floats that change with the batch, but makes no sizes of them.
+    count = min(3, cells)
+    while count < cells and count - 2 <= span - 1e-4:
+        count += 1
+    return count
 
 
 def _chosen(which: Tensor, one: Footprints, other: Footprints) -> Footprints:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import PIL.Image
+from torch import Tensor, nn
 from torchvision import transforms as v1
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -25,7 +26,7 @@ _NEST = frozenset("Compose RandomApply RandomChoice RandomOrder".split())
 _AUTO_AUGMENT = frozenset("AutoAugment RandAugment TrivialAugmentWide".split())
 #: Used as they are, on the image alone.
 _IMAGE_ONLY = frozenset(
-    "ToTensor PILToTensor ToPILImage ConvertImageDtype Normalize LinearTransformation ColorJitter "
+    "PILToTensor ToPILImage ConvertImageDtype Normalize LinearTransformation ColorJitter "
     "Grayscale RandomGrayscale GaussianBlur RandomInvert RandomPosterize RandomSolarize "
     "RandomAdjustSharpness RandomAutocontrast RandomEqualize RandomErasing".split()
 )
@@ -79,8 +80,8 @@ def aligned(transform: Any) -> Any:
     Each transform of `torchvision.transforms` (not v2) and of `timm.data` that moves pixels becomes
     its counterpart in v2, which draws from the same distribution; each that changes colours only
     runs as it is. albumentations' `Compose` and kornia's augmentations become `Albumentations` and
-    `Kornia`. Pipelines of v2 and functions of (image, map) are returned as they are, but for such
-    transforms in a `v2.Compose`, and those of v2 that take no map, such as its `RandAugment`. An
+    `Kornia`, also as steps of a `v2.Compose`. Pipelines of v2 and functions of (image, map) are
+    returned as they are, but for those of v2 that take no map, such as its `RandAugment`. An
     object that only runs a pipeline, as the presets of torchvision's training scripts, is that
     pipeline. `TokenLabelDataset` does this to its `transform`.
 
@@ -95,7 +96,7 @@ def aligned(transform: Any) -> Any:
         if all(new is old for new, old in zip(steps, transform.transforms, strict=True)):
             return transform
         return _rebuilt(transform, type(transform), steps)
-    if isinstance(transform, list | tuple):
+    if isinstance(transform, list | tuple) or type(transform) is nn.Sequential:
         return v2.Compose([_step(step) for step in transform])
     if isinstance(transform, v2.Transform):
         name = type(transform).__name__
@@ -112,7 +113,7 @@ def aligned(transform: Any) -> Any:
         return Kornia(transform)
     if module.startswith(("timm.", "torchvision.transforms.")):
         return _step(transform)
-    if transform is not None and _takes_one(transform):
+    if transform is not None and _takes(transform, 1) and not _takes(transform, 2):
         call = getattr(type(transform).__call__, "__code__", None)
         if call and call.co_code == _preset.__code__.co_code:
             return aligned(getattr(transform, call.co_names[0]))
@@ -128,25 +129,22 @@ def _preset(self: Any, image: Any) -> Any:
     return self.transforms(image)
 
 
-def _takes_one(function: Any) -> bool:
-    """Whether a callable has no place for a second argument."""
+def _takes(function: Any, count: int) -> bool:
+    """Whether a callable has places for so many arguments and needs no more."""
+    function = function.forward if isinstance(function, nn.Module) else function
     try:
-        signature = inspect.signature(function)
-        signature.bind(None)
-    except (TypeError, ValueError):  # it is of another kind, or does not say
+        inspect.signature(function).bind(*[None] * count)
+    except (TypeError, ValueError):  # the second: it does not say
         return False
-    try:
-        signature.bind(None, None)
-    except TypeError:
-        return True
-    return False
+    return True
 
 
 def _step(op: Any) -> Any:
     """A transform of one image that takes an image and its map."""
-    if isinstance(op, v2.Transform):
+    name, module = type(op).__name__, type(op).__module__
+    is_adapter = isinstance(op, v2.Transform | Albumentations | Kornia)
+    if is_adapter or module.startswith(("albumentations.", "kornia.")):
         return aligned(op)
-    name = type(op).__name__
     if type(op) is getattr(v1, name, None):
         if name in _NEST:
             return _rebuilt(op, getattr(v2, name), [_step(step) for step in op.transforms])
@@ -154,9 +152,11 @@ def _step(op: Any) -> Any:
             return _rebuilt(op, getattr(v2, name))
         if name in _AUTO_AUGMENT:
             return _rebuilt(op, getattr(augment, name))
+        if name == "ToTensor":
+            return ImageOnly(_to_tensor)
         if name in _IMAGE_ONLY:
             return ImageOnly(op)
-    if type(op).__module__.startswith("timm.data."):
+    if module.startswith("timm.data."):
         if name == "RandomResizedCropAndInterpolation":
             modes = op.interpolation
             modes = modes if isinstance(modes, Sequence) else (modes,)
@@ -168,12 +168,21 @@ def _step(op: Any) -> Any:
             return ImageOnly(v1.PILToTensor())
         if name in _TIMM_IMAGE_ONLY:
             return ImageOnly(op)
+    if _takes(op, 2) and not _takes(op, 1):  # the image and its map
+        return op
     raise TypeError(
         f"a label map must follow each transform of its image; it cannot follow {_name(op)}. "
         "Remedy: if it moves no pixel (colours, blur, noise), wrap it, "
         "tokenlabel.ImageOnly(transform); otherwise use train_transform(), or the classes of "
         "torchvision.transforms.v2"
     )
+
+
+def _to_tensor(image: Any) -> Tensor:
+    """v1's `ToTensor`, which refuses the tensor that a NumPy image has become."""
+    array = image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else image
+    tensor: Tensor = v1.functional.to_tensor(array)
+    return tensor
 
 
 def _rebuilt(op: Any, kind: type, steps: list[Any] | None = None) -> Any:

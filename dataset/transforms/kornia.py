@@ -26,6 +26,9 @@ class Kornia(nn.Module):
 
     Args:
         augmentation: a module of `kornia.augmentation`, or an `nn.Sequential` of them; copied.
+
+    Raises:
+        TypeError: it mixes images.
     """
 
     def __init__(self, augmentation: nn.Module) -> None:
@@ -40,6 +43,11 @@ class Kornia(nn.Module):
             keys.DataKey.MASK: {"resample": keys.Resample.BILINEAR, "align_corners": None}
         }
         for step in copied.modules():
+            if isinstance(step, kornia.MixAugmentationBaseV2):
+                raise TypeError(
+                    f"no label map can follow kornia's {type(step).__name__}, which mixes images. "
+                    "Remedy: leave it out; mix after it, with tokenlabel.MixUpOrCutMix"
+                )
             if isinstance(step, kornia.IntensityAugmentationBase2D):
                 step.apply_transform_mask = _untouched
         self.augmentation = copied
@@ -49,7 +57,8 @@ class Kornia(nn.Module):
 
         Args:
             images: [C, h, w] or Pillow's with a `TokenLabelMap`, or [B, C, h, w] with
-                `TokenLabels`; integers are brought to floats in [0, 1].
+                `TokenLabels`; integers are brought to floats in [0, 1]. Halves are moved in
+                float32, also under autocast, or coordinates would be too coarse.
             labels: those of the images, on the same device.
 
         Raises:
@@ -57,11 +66,17 @@ class Kornia(nn.Module):
         """
         if not isinstance(images, Tensor) or not images.is_floating_point():
             images = F.to_dtype(F.to_image(images), torch.float32, scale=True)
-        images = images.as_subclass(Tensor)
+        with torch.autocast(images.device.type, enabled=False):
+            wide = torch.promote_types(images.dtype, torch.float32)
+            moved, labels = self._moved(images.as_subclass(Tensor).to(wide), labels)
+        moved = moved.to(images.dtype)
+        return moved if labels is None else (moved, labels)
+
+    def _moved(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
         batch = images[None] if images.ndim == 3 else images
         if labels is None:
             moved = self.augmentation(batch, data_keys=["input"])
-            return moved[0] if images.ndim == 3 else moved
+            return moved[0] if images.ndim == 3 else moved, None
         height, width = images.shape[-2:]
         where = coordinates(height, width).to(images.device).expand(len(batch), -1, -1, -1)
         moved, where = self.augmentation(batch, where, data_keys=["input", "mask"])
