@@ -1,8 +1,9 @@
 """Command line of tokenlabel: `python cli.py COMMAND` or `tokenlabel COMMAND`.
 
-Parses, calls, prints; the work is done in tokenlabel.annotate and tokenlabel.inspection, which has
-its commands in a cli.py of its own. Exit status 0: done; 1: done with too many errors, or a check
-failed; 2: wrong usage or configuration; 130: stopped by Ctrl-C or SIGTERM.
+Parses, calls, prints; the work is done in tokenlabel.annotate, tokenlabel.published and
+tokenlabel.inspection, which has its commands in a cli.py of its own. Exit status 0: done; 1: done
+with too many errors, or a check failed; 2: wrong usage or configuration; 130: stopped by Ctrl-C or
+SIGTERM.
 """
 
 import importlib.util
@@ -205,46 +206,51 @@ def _stop_on_signals() -> Iterator[threading.Event]:
         sys.unraisablehook = report
 
 
-@main.command("import-labels")
-@click.argument("labels", type=click.Path(path_type=Path))
-@click.option(
-    "--images",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder of the split's images, such as /path/to/imagenet/train.",
-)
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the new split."
-)
-@click.option(
-    "--geometry",
-    default="detect",
-    metavar="NAME",
-    help="What the teacher of the set was shown. centre:SIZE:CROP_PCT: the centre crop; squash: "
-    "all of the image; whole: taken for that, as the published code takes it; detect: whichever "
-    "of the first two fits a teacher better. SIZE and :CROP_PCT may be left out: 32 times the "
-    "grid's side, and 1. [detect]",
-)
-@click.option(
-    "--rest",
-    type=click.Choice(["zeros", "none"]),
-    default="zeros",
-    help="Logits of the classes that the set leaves out. zeros: 0, as the published code has it; "
-    "none: these classes get no probability. [zeros]",
-)
-@click.option("--num-classes", type=click.IntRange(1), default=1000, help="Of the set. [1000]")
-@click.option("--class-names", help="File of the classes' names, as in annotate. [ImageNet's]")
-@click.option(
-    "--numbering",
-    type=click.Choice(["auto", "names", "numeric", "string", "natural", "folders"]),
-    default="auto",
-    help="As in annotate. [auto]",
-)
-@click.option("--shard-size", type=click.IntRange(1), default=4096, help="As in annotate. [4096]")
-@click.option("--max-errors", type=click.FLOAT, default=0.01, help="As in annotate. [0.01]")
-@click.option("--check", type=click.IntRange(1), default=48, help="Images for detect. [48]")
-@click.option(
-    "--config", metavar="FILE", help="Teacher for detect, as in annotate. [annotate's default]"
+@main.command(
+    "import-labels",
+    params=[
+        click.Argument(["labels"], type=click.Path(path_type=Path)),
+        click.Option(
+            ["--images"],
+            required=True,
+            type=click.Path(path_type=Path),
+            help="Folder of the split's images, such as /path/to/imagenet/train.",
+        ),
+        click.Option(
+            ["--out"],
+            required=True,
+            type=click.Path(path_type=Path),
+            help="Folder of the new split.",
+        ),
+        click.Option(
+            ["--geometry"],
+            default="detect",
+            metavar="NAME",
+            help="What the teacher of the set was shown. centre:SIZE:CROP_PCT: the centre crop; "
+            "squash: all of the image; whole: taken for that, as the published code takes it; "
+            "detect: whichever of the first two fits a teacher better. SIZE and :CROP_PCT may be "
+            "left out: 32 times the grid's side, and 1. [detect]",
+        ),
+        click.Option(
+            ["--rest"],
+            type=click.Choice(["zeros", "none"]),
+            default="zeros",
+            help="Logits of the classes that the set leaves out. zeros: 0, as the published code "
+            "has it; none: these classes get no probability. [zeros]",
+        ),
+        click.Option(
+            ["--num-classes"],
+            type=click.IntRange(1),
+            default=1000,
+            help="Classes of the set's teacher. [1000]",
+        ),
+        click.Option(["--check"], type=click.IntRange(1), help="Images for detect. [48]"),
+        click.Option(["--config"], metavar="FILE", help="Teacher for detect, as in annotate."),
+        *(
+            _option(name, AnnotateConfig.model_fields[name])
+            for name in ("class_names", "numbering", "shard_size", "max_errors")
+        ),
+    ],
 )
 def import_labels(
     labels: Path,
@@ -252,7 +258,7 @@ def import_labels(
     out: Path,
     geometry: str,
     rest: str,
-    check: int,
+    check: int | None,
     config: str | None,
     **options: Any,
 ) -> None:
@@ -268,11 +274,14 @@ def import_labels(
     """
     from tokenlabel.published.importer import import_labels as run
 
+    if geometry != "detect" and (check or config):
+        raise click.UsageError("--check and --config are for --geometry detect: leave them out")
     folder = out.absolute()
-    settings = load_config(None, {"out": str(folder.parent), "split": folder.name, **options})
-    chosen: dict[str, Any] = {"geometry": geometry, "rest": rest, "check": check}
-    if geometry == "detect":
-        chosen["teacher"] = load_config(config)
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = load_config(None, {"out": str(folder.parent), "split": folder.name, **given})
+    chosen: dict[str, Any] = {"geometry": geometry, "rest": rest, "teacher": load_config(config)}
+    if check:
+        chosen["check"] = check
     job = partial(run, labels, images, settings, **chosen)
     _run(job, str(out), "tokenlabel.published.importer")
 

@@ -40,6 +40,7 @@ from torchvision.transforms import v2
 import tokenlabel as tl
 
 sys.path.insert(0, str(Path(__file__).parent))
+from checkpoints import refuse_other_run, save
 from options import LVVIT, arguments
 
 
@@ -152,16 +153,6 @@ def top1(model: nn.Module, loader: DataLoader[Any], device: torch.device) -> flo
     return (counts[0] / counts[1]).item()
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint; a crash leaves the old one or the new one, never half of one."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def write_log(args: argparse.Namespace, history: list[dict[str, float]]) -> None:
     """Rewrite log.csv, so that a resumed run has no row twice."""
     temporary = args.out / "log.tmp"
@@ -177,20 +168,6 @@ def settings(args: argparse.Namespace, world: int) -> dict[str, str]:
     free = ("out", "data", "workers", "recipe")
     decisive = {name: str(value) for name, value in vars(args).items() if name not in free}
     return {**decisive, "processes": str(world)}
-
-
-def refuse_other_run(path: Path, saved: dict[str, str], asked: dict[str, str]) -> None:
-    """Raise if a checkpoint is of a run with other settings."""
-    changed = [
-        f"{name}: {saved.get(name)} then, {value} now"
-        for name, value in asked.items()
-        if saved.get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{path} is of a run with other settings ({'; '.join(changed)}). "
-            "Remedy: another --out, or delete it"
-        )
 
 
 def train(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:

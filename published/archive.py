@@ -29,7 +29,7 @@ _END_64 = struct.Struct("<4s28xQQQ")
 _LOCATOR = struct.Struct("<4s4xQ4x")
 _ENTRY = struct.Struct("<4s4xHH4xIIIHHH8xI")
 _LOCAL = struct.Struct("<4s22xHH")
-_FULL_32, _FULL_16 = 0xFFFFFFFF, 0xFFFF
+_FULL_32, _MOST_COMMENT = 0xFFFFFFFF, 0xFFFF
 
 
 class _Member(NamedTuple):
@@ -52,7 +52,7 @@ class LabelFiles:
     """The label files of a set, found by the names of the images.
 
         with LabelFiles(Path("label_top5_train_nfnet.zip")) as files:
-            row = files.find(["n01440764/n01440764_10026.JPEG"])[0]
+            row = files.find(hash_stems(["n01440764/n01440764_10026.JPEG"]))[0]
             data = files.read(row)
 
     A label's file is called like its image up to the first dot, and lies in a folder of the same
@@ -236,7 +236,7 @@ def _tar_members(file: IO[bytes]) -> Iterator[_Member]:
 def _zip_members(file: IO[bytes]) -> Iterator[_Member]:
     """By the directory of the archive. `zipfile` needs 700 bytes of memory for each entry."""
     size = file.seek(0, os.SEEK_END)
-    tail_start = max(size - _END.size - _FULL_16, 0)
+    tail_start = max(size - _END.size - _MOST_COMMENT, 0)
     file.seek(tail_start)
     tail = file.read()
     if (at := tail.rfind(b"PK\5\6")) < 0:

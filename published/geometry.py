@@ -13,8 +13,7 @@ from ..errors import ConfigError
 #: Pixels of the teachers' input for one cell.
 _STRIDE = 32
 _NEIGHBOURS = 9
-#: Names of the geometries that a user may state; `centre` takes :SIZE and :CROP_PCT behind it.
-NAMES = ("centre", "squash", "whole", "detect")
+_NAMES = ("centre", "squash", "whole", "detect")
 
 
 class Geometry(NamedTuple):
@@ -67,7 +66,7 @@ def parse_geometry(text: str, grid: tuple[int, int]) -> tuple[Geometry, ...]:
     try:
         size = int(numbers[0]) if numbers else _STRIDE * grid[0]
         crop_pct = float(numbers[1]) if len(numbers) > 1 else 1.0
-        is_known = name in NAMES and len(numbers) <= 2 and (name == "centre" or not numbers)
+        is_known = name in _NAMES and len(numbers) <= 2 and (name == "centre" or not numbers)
         if not is_known or size < 1 or not 0 < crop_pct <= 1:
             raise ValueError
     except ValueError:

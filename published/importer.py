@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,35 +11,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ..annotate.classes import chosen_names, sampled_keys
 from ..annotate.config import AnnotateConfig
-from ..annotate.images import (
-    DecodedBatch,
-    exif_orientation,
-    failed_batch,
-    file_digest,
-)
+from ..annotate.images import DecodedBatch, exif_orientation, failed_batch, file_digest
 from ..annotate.output import explained_errors, finish, no_temporary_files, sums_of_written
 from ..annotate.plan import Identity, Plan, check_classes, make_plan, split_manifest, unfinished
 from ..annotate.report import Report, Tally, count_maps
 from ..dataset.format.lock import folder_lock
 from ..dataset.format.manifest import Manifest, shard_rows
-from ..dataset.format.score_map import MapLayout, decode
 from ..dataset.format.shard import shard_name, write_shard
 from ..dataset.format.sums import file_sha256
 from ..dataset.label_map.path import UNIT_BOX
 from ..dataset.sources.decode import decode_image, opened_image
 from ..dataset.sources.folder import open_source
 from ..dataset.sources.image_source import ImageSource
-from ..errors import ConfigError, FormatError, ImageError
+from ..errors import ConfigError, ImageError
 from .archive import LabelFiles, hash_stem, hash_stems
 from .geometry import Geometry, agreement, clearly_better, parse_geometry
-from .label_file import encode_labels, exact_classes, parse
+from .label_set import LabelSet
 
 #: What stands for the logits of the classes that a file leaves out.
-RESTS = ("zeros", "none")
+_RESTS = ("zeros", "none")
 _BLOCK = 256  # images in memory at once
 _LISTED = 6
 
@@ -88,16 +80,16 @@ def import_labels(
         FormatError: the set is damaged, or a file breaks a rule.
         OutputError: the folder cannot be written, holds another run's shards (FingerprintError)
             or is locked by another job (LockedError).
-        JobError: storage failed.
+        JobError: storage failed; StorageError where that is the images' storage.
     """
     begin = time.monotonic()
     images, folder = images.absolute(), options.folder.absolute()
     source = open_source(images.parent, images.name)
-    if rest not in RESTS:
-        raise ConfigError(f"rest must be one of {', '.join(RESTS)}, got {rest!r}")
+    if rest not in _RESTS:
+        raise ConfigError(f"rest must be one of {', '.join(_RESTS)}, got {rest!r}")
     with LabelFiles(labels) as files:
-        work = _Import(files, source, options.num_classes or 1000, rest)
-        geometries = parse_geometry(geometry, work.layout.grid)
+        set_ = LabelSet(files, options.num_classes or 1000, rest)
+        work, geometries = _Import(set_, source), parse_geometry(geometry, set_.layout.grid)
         with folder_lock(folder) as run, explained_errors(), no_temporary_files(folder):
             identity = work.identity(options)
             manifest, numbering = split_manifest(options, source, identity)
@@ -110,15 +102,15 @@ def import_labels(
                 preprocessing={"resize": str(found), "rest": rest},
                 origins={"resize": origin},
             )
-            given = {"k": work.layout.k, "step": 0.0, "floor": 0.0, "residual": 0}
+            given = {"k": set_.layout.k, "step": 0.0, "floor": 0.0, "residual": 0}
             options = options.model_copy(update=given)
             plan = make_plan(options, run, manifest, identity)
             todo, tally = unfinished(plan), Tally()
             if numbering and len(todo) == plan.shards:
                 tally.class_fits = check_classes(
-                    options, manifest, numbering, identity, work.top_classes
+                    options, manifest, numbering, identity, set_.top_classes
                 )
-            _log.info("%s", work.described_rest)
+            _log.info("%s", set_.described_rest)
             total = sum(len(shard_rows(plan.rows, plan.shard_size, shard)) for shard in todo)
 
             def watch(rows: int, errors: int) -> None:
@@ -135,43 +127,23 @@ def import_labels(
 class _Import:
     """A label set beside its images."""
 
-    def __init__(self, files: LabelFiles, source: ImageSource, num_classes: int, rest: str) -> None:
-        self._files, self._source = files, source
-        first = self._parse(0, f"{files.path}: its first file")
-        _, k, height, width = self._shape = first.shape
-        self._dtype, limit = first.dtype, exact_classes(first.dtype)
-        if num_classes > limit:
-            raise ConfigError(
-                f"class ids must be exact: {files.path} stores them as {first.dtype}, which holds "
-                f"whole numbers up to {limit} only, and the classes are {num_classes}. Remedy: "
-                "another set, for this one has lost the ids above; or correct --num-classes"
-            )
-        if k > num_classes:
-            raise ConfigError(
-                f"num_classes must be at least the {k} classes of a patch that {files.path} has, "
-                f"got {num_classes}. Remedy: correct --num-classes"
-            )
-        self.layout = MapLayout(("identity",), (height, width), k, num_classes, 0, 0.0)
-        others = num_classes - k if rest == "zeros" else 0
-        self._absent = math.log(others) if others else -math.inf
-        self.described_rest = f"the {num_classes - k} classes that a patch leaves out have " + (
-            f"logit 0 each, log-sum-exp {self._absent:.2f}" if others else "no probability"
-        )
+    def __init__(self, labels: LabelSet, source: ImageSource) -> None:
+        self._labels, self._source = labels, source
 
     def identity(self, options: AnnotateConfig) -> Identity:
         """What stands for the teacher, of which the set says nothing."""
         from ..annotate.teacher.identity import libraries  # imports timm
         from ..annotate.teacher.timm_teacher import imagenet_names
 
-        names = imagenet_names(self.layout.num_classes)
+        names = imagenet_names(self._labels.layout.num_classes)
         return Identity(
             model="imported",
-            weights_digest=self._files.digest,
+            weights_digest=self._labels.files.digest,
             preprocessing={},
-            grid=self.layout.grid,
-            num_classes=self.layout.num_classes,
+            grid=self._labels.layout.grid,
+            num_classes=self._labels.layout.num_classes,
             class_names=chosen_names(
-                options.class_names, names, self.layout.num_classes, "ImageNet"
+                options.class_names, names, self._labels.layout.num_classes, "ImageNet"
             ),
             device="cpu",
             head_mode="imported",
@@ -187,7 +159,7 @@ class _Import:
         Raises:
             ConfigError: two images have the same one, or none has any.
         """
-        self._manifest = manifest
+        self._manifest, files = manifest, self._labels.files
         count = len(manifest.keys)
         stems = hash_stems(manifest.keys)
         order = stems.argsort(kind="stable")
@@ -200,26 +172,19 @@ class _Import:
                 f"{len(twice)} names stand for several: {', '.join(islice(names, _LISTED))} … "
                 "Remedy: move all but the right one out of the split"
             )
-        self._rows = self._files.find(stems)
+        self._rows = files.find(stems)
         there = int((self._rows >= 0).sum())
         if not there:
             raise ConfigError(
-                f"{self._files.path} has {len(self._files)} labels, and none is of an image of "
-                f"{self._source}, such as {manifest.keys[0]!r}. Remedy: check both paths; labels "
+                f"{files.path} has {len(files)} labels, and none is of an image of {self._source}, "
+                f"such as {manifest.keys[0]!r}. Remedy: check both paths; labels "
                 "lie in CLASS/NAME.pt, images in CLASS/NAME.EXTENSION"
             )
-        if unused := len(self._files) - there:
-            _log.warning("%d labels of %s are of no image here", unused, self._files.path)
+        if unused := len(files) - there:
+            _log.warning("%d labels of %s are of no image here", unused, files.path)
         if missing := count - there:
             first = manifest.keys[int((self._rows < 0).argmax())]
             _log.warning("%d images have no label, the first is %s", missing, ascii(first))
-
-    def top_classes(self, keys: Sequence[str]) -> list[int]:
-        """The class with most probability over the map of each image; -1 where it has no label."""
-        rows = self._find(keys)
-        top = _top5(self._planes(rows, keys), self.layout)[:, 0]
-        answers: list[int] = np.where(rows >= 0, top, -1).tolist()
-        return answers
 
     def detect(
         self, geometries: Sequence[Geometry], config: AnnotateConfig | None, count: int
@@ -237,21 +202,24 @@ class _Import:
         # A teacher sees most of what the set's saw at the same size.
         config = (config or AnnotateConfig()).model_copy(update={"input_size": geometries[0].size})
         teacher = build_teacher(config)
-        if teacher.num_classes != self.layout.num_classes:
+        classes = self._labels.layout.num_classes
+        if teacher.num_classes != classes:
             raise ConfigError(
                 f"the teacher that finds the geometry must have the set's classes; {teacher.name} "
-                f"has {teacher.num_classes}, not {self.layout.num_classes}. Remedy: another "
+                f"has {teacher.num_classes}, not {classes}. Remedy: another "
                 "--config, or name the geometry"
             )
         only, seen, keys = np.zeros(2, int), 0, sampled_keys(self._manifest, count)
         ((height, width),) = teacher.input_sizes
         resample = Image.Resampling[teacher.interpolation.upper()]
-        for key, row, data in zip(keys, self._find(keys), self._source.read(keys), strict=True):
+        for key, row, data in zip(
+            keys, self._labels.find(keys), self._source.read(keys), strict=True
+        ):
             if row < 0 or isinstance(data, ImageError):
                 continue
             with suppress(ImageError):
                 image = decode_image(data)
-                best = self._planes(np.array([row]), [key])["classes"][0, 0, 0]
+                best = self._labels.planes(np.array([row]), [key])["classes"][0, 0, 0]
                 shown = []
                 for geometry in geometries:
                     box = np.multiply(geometry.extent(*image.size), image.size * 2).tolist()
@@ -262,14 +230,14 @@ class _Import:
                 seen += 1
         text = " and ".join(f"{n} by {one} alone" for n, one in zip(only, geometries, strict=True))
         text = f"of {seen} images, the teacher agrees with {text} on the best class of patches"
-        if (found := clearly_better(only.tolist())) is None:
+        if (better := clearly_better(only.tolist())) is None:
             raise ConfigError(
                 f"geometry detect cannot tell what the set's teacher was shown: {text} (of square "
                 "images it was the same). Remedy: name the geometry, more images with --check, or "
                 "a better teacher with --config"
             )
-        _log.info("geometry %s: %s", geometries[found], text)
-        return geometries[found], text
+        _log.info("geometry %s: %s", geometries[better], text)
+        return geometries[better], text
 
     def write(
         self, plan: Plan, shard: int, geometry: Geometry, watch: Callable[[int, int], None]
@@ -294,7 +262,7 @@ class _Import:
                 part = slice(start, start + _BLOCK)
                 errors = facts.errors[part]
                 good = np.array([not error for error in errors])
-                planes = self._planes(np.where(good, found[part], -1), keys[part])
+                planes = self._labels.planes(np.where(good, found[part], -1), keys[part])
                 writer.append(
                     planes,
                     facts.sizes[part],
@@ -303,14 +271,11 @@ class _Import:
                     facts.orientations[part],
                     errors,
                 )
-                top5 = _top5(planes, self.layout)
-                count_maps(counts, known[part], good, planes["codes"], top5, self.layout)
+                top5 = self._labels.top5(planes)
+                count_maps(counts, known[part], good, planes["codes"], top5, self._labels.layout)
                 watch(len(errors), int((~good).sum()))
             writer.attrs |= counts
         return file_sha256(path)
-
-    def _find(self, keys: Sequence[str]) -> np.ndarray:
-        return self._files.find(hash_stems(keys))
 
     def _facts(self, keys: Sequence[str], found: np.ndarray) -> DecodedBatch:
         """What is stored of these images themselves; only their headers are decoded."""
@@ -328,42 +293,3 @@ class _Import:
             except ImageError as error:
                 facts.errors[i] = str(error)
         return facts
-
-    def _planes(self, rows: np.ndarray, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        """The planes of labels by their rows in the set; zeros where the row is -1."""
-        there = np.flatnonzero(rows >= 0).tolist()
-        planes = {
-            name: np.zeros((len(rows), *shape), dtype)
-            for name, (dtype, shape) in self.layout.planes().items()
-        }
-        if len(there):
-            names = [f"{self._files.path}: the label of {keys[i]}" for i in there]
-            labels = [self._parse(rows[i], name) for i, name in zip(there, names, strict=True)]
-            encoded = encode_labels(labels, names, self.layout, self._absent)
-            for name, plane in encoded.items():
-                planes[name][there] = plane.numpy()
-        return planes
-
-    def _parse(self, row: int, name: str) -> Tensor:
-        try:
-            label = parse(self._files.read(row))
-            if row and (label.shape, label.dtype) != (self._shape, self._dtype):
-                raise ValueError(
-                    f"it is {label.dtype} {list(label.shape)}, where the first label of the set is "
-                    f"{self._dtype} {list(self._shape)}"
-                )
-            return label
-        except ValueError as error:
-            raise FormatError(
-                f"{name} is damaged, or no label: {error}. Remedy: leave it out of the set, and "
-                "its image gets a row with an error; or download the set again"
-            ) from error
-
-
-def _top5(planes: dict[str, np.ndarray], layout: MapLayout) -> np.ndarray:
-    """The classes with most probability over the whole map, int64 [B, 5 or fewer]."""
-    probs, _ = decode(planes["codes"], layout)
-    count, total = len(probs), layout.num_classes
-    where = planes["classes"].reshape(count, -1) + np.arange(count)[:, None] * total
-    mass = np.bincount(where.ravel(), probs.ravel(), count * total).reshape(count, total)
-    return np.argsort(-mass, kind="stable")[:, :5]

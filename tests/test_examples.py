@@ -16,7 +16,6 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
-from timm.scheduler import CosineLRScheduler
 
 from tests.jobs import environment
 from tests.jobs import run as run_command
@@ -296,71 +295,3 @@ def test_classes_that_no_label_knows_are_refused(data: Path, work: Path, tmp_pat
     given = ["--data", other, "--out", tmp_path / "out", *STUDENT]
     with pytest.raises(SystemExit, match="strange are not"):
         run(SCRIPT, *given, "--labels", work / "labels" / "train")
-
-
-RECIPES = sorted(path.stem for path in (EXAMPLES / "recipes").glob("*.yaml"))
-
-
-def recipe_options(data: Path, recipe: str, *others: object) -> Any:
-    command = [SCRIPT, "--data", data, "--out", "out", "--labels", data, "--recipe", recipe]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(word) for word in (*command, *others)])
-        return load(SCRIPT).arguments("")
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_is_the_published_schedule(recipe: str, data: Path) -> None:
-    args = recipe_options(data, recipe)
-    fine_tuned = recipe.endswith("384")
-    weights = [torch.nn.Parameter(torch.zeros(1))]
-    optimizer, published = (torch.optim.AdamW(weights, lr=args.lr) for _ in range(2))
-    scheduler, epochs = load(SCRIPT).make_scheduler(args, optimizer, 1251)
-    # As timm makes it of the published command's arguments, stepped as the published code does.
-    expected = CosineLRScheduler(
-        published,
-        t_initial=args.epochs,
-        lr_min=5e-6 if fine_tuned else 1e-5,
-        warmup_lr_init=1e-6,
-        warmup_t=5,
-        cycle_limit=1,
-        t_in_epochs=True,
-    )
-    assert epochs == (40 if fine_tuned else 310)
-    assert args.lr == {"lvvit_l": 1e-3}.get(recipe, 5e-6 if fine_tuned else 1.6e-3)
-    for epoch in range(epochs):
-        assert optimizer.param_groups[0]["lr"] == published.param_groups[0]["lr"]
-        scheduler.step_update((epoch + 1) * 1251)
-        expected.step_update((epoch + 1) * 1251)
-        scheduler.step(epoch + 1)
-        expected.step(epoch + 1)
-    assert published.param_groups[0]["lr"] == pytest.approx(expected.lr_min)
-
-
-def test_the_command_line_wins_over_a_recipe(data: Path, tmp_path: Path) -> None:
-    args = recipe_options(data, "lvvit_s", "--lr", 0.5, "--mix-token", 0)
-    assert (args.lr, args.mix_token, args.model, args.crop) == (0.5, 0, "lvvit_s", "last")
-    (tmp_path / "mine.yaml").write_text("lr: 0.25\nlearning-rate: 3\n")
-    with pytest.raises(SystemExit):
-        recipe_options(data, str(tmp_path / "mine.yaml"))
-    with pytest.raises(SystemExit):
-        recipe_options(data, "lvvit_xl")
-
-
-def test_the_published_recipe_trains_and_is_fine_tuned(
-    data: Path, work: Path, tmp_path: Path
-) -> None:
-    common = [
-        *("--data", data, "--labels", work / "labels" / "train", "--precision", "float32"),
-        *("--batch-size", 8, "--workers", 0, "--epochs", 1, "--warmup-epochs", 0),
-        *("--cooldown-epochs", 1, "--model-kwargs", "depth=1", "patch_size=8", "width=32"),
-    ]
-    small = ["--recipe", "lvvit_t", "--size", 32]
-    run(SCRIPT, *common, *small, "--out", tmp_path / "first")
-    first = weights(tmp_path / "first")
-    assert [float(row["lr"]) for row in rows(tmp_path / "first")] == [1.6e-3, 1e-5]
-    larger = ["--recipe", "lvvit_s_384", "--size", 48, "--model", "lvvit_t", "--lr", 0]
-    larger += ["--min-lr", 0, "--weights", tmp_path / "first" / "checkpoint.pt"]
-    run(SCRIPT, *common, *larger, "--out", tmp_path / "second")
-    second = weights(tmp_path / "second")["model"]
-    assert second["pos_embed"].shape[1] == 1 + 6 * 6
-    torch.testing.assert_close(second["head.weight"], first["model"]["head.weight"])

@@ -281,7 +281,7 @@ def repeated() -> Tensor:
 @pytest.mark.parametrize(
     ("one", "message"),
     [
-        (repeated().float(), "the class ids of a cell must be different"),
+        (repeated().float(), f"a cell must be different, one is {label()[1, 0, 3, 4]:g}\\."),
         (broken(1.5), "whole numbers from 0 to 49, one is 1.5"),
         (broken(-1), "whole numbers from 0 to 49, one is -1"),
         (broken(50), "whole numbers from 0 to 49, one is 50"),
@@ -443,5 +443,7 @@ def test_the_command_imports_and_the_others_take_the_split(
     assert "Next: python cli.py inspect-labels" in done
     assert "resize squash" in invoke("inspect-labels", out)
     assert "all is well" in invoke("inspect-labels", out, "--verify", "--images", photographs)
+    given = ["--geometry", "squash", "--config", "sample"]
+    assert "leave them out" in invoke("import-labels", *arguments, *given, code=2)
     wrong = invoke("import-labels", *arguments, "--geometry", "middle", code=2)
     assert "geometry must be" in wrong

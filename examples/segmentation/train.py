@@ -27,6 +27,9 @@ from torchvision.transforms import v2
 
 import tokenlabel as tl
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from checkpoints import refuse_other_run, save
+
 #: Published settings that differ from those of LV-ViT-S.
 OFFICIAL = {"lvvit_m": {"drop_path": 0.2}, "lvvit_l": {"drop_path": 0.5, "width": 512}}
 #: Options that do not decide the result, and those that decide what a checkpoint fits.
@@ -122,23 +125,11 @@ def resumed(path: Path, args: argparse.Namespace) -> dict[str, Any]:
             )
         return {}
     state: dict[str, Any] = torch.load(path, "cpu", weights_only=True)
-    changed = [
-        f"{name}: {state['settings'].get(name)} then, {value} now"
-        for name, value in settings_of(args).items()
-        if state["settings"].get(name) != value and (name in SHAPES or not args.eval_only)
-    ]
-    if changed:
-        raise ValueError(
-            f"{path} is of a run with other settings ({'; '.join(changed)}). "
-            "Remedy: another --out, or delete it"
-        )
+    asked = settings_of(args)
+    if args.eval_only:
+        asked = {name: value for name, value in asked.items() if name in SHAPES}
+    refuse_other_run(path, state["settings"], asked)
     return state
-
-
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint; a crash leaves the old one or the new one, never half of one."""
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
