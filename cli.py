@@ -213,8 +213,8 @@ def _stop_on_signals() -> Iterator[threading.Event]:
         click.Option(
             ["--images"],
             required=True,
-            type=click.Path(path_type=Path),
-            help="Folder of the split's images, such as /path/to/imagenet/train.",
+            help="The split's images: a folder such as /path/to/imagenet/train, or another source "
+            "as annotate takes it in `data`.",
         ),
         click.Option(
             ["--out"],
@@ -254,7 +254,7 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 )
 def import_labels(
     labels: Path,
-    images: Path,
+    images: str,
     out: Path,
     geometry: str,
     rest: str,

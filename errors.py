@@ -76,6 +76,10 @@ class JobError(TokenLabelError):
     """The job ran but did not reach its goal."""
 
 
+class StoreError(JobError):
+    """An object store refuses a request, or fails for longer than retries last."""
+
+
 def output_error(error: BaseException) -> OutputError | None:
     """The error to raise for a failed write that no retry fixes; None for all others."""
     if not isinstance(error, OSError) or error.errno not in _FATAL:

@@ -1,4 +1,4 @@
-"""Ground truth: which class of the teacher each folder of a split is, and its manifest.
+"""Ground truth: which class of the teacher each folder of a split is.
 
 The class of a folder is decided once, when a job starts, and stored with the labels.
 """
@@ -7,18 +7,16 @@ import difflib
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..dataset.format.manifest import Manifest, open_manifest, write_manifest
-from ..dataset.sources.image_source import ImageSource
+from ..dataset.format.manifest import Manifest
 from ..errors import ConfigError, TeacherError
 
-_BLOCK = 8192  # images
 _WNID = re.compile(r"n\d{8}")
 _LISTED = 3
 _SHOWN = 20
@@ -67,6 +65,7 @@ def number_folders(
     num_classes: int,
     rule: str = "auto",
     own_names: bool = False,
+    numbered: Sequence[str] | None = None,
 ) -> Numbering:
     """Find the teacher's class of each folder.
 
@@ -80,6 +79,8 @@ def number_folders(
             teacher was trained on as many folders, numbered in string order, as torchvision's
             ImageFolder does, or in natural order (2 before 10), as timm does.
         own_names: whether the user gave the names.
+        numbered: names of the images' classes by number, where their data set numbers them: then
+            "numeric" means these numbers, and is preferred to names that leave a class out.
 
     Raises:
         ConfigError: `rule` is not possible, or "auto" finds none but "folders".
@@ -91,7 +92,11 @@ def number_folders(
     possible: dict[str, dict[str, int]] = {}
     if len(unknown) < len(folders):
         possible["names"] = by_name
-    numbers = [int(folder) if re.fullmatch(r"[0-9]+", folder) else -1 for folder in folders]
+    if numbered:
+        own = {name: number for number, name in enumerate(numbered)}
+        numbers = [own[folder] for folder in folders]
+    else:
+        numbers = [int(folder) if re.fullmatch(r"[0-9]+", folder) else -1 for folder in folders]
     are_numbers = min(numbers) >= 0 and len({*numbers}) == len(folders)
     if are_numbers and max(numbers) < num_classes:
         possible["numeric"] = dict(zip(folders, numbers, strict=True))
@@ -99,8 +104,10 @@ def number_folders(
     if len(folders) == num_classes and (are_numbers or not names):
         possible["string"] = in_order
         possible["natural"] = _ranks(folders, sorted(folders, key=_natural))
-    possible["folders"] = in_order
+    possible["folders"] = dict(zip(folders, numbers, strict=True)) if numbered else in_order
 
+    if numbered and unknown and "numeric" in possible:  # names stand behind numbers
+        possible |= {"names": possible.pop("names")} if "names" in possible else {}
     chosen = next(iter(possible)) if rule == "auto" else rule
     if rule != "auto" and rule not in possible:
         raise ConfigError(
@@ -187,46 +194,24 @@ def chosen_names(
     return None if names is None else list(names)
 
 
-def build_manifest(
-    source: ImageSource, path: Path, numbering: Numbering, names: Sequence[str] | None
-) -> Manifest:
-    """Scan a split and store its manifest at `path`.
-
-    Args:
-        source: the split's images.
-        path: file to write.
-        numbering: class of each folder.
-        names: of the teacher's classes, None where unknown.
-
-    Raises:
-        ConfigError: there is no image, or the source cannot be listed.
-    """
-    entries = source.scan()
-    # By the source's numbers; its -1 is the last.
-    ids = np.array([*(numbering.classes.get(name, -1) for name in source.classes()), -1], "<i4")
-
-    def blocks() -> Iterator[tuple[list[bytes], np.ndarray]]:
-        while block := list(islice(entries, _BLOCK)):
-            yield [entry.key for entry in block], ids[[entry.label for entry in block]]
-
-    write_manifest(path, blocks(), numbering.label_space, names, numbering.classes, numbering.rule)
-    return open_manifest(path)
-
-
-def sampled_keys(manifest: Manifest, count: int) -> list[str]:
-    """Keys of up to `count` images, evenly spaced over the split."""
-    rows = np.unique(np.linspace(0, len(manifest.keys) - 1, count).astype(int))
-    return [manifest.keys[row] for row in rows.tolist()]
+def sampled_rows(manifest: Manifest, count: int) -> list[int]:
+    """Rows of up to `count` images, evenly spaced over the split."""
+    rows: list[int] = np.unique(np.linspace(0, len(manifest.keys) - 1, count).astype(int)).tolist()
+    return rows
 
 
 def check_numbering(
-    numbering: Numbering, keys: Sequence[str], answers: Sequence[int], num_classes: int, asked: bool
+    numbering: Numbering,
+    folders: Sequence[str],
+    answers: Sequence[int],
+    num_classes: int,
+    asked: bool,
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """Compare a numbering with what the teacher says of some images.
 
     Args:
         numbering: to be tested, with its alternatives.
-        keys: of the images.
+        folders: class folder of each of the images; empty where it has none.
         answers: the teacher's top class of each; -1: it could not be read.
         num_classes: how many classes the teacher has.
         asked: whether the user named the rule, so that doubts are notes and no errors.
@@ -239,7 +224,6 @@ def check_numbering(
             have other names.
     """
     truth = {numbering.rule: numbering.classes, **numbering.others}
-    folders = [key.partition("/")[0] for key in keys]
     asked_of = [
         (folder, answer)
         for folder, answer in zip(folders, answers, strict=True)

@@ -54,9 +54,15 @@ class AnnotateConfig(BaseModel):
     )
 
     data: Name = SAMPLE
-    """folder with one folder per split; "sample": the embedded 20 photographs"""
+    """where the splits are: a folder or URL with a folder for each, of class folders, tars, Parquet
+    or Arrow files, or with files as downloaded (ILSVRC2012_img_train.tar, train-*.parquet); or
+    files of a split: a tar, a pattern such as s3://bucket/train-{0000..1023}.tar, a list of paths
+    (.csv, .jsonl, .parquet); "sample": the embedded 20 photographs"""
     split: Name = "train"
-    """which folder of `data` to annotate"""
+    """which split of `data` to annotate; `{split}` in `data` stands for it"""
+    ground_truth: str | None = None
+    """file that names the class of each image of a tar without folders: ILSVRC2012's devkit (found
+    by itself beside the tar), or a line with name and class for each"""
     out: Name = "labels"
     """folder to write to; shards go to OUT/SPLIT"""
 

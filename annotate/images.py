@@ -3,17 +3,18 @@
 Runs in decode workers, so it needs Pillow and NumPy only.
 """
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
 
+from ..dataset.format.keys import digest64
 from ..dataset.sources.decode import decode_image
-from ..dataset.sources.image_source import ImageSource
+from ..dataset.sources.image_source import Entry, ImageSource
 from ..dataset.sources.thumbprint import SIDE, thumbprint
 from ..errors import ImageError
 
@@ -25,7 +26,7 @@ class DecodedBatch(NamedTuple):
         images: uint8 [B, h, w, 3] RGB of each pass, whole images squashed to the teacher's input;
             black where the image could not be read.
         sizes: int32 [B, 2], (width, height) of the image in its file, 0 where unknown.
-        digests: uint64 [B], `file_digest` of each.
+        digests: uint64 [B], `digest64` of each file.
         thumbprints: uint8 [B, 64], `thumbprint` of the decoded image, 0 where there is none.
         orientations: uint8 [B], `exif_orientation` of the decoded image.
         errors: B texts, empty where the image was read.
@@ -40,23 +41,34 @@ class DecodedBatch(NamedTuple):
 
 
 def decode_batch(
-    source: ImageSource, keys: Sequence[str], sizes: Sequence[tuple[int, int]], interpolation: str
+    source: ImageSource,
+    entries: Sequence[Entry],
+    sizes: Sequence[tuple[int, int]],
+    interpolation: str,
+    *fetched: Sequence[bytes | ImageError],
 ) -> DecodedBatch:
     """Read images of a split and squash each to all `sizes`, (height, width) each.
 
     A bad image never raises; its row says why. A row without a map is final, so a disk that fails,
     or a folder that is unmounted while the job runs, must not make one.
 
+    Args:
+        source: of the images.
+        entries: the images.
+        sizes: of each pass.
+        interpolation: name of Pillow's filter.
+        fetched: what `fetch_block` read of them, in order; nothing: they are read here.
+
     Raises:
         StorageError: an image cannot be read for a reason that is not its own.
     """
-    batch = failed_batch(len(keys), sizes, "")
+    batch = failed_batch(len(entries), sizes, "")
     resample = Image.Resampling[interpolation.upper()]
-    for row, data in enumerate(source.read(keys)):
+    for row, data in enumerate(chain(*fetched) if fetched else source.read(entries)):
         try:
             if isinstance(data, ImageError):
                 raise data
-            batch.digests[row] = file_digest(data)
+            batch.digests[row] = digest64(data)
             image = decode_image(data)
             batch.sizes[row] = image.size
             batch.thumbprints[row] = thumbprint(image)
@@ -66,6 +78,16 @@ def decode_batch(
         except ImageError as error:
             batch.errors[row] = str(error)
     return batch
+
+
+def fetch_block(source: ImageSource, entries: Sequence[Entry], counts: Sequence[int]) -> list[Any]:
+    """Read images that can only be fetched together, as parts of so many images each.
+
+    Raises as `decode_batch`.
+    """
+    data = source.read(entries)
+    parts = [list(islice(data, count)) for count in counts]
+    return parts if len(parts) > 1 else parts[0]  # as Ray takes the results of a task
 
 
 def failed_batch(count: int, sizes: Sequence[tuple[int, int]], error: str) -> DecodedBatch:
@@ -90,11 +112,6 @@ def join_batches(parts: Sequence[DecodedBatch]) -> DecodedBatch:
         np.concatenate([part.orientations for part in parts]),
         [error for part in parts for error in part.errors],
     )
-
-
-def file_digest(data: bytes) -> int:
-    """The digest that shards hold of a file's bytes: its BLAKE2b-64 as a little-endian number."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def exif_orientation(image: Image.Image) -> int:

@@ -12,8 +12,10 @@ from ..dataset.format.index import find_shards
 from ..dataset.format.lock import folder_lock
 from ..dataset.format.manifest import shard_rows
 from ..dataset.format.shard import Shard
-from ..dataset.sources.folder import open_source
+from ..dataset.sources.open_source import open_split
+from ..dataset.sources.scan import entries_of
 from .cluster.pool import Pool
+from .cluster.scan import scan
 from .cluster.session import plan_resources, ray_session
 from .config import SAMPLE, AnnotateConfig
 from .output import (
@@ -62,8 +64,8 @@ def annotate(
         FormatError: a finished shard is damaged.
     """
     begin = time.monotonic()
-    data = sample_folder(SAMPLE_PARENT) if config.data == SAMPLE else Path(config.data)
-    source, tally = open_source(data, config.split), Tally()
+    data = str(sample_folder(SAMPLE_PARENT)) if config.data == SAMPLE else config.data
+    source, tally = open_split(data, config.split, config.ground_truth or ""), Tally()
     folder = config.folder.absolute()
     with folder_lock(folder) as run, explained_errors(), no_temporary_files(folder):
         if looks_finished(folder):
@@ -88,12 +90,16 @@ def annotate(
                 identity = pool.identify(resources.teachers)
                 for note in identity.notes:
                     _log.warning(note)
-                manifest, numbering = split_manifest(config, source, identity)
+                manifest, numbering = split_manifest(config, source, identity, scan)
                 plan = make_plan(config, run, manifest, identity)
                 todo = unfinished(plan)
                 if numbering and len(todo) == plan.shards:
                     tally.class_fits = check_classes(
-                        config, manifest, numbering, identity, pool.answers
+                        config,
+                        manifest,
+                        numbering,
+                        identity,
+                        lambda rows: pool.answers(entries_of(manifest, rows)),
                     )
                 images = sum(len(shard_rows(plan.rows, plan.shard_size, shard)) for shard in todo)
                 with sums_of_written(plan, todo, tally):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,18 +11,24 @@ from typing import Any
 
 from ..dataset.format.files import TEMPORARY
 from ..dataset.format.manifest import NAME as MANIFEST
-from ..dataset.format.manifest import Manifest, open_manifest
+from ..dataset.format.manifest import (
+    Manifest,
+    Numbered,
+    open_manifest,
+    parts_digest,
+    write_manifest,
+)
 from ..dataset.format.score_map import MapLayout
 from ..dataset.format.shard import Shard, parse_shard_name, shard_name
 from ..dataset.sources.image_source import ImageSource
+from ..dataset.sources.scan import ScanBlock, manifest_blocks, scan_all
 from ..errors import ConfigError, FingerprintError, FormatError
 from .classes import (
     Numbering,
-    build_manifest,
     check_numbering,
     describe,
     number_folders,
-    sampled_keys,
+    sampled_rows,
 )
 from .config import AnnotateConfig
 
@@ -94,9 +100,18 @@ class Plan:
 
 
 def split_manifest(
-    config: AnnotateConfig, source: ImageSource, identity: Identity
+    config: AnnotateConfig,
+    source: ImageSource,
+    identity: Identity,
+    scan: Callable[[ImageSource], Iterator[ScanBlock]] = scan_all,
 ) -> tuple[Manifest, Numbering | None]:
     """The split's manifest: rebuilt, and compared with the one that finished shards are of.
+
+    Args:
+        config: the options.
+        source: the images.
+        identity: the teacher.
+        scan: lists the images; by default in this process.
 
     Returns:
         The manifest, and how its folders were numbered; None where `rescan` is off.
@@ -105,32 +120,20 @@ def split_manifest(
         ConfigError: the folders cannot be numbered as the options say.
         FingerprintError: it has changed since; names the first difference.
     """
-    path = config.folder / MANIFEST
+    path, parts = config.folder / MANIFEST, source.parts()
     saved: Manifest | None = None
     with suppress(FileNotFoundError, FormatError):
         saved = open_manifest(path, verify=True)
     if saved and not config.rescan:
+        if saved.parts != parts_digest(parts):
+            raise FingerprintError(
+                f"with `rescan: false` the files of {source} must be those that were scanned, and "
+                "they are not. Remedy: rescan: true"
+            )
         return saved, None
-    folders = source.classes()
-    try:
-        numbering = number_folders(
-            folders,
-            identity.class_names,
-            identity.num_classes,
-            config.numbering,
-            own_names=bool(config.class_names) or identity.is_own,
-        )
-    except ConfigError as error:
-        first = next(source.scan()).key.decode()
-        found = config.split if config.split in folders else folders[0]
-        if first.count("/") > 1 and (len(folders) == 1 or config.split in folders):
-            raise ConfigError(
-                f"a split must hold a folder for each class; its images, such as {first!r}, lie in "
-                f"folders of {found!r}. Remedy: split: {config.split}/{found}"
-            ) from error
-        raise
     fresh_path = path.with_name(f".{MANIFEST}{TEMPORARY}")
-    fresh = build_manifest(source, fresh_path, numbering, identity.class_names)
+    numbering = _write_manifest(config, source, identity, scan(source), fresh_path)
+    fresh = open_manifest(fresh_path)
     if saved and saved.digest != fresh.digest and any(config.folder.glob("shard-*.h5")):
         fresh_path.unlink()
         old, new = saved.keys, fresh.keys
@@ -153,12 +156,58 @@ def split_manifest(
     return fresh, numbering
 
 
+def _write_manifest(
+    config: AnnotateConfig,
+    source: ImageSource,
+    identity: Identity,
+    blocks: Iterator[ScanBlock],
+    path: Path,
+) -> Numbering:
+    """Write the manifest of a scan; returns how its classes were numbered."""
+    classes: dict[str, int] = {}
+    found: list[Numbering] = []
+    first: list[str] = []
+
+    def watched() -> Iterator[ScanBlock]:
+        for block in blocks:
+            first[:] = first or block.keys[:1]
+            yield block
+
+    def number() -> Numbered:
+        names = sorted(classes)
+        try:
+            numbering = number_folders(
+                names,
+                identity.class_names,
+                identity.num_classes,
+                config.numbering,
+                own_names=bool(config.class_names) or identity.is_own,
+                numbered=source.numbered,
+            )
+        except ConfigError as error:
+            folder = config.split if config.split in names else names[0]
+            if first[0].count("/") > 1 and (len(names) == 1 or config.split in names):
+                raise ConfigError(
+                    f"a split must hold a folder for each class; its images, such as {first[0]!r}, "
+                    f"lie in folders of {folder!r}. Remedy: split: {config.split}/{folder}"
+                ) from error
+            raise
+        found.append(numbering)
+        # In order of the numbers that the rows have.
+        ids = {name: numbering.classes.get(name, -1) for name in classes}
+        return Numbered(numbering.label_space, identity.class_names, ids, numbering.rule)
+
+    rows = manifest_blocks(watched(), source, classes)
+    write_manifest(path, rows, number, str(source), source.parts())
+    return found[0]
+
+
 def check_classes(
     config: AnnotateConfig,
     manifest: Manifest,
     numbering: Numbering,
     identity: Identity,
-    ask: Callable[[list[str]], Sequence[int]],
+    ask: Callable[[list[int]], Sequence[int]],
 ) -> dict[str, tuple[int, int]]:
     """Say which class each folder is; unless its name leaves no doubt, ask the teacher first.
 
@@ -167,8 +216,8 @@ def check_classes(
         manifest: of the split.
         numbering: to be tested.
         identity: the teacher.
-        ask: gives the teacher's top class of each image that it is called with the keys of; -1
-            where there is none.
+        ask: gives the teacher's top class of each of these rows of the manifest; -1 where there
+            is none.
 
     Returns:
         (right answers, images) by rule.
@@ -179,10 +228,13 @@ def check_classes(
     fits: dict[str, tuple[int, int]] = {}
     notes: list[str] = []
     if not numbering.is_sure and numbering.label_space == "teacher":
-        keys = sampled_keys(manifest, _ASKED)
-        asked = config.numbering != "auto"
+        rows, asked = sampled_rows(manifest, _ASKED), config.numbering != "auto"
+        names = [*manifest.folders, ""]  # class -1 is the last
+        folders = [names[number] for number in manifest.classes[rows].tolist()]
         try:
-            fits, notes = check_numbering(numbering, keys, ask(keys), identity.num_classes, asked)
+            fits, notes = check_numbering(
+                numbering, folders, ask(rows), identity.num_classes, asked
+            )
         except ConfigError:
             (config.folder / MANIFEST).unlink()  # or `rescan: false` would take it as it is
             raise

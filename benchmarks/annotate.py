@@ -37,8 +37,8 @@ from tokenlabel.dataset.sources.folder import FolderSource
 
 def repeated(split: Path, count: int, folder: Path) -> Path:
     """A data set of `count` links to the images of `split`, over and over."""
-    keys = [entry.key.decode() for entry in FolderSource(split).scan()]
-    for number, key in enumerate(islice(cycle(keys), count)):
+    keys = [*FolderSource(split).scan()]
+    for number, (key, *_) in enumerate(islice(cycle(keys), count)):
         link = folder / "train" / f"{number % 100:02d}" / f"{number:06d}{Path(key).suffix}"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to((split / key).resolve())
@@ -50,7 +50,7 @@ class Batches(Dataset[DecodedBatch]):
 
     def __init__(self, root: Path, teacher: Annotator, size: int) -> None:
         self._source = FolderSource(root)
-        keys = [entry.key.decode() for entry in self._source.scan()]
+        keys = [*self._source.scan()]
         self._keys = [keys[start : start + size] for start in range(0, len(keys), size)]
         self._sizes, self._interpolation = teacher.input_sizes, teacher.interpolation
 

@@ -43,7 +43,6 @@ from PIL import Image
 from torch import nn
 
 from tokenlabel.annotate import AnnotateConfig, annotate
-from tokenlabel.annotate.classes import build_manifest, number_folders
 from tokenlabel.annotate.cluster import actor
 from tokenlabel.annotate.cluster.pool import Pool
 from tokenlabel.annotate.cluster.session import Resources, ray_session
@@ -57,10 +56,12 @@ from tokenlabel.dataset.format.directory import HEAD, MAGIC
 from tokenlabel.dataset.format.index import NAME as INDEX
 from tokenlabel.dataset.format.index import build_index
 from tokenlabel.dataset.format.manifest import NAME as MANIFEST
-from tokenlabel.dataset.format.manifest import open_manifest
+from tokenlabel.dataset.format.manifest import Numbered, open_manifest, write_manifest
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import shard_name, write_shard
-from tokenlabel.dataset.sources.folder import FolderSource, open_source
+from tokenlabel.dataset.sources.folder import FolderSource
+from tokenlabel.dataset.sources.open_source import open_split
+from tokenlabel.dataset.sources.scan import manifest_blocks, scan_all
 
 # ---- teachers ----
 
@@ -240,9 +241,14 @@ def scan(folder: Path, images: int, classes: int = 0) -> None:
     for number in range(classes):
         (root / f"class-{number:05d}").mkdir()
     with listings(root, images):
-        source = FolderSource(root)
-        numbering = number_folders(source.classes(), None, CLASSES, "folders")
-        manifest = build_manifest(source, folder / "out" / MANIFEST, numbering, None)
+        source, found = FolderSource(root), dict[str, int]()
+        write_manifest(
+            folder / "out" / MANIFEST,
+            manifest_blocks(scan_all(source), source, found),
+            lambda: Numbered("folders", None, {name: n for n, name in enumerate(found)}),
+            str(source),
+        )
+        manifest = open_manifest(folder / "out" / MANIFEST)
     assert len(manifest.keys) == images // max(classes, 1) * max(classes, 1)
 
 
@@ -403,8 +409,8 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 def measure_decoding(options: argparse.Namespace) -> None:
     """Photographs that one core reads, decodes and squashes a second."""
-    source = open_source(options.data or sample_folder(Path(tempfile.gettempdir())), "train")
-    keys = [entry.key.decode() for entry in islice(source.scan(), 300)]
+    source = open_split(str(options.data or sample_folder(Path(tempfile.gettempdir()))), "train")
+    keys = list(islice(source.scan(0), 300))
     for side in (224, 576):
         seconds = cpu_seconds(
             lambda side=side: decode_batch(source, keys, ((side, side),), "bicubic")

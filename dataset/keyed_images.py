@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 from torch.utils.data import IterableDataset, Subset
 from torchvision.datasets import ImageFolder
@@ -19,7 +20,9 @@ from ..errors import ImageError
 from .checks import check_classes, folder_classes
 from .sources.decode import decode_image
 from .sources.folder import FolderSource, is_hidden
-from .sources.image_source import ImageSource
+from .sources.image_source import Entry, ImageSource
+from .sources.image_table import ImageTable
+from .sources.open_source import open_images
 from .store import LabelStore
 
 #: Columns of a row that is a dictionary, as Hugging Face `datasets` name them.
@@ -33,11 +36,12 @@ class KeyedImages:
     """A map-style data set of images with a key for each, whatever its kind.
 
     Args:
-        images: folder for torchvision's ImageFolder, or a map-style data set whose items are
-            (image, class) pairs or dictionaries with an image and a class.
+        images: folder for torchvision's ImageFolder, what else `open_images` takes, or a map-style
+            data set whose items are (image, class) pairs or dictionaries with both.
         key: index to key, for data sets that do not name the files of their images, as ImageFolder,
             timm's and tables of Hugging Face do.
         known: whether a key has a map, to find out which folders of a file's path its key has.
+        labels: folder of the label set, which may have a scan of the same images.
 
     Attributes:
         images: the data set.
@@ -52,12 +56,20 @@ class KeyedImages:
     """
 
     def __init__(
-        self, images: Any, key: Callable[[int], str] | None, known: Callable[[str], bool]
+        self,
+        images: Any,
+        key: Callable[[int], str] | None,
+        known: Callable[[str], bool],
+        labels: Path | None = None,
     ) -> None:
         if isinstance(images, str | os.PathLike):
-            images = _Folder(images)
-            # Order and classes are ImageFolder's, the bytes those of the source.
-            images.loader = partial(_load, FolderSource(Path(images.root)), images.root)
+            source = open_images(os.fspath(images))
+            if isinstance(source, FolderSource):
+                images = _Folder(images)
+                # Order and classes are ImageFolder's, the bytes those of the source.
+                images.loader = partial(_load, source, images.root)
+            else:
+                images = _Stored(ImageTable(source, labels))
         map_style = hasattr(images, "__getitem__") and isinstance(images, Sized)
         if isinstance(images, IterableDataset) or not map_style:
             raise TypeError(
@@ -95,6 +107,28 @@ class KeyedImages:
     def __len__(self) -> int:
         return len(self.images)
 
+    def batch(self, rows: Sequence[int]) -> Callable[[int], tuple[Any, int]]:
+        """Number of one of the rows to its item; what is stored apart is fetched at once."""
+        if isinstance(self.images, _Stored):
+            return self.images.batch(rows)
+        return lambda number: self[rows[number]]
+
+    def file(self, index: int) -> bytes | None:
+        """The bytes of an image's file; None where the data set does not give them."""
+        images: Any = self.images
+        while isinstance(images, Subset):
+            index, images = int(images.indices[index]), images.dataset
+        if isinstance(images, _Stored):
+            found = next(images.table.read([index]))
+            return found if isinstance(found, bytes) else None
+        if hasattr(images, "cast_column"):
+            stored = _undecoded(images)[index].get(_first(_IMAGE_COLUMNS, images.features))
+            data = stored.get("bytes") if isinstance(stored, Mapping) else None
+            return bytes(data) if data else None
+        if hasattr(images, "samples"):
+            return Path(images.samples[index][0]).read_bytes()
+        return None
+
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """(image, class); class -1 where there is none."""
         item = self.images[index]
@@ -121,6 +155,41 @@ class KeyedImages:
                 f"an image's class must be an integer, got {label!r}. Remedy: mix labels after the "
                 "data set, on batches"
             ) from None
+
+
+class _Stored:
+    """The images of a source that is no folder, as a map-style data set of (image, class).
+
+    A class is a number of the data set's own, where it has them; else its place in sorted order.
+    """
+
+    def __init__(self, table: ImageTable) -> None:
+        self.table, names = table, table.classes
+        if (own := table.source.numbered) is None and all(name.isdecimal() for name in names):
+            own = [str(number) for number in range(max(map(int, names), default=-1) + 1)]
+        number = {name: place for place, name in enumerate(own or sorted(names))}
+        self._numbers = np.array([*(number.get(name, -1) for name in names), -1])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        return self.batch([index])(0)
+
+    def batch(self, rows: Sequence[int]) -> Callable[[int], tuple[PIL.Image.Image, int]]:
+        data = list(self.table.read(rows))
+
+        def item(number: int) -> tuple[PIL.Image.Image, int]:
+            row, found = rows[number], data[number]
+            if isinstance(found, ImageError):
+                raise ImageError(f"{self.table.key(row)}: {found}") from found
+            try:
+                image = decode_image(found)
+            except ImageError as error:
+                raise ImageError(f"{self.table.key(row)}: {error}") from error
+            return image, int(self._numbers[self.table.class_of(row)])
+
+        return item
 
 
 class _Folder(ImageFolder):
@@ -182,7 +251,7 @@ def _undecoded(images: Any) -> Any:
 
 def _load(source: ImageSource, root: str, path: str) -> PIL.Image.Image:
     """The image as the teacher was shown it, from the source's bytes."""
-    (data,) = source.read([_below(root, path)])
+    (data,) = source.read([Entry(_below(root, path))])
     if isinstance(data, ImageError):
         raise ImageError(f"{path}: {data}") from data
     try:
@@ -210,7 +279,9 @@ def _file_key(images: Any, above: int, index: int) -> str:
     if isinstance(images, Subset):
         return _file_key(images.dataset, above, int(images.indices[index]))
     key = None
-    if hasattr(images, "samples") and hasattr(images, "root"):
+    if isinstance(images, _Stored):
+        key = images.table.key(index)
+    elif hasattr(images, "samples") and hasattr(images, "root"):
         key = _below(images.root, os.fspath(images.samples[index][0]))
     elif callable(getattr(images, "filename", None)) and hasattr(images, "reader"):  # timm
         key = Path(images.filename(index, absolute=False)).as_posix()

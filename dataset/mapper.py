@@ -16,6 +16,7 @@ from ..errors import MissingMapError
 from .checks import ImageCheck, MissingCount, check_classes, folder_classes
 from .label_map.label_map import TokenLabelMap
 from .label_map.path import PixelPath
+from .sources.decode import decode_image
 from .store import LabelStore
 from .targets.token_labels import TokenLabels
 from .transforms import executor
@@ -106,9 +107,11 @@ class TokenLabelMapper:
         """The augmented image and its labels, `TokenLabels` [bytes].
 
         Args:
-            image: the annotated image, untransformed: Pillow's, a tensor [C, H, W], or an array
-                [H, W, C].
-            key: its path below the annotated split, `/` between folders.
+            image: the annotated image, untransformed: Pillow's, a tensor [C, H, W], an array
+                [H, W, C], or the bytes of its file, which are decoded as the teacher saw them.
+            key: its path below the annotated split, `/` between folders, or its name in another
+                form of the data set, such as WebDataset's `__key__`. Of an image given by its
+                bytes, the digest of these serves where no key fits.
             label: its class, -1 if unknown.
 
         Raises:
@@ -117,10 +120,17 @@ class TokenLabelMapper:
             ImageError: the image is not the annotated one, by its thumbprint.
             ValueError: the image is not the annotated one: another size, or another class.
         """
-        return self.map_batch([key], lambda _: (image, label), len(self.store))[0]
+        if not isinstance(image, bytes):
+            return self.map_batch([key], lambda _: (image, label), len(self.store))[0]
+        shown = decode_image(image)
+        return self.map_batch([key], lambda _: (shown, label), len(self.store), lambda _: image)[0]
 
     def map_batch(
-        self, keys: Sequence[str], load: Callable[[int], tuple[Any, int]], epoch: int
+        self,
+        keys: Sequence[str],
+        load: Callable[[int], tuple[Any, int]],
+        epoch: int,
+        file: Callable[[int], bytes | None] = lambda _: None,
     ) -> list[Sample]:
         """Several samples at once, which is faster.
 
@@ -128,9 +138,14 @@ class TokenLabelMapper:
             keys: of the images.
             load: number of a key to (image, label).
             epoch: images of an epoch, after which missing maps are reported.
+            file: number of a key to the bytes of its image's file; asked where no key fits.
         """
         # All maps first, then all images, then all records: each while its code is in the cache.
-        stored, images, leaves = [self._stored(key) for key in keys], [], []
+        rows = [self._row(key, number, file) for number, key in enumerate(keys)]
+        stored, images, leaves = [self._stored(row) for row in rows], [], []
+        keys = [
+            self.store.keys[row] if row >= 0 else key for key, row in zip(keys, rows, strict=True)
+        ]
         for number, (key, leaf) in enumerate(zip(keys, stored, strict=True)):
             image, label = load(number)
             image = _as_image(image)
@@ -145,16 +160,25 @@ class TokenLabelMapper:
             lost = [key for key, leaf in zip(keys, stored, strict=True) if not leaf.planes]
             self._missing.add(len(keys), lost, epoch)
         records = TokenLabels.collate(leaves, self._to_labels.grid, self._to_labels.shrink)
-        rows: Any = records.unbind()
-        return list(zip(images, rows, strict=True))
+        samples: Any = records.unbind()
+        return list(zip(images, samples, strict=True))
 
-    def _stored(self, key: str) -> TokenLabelMap:
-        """The map of an image, still without a path; no planes where none is stored."""
+    def _row(self, key: str, number: int, file: Callable[[int], bytes | None]) -> int:
+        """The row of an image; -1 where it has none, and that is no error."""
         try:
-            row = self.store.row(key)
+            return self.store.row(key)
         except MissingMapError:
+            if data := file(number):
+                row = self.store.row_of_file(data)
+                if row >= 0:
+                    return row
             if self._missing is None:
                 raise
+            return -1
+
+    def _stored(self, row: int) -> TokenLabelMap:
+        """The map of a row, still without a path; no planes where none is stored."""
+        if row < 0:
             return TokenLabelMap(b"", self.store.layout, canvas_size=(1, 1))
         leaf = self.store.leaf(row)
         if not leaf.planes and self._missing is None:

@@ -13,7 +13,7 @@ from ..errors import FormatError, MissingMapError
 from .format import manifest
 from .format.directory import StoredFile
 from .format.index import Index, find_shards, open_index, open_shard
-from .format.keys import KeyTable
+from .format.keys import KeyTable, digest64
 from .format.score_map import MapLayout, ScoreMap
 from .format.shard import Shard
 
@@ -237,7 +237,11 @@ class LabelStore:
         return TokenLabels.collate(leaves, None if grid is None else student_grid(grid), shrink)
 
     def row(self, key: str | int) -> int:
-        """Row of a key; a row is checked and returned as it is."""
+        """Row of a key; a row is checked and returned as it is.
+
+        A key that is none is taken for another form's name of the image, such as WebDataset's
+        `n01440764_10026` of `n01440764/n01440764_10026.JPEG`, where one image alone has that name.
+        """
         keys = self._index.keys
         if isinstance(key, str):
             row = keys.find(key)
@@ -252,6 +256,10 @@ class LabelStore:
         if not 0 <= row < len(keys):
             raise IndexError(f"row {key} is outside 0..{len(keys) - 1} of {self.root}")
         return int(row)
+
+    def row_of_file(self, data: bytes) -> int:
+        """Row of the image whose file had exactly these bytes; -1 where there is none."""
+        return next(self._index.digests.after(digest64(data)), -1)
 
     def thumbprint(self, key: str | int) -> np.ndarray:
         """The thumbprint of the annotated image, uint8 [64]; all 0 where there is none.

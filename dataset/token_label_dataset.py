@@ -30,9 +30,12 @@ class TokenLabelDataset(Dataset[Sample]):
     from them once the batch is on its device.
 
     Args:
-        images: folder of the split (read as torchvision's ImageFolder), or any map-style data set
-            of (PIL image or tensor, class): ImageFolder, timm's ImageDataset, a Hugging Face image
-            data set, a Subset of these. A `transform` that it has is taken over.
+        images: folder of the split (read as torchvision's ImageFolder), or tars, WebDataset shards,
+            Parquet files or a list, local or by URL, as `annotate` takes them; or any map-style
+            data set of (PIL image or tensor, class): ImageFolder, timm's ImageDataset, a Hugging
+            Face image data set, a Subset of these. A `transform` that it has is taken over. An
+            image's map is found by its key; else by its name in another form of the data set, such
+            as WebDataset's, if no other image has it; else by the digest of its file.
         labels: folder of the split's shards, OUT/SPLIT, or a `LabelStore`.
         transform: any pipeline of torchvision.transforms.v2, called with (image, TokenLabelMap)
             and returning the same; `train_transform()` makes one. Pipelines of timm, torchvision's
@@ -79,7 +82,10 @@ class TokenLabelDataset(Dataset[Sample]):
         resized: bool = False,
     ) -> None:
         self.store = labels if isinstance(labels, LabelStore) else LabelStore(labels)
-        self.images = KeyedImages(images, key, self.store.__contains__)
+        find = self.store.keys.find
+        self.images = KeyedImages(
+            images, key, lambda key: find(key, exact=True) >= 0, self.store.root
+        )
         if transform is not None and self.images.transform is not None:
             raise ValueError(
                 "transform is given twice, here and to the images. Remedy: leave out one; that of "
@@ -145,7 +151,9 @@ class TokenLabelDataset(Dataset[Sample]):
             raise IndexError(f"index {wrong[0]} is outside the {count} images")
         rows = [index % count for index in indices]
         keys = [self.images.key(row) for row in rows]
-        return self.mapper.map_batch(keys, lambda number: self.images[rows[number]], count)
+        return self.mapper.map_batch(
+            keys, self.images.batch(rows), count, lambda number: self.images.file(rows[number])
+        )
 
     @property
     def classes(self) -> list[str] | None:

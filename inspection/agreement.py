@@ -67,7 +67,7 @@ class Live(NamedTuple):
 def measure_agreement(
     root: Path,
     count: int,
-    images: Path | None = None,
+    images: str | None = None,
     *,
     weights: str | None = None,
     seed: int = 0,
@@ -80,7 +80,7 @@ def measure_agreement(
     Args:
         root: folder of a split.
         count: number of images, drawn at random.
-        images: their folder; None for the embedded sample.
+        images: their folder or other source; None for the embedded sample.
         weights: of the teacher; None finds them by its name.
         seed: of images and crops.
         watch: called with (images done, images).

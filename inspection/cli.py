@@ -50,8 +50,8 @@ _FOLDER = click.Path(path_type=Path)
 @click.option("--seed", default=0, help="Seed for the images and crops of --agreement. [0]")
 @click.option(
     "--images",
-    type=_FOLDER,
-    help="Folder of the images: the split's, or the one above it. Needed by --html, --png and "
+    help="The images: the split's folder, the one above it, or another source as annotate takes it "
+    "in `data` (tars, Parquet, a list, a URL). Needed by --html, --png and "
     "--agreement; --verify compares the images' digests too. [the sample, if the labels are of it]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ..dataset.format.score_map import ScoreMap
 from ..dataset.format.shard import parse_shard_name
+from ..dataset.sources.open_source import open_images
 from ..dataset.store import LabelStore
 from ..errors import ConfigError, FormatError, MissingMapError
 
@@ -53,15 +54,14 @@ def find_key(splits: Sequence[Path], key: str) -> LabelStore:
     )
 
 
-def split_images(root: Path, images: Path) -> Path:
-    """The folder of a split's images: `images`, or the folder in it named like the split.
+def split_images(root: Path, images: str) -> str:
+    """A split's images, as `open_images` takes them: `images`, or the folder in it of its name.
 
     Raises ConfigError where `images` does not exist.
     """
-    if not images.is_dir():
-        raise ConfigError(f"no folder {images}. Remedy: name the folder of the images (--images)")
-    inside = images / root.resolve().name
-    return inside if inside.is_dir() else images
+    open_images(images)
+    inside = Path(images) / root.resolve().name
+    return str(inside) if inside.is_dir() else images
 
 
 class ClassNames:

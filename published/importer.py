@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,20 +13,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..annotate.classes import chosen_names, sampled_keys
+from ..annotate.classes import chosen_names, sampled_rows
 from ..annotate.config import AnnotateConfig
-from ..annotate.images import DecodedBatch, exif_orientation, failed_batch, file_digest
+from ..annotate.images import DecodedBatch, exif_orientation, failed_batch
 from ..annotate.output import explained_errors, finish, no_temporary_files, sums_of_written
 from ..annotate.plan import Identity, Plan, check_classes, make_plan, split_manifest, unfinished
 from ..annotate.report import Report, Tally, count_maps
+from ..dataset.format.keys import digest64
 from ..dataset.format.lock import folder_lock
 from ..dataset.format.manifest import Manifest, shard_rows
 from ..dataset.format.shard import shard_name, write_shard
 from ..dataset.format.sums import file_sha256
 from ..dataset.label_map.path import UNIT_BOX
 from ..dataset.sources.decode import decode_image, opened_image
-from ..dataset.sources.folder import open_source
-from ..dataset.sources.image_source import ImageSource
+from ..dataset.sources.image_source import Entry, ImageSource
+from ..dataset.sources.open_source import open_images
+from ..dataset.sources.scan import entries_of
 from ..errors import ConfigError, ImageError
 from .archive import LabelFiles, hash_stem, hash_stems
 from .geometry import Geometry, agreement, clearly_better, parse_geometry
@@ -41,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 def import_labels(
     labels: Path,
-    images: Path,
+    images: str | os.PathLike[str],
     options: AnnotateConfig,
     *,
     geometry: str = "detect",
@@ -62,7 +65,8 @@ def import_labels(
     Args:
         labels: folder, .zip or .tar of the set, with a file CLASS/NAME.pt for each image: a tensor
             [2, K, H, W] of logits and of the ids of their classes.
-        images: folder of the split's images, CLASS/NAME.EXTENSION.
+        images: of the split: a folder CLASS/NAME.EXTENSION, or another source, as `open_images`
+            takes it.
         options: `out`, `split`, `num_classes` (default: 1000), `class_names` (default: ImageNet's,
             if there are as many), `numbering`, `shard_size` and `max_errors` count.
         geometry: what the set's teacher was shown: `centre:SIZE:CROP_PCT` (the centre crop of SIZE
@@ -83,8 +87,10 @@ def import_labels(
         JobError: storage failed; StorageError where that is the images' storage.
     """
     begin = time.monotonic()
-    images, folder = images.absolute(), options.folder.absolute()
-    source = open_source(images.parent, images.name)
+    folder, source = (
+        options.folder.absolute(),
+        open_images(os.fspath(images), options.ground_truth or ""),
+    )
     if rest not in _RESTS:
         raise ConfigError(f"rest must be one of {', '.join(_RESTS)}, got {rest!r}")
     with LabelFiles(labels) as files:
@@ -108,7 +114,11 @@ def import_labels(
             todo, tally = unfinished(plan), Tally()
             if numbering and len(todo) == plan.shards:
                 tally.class_fits = check_classes(
-                    options, manifest, numbering, identity, set_.top_classes
+                    options,
+                    manifest,
+                    numbering,
+                    identity,
+                    lambda rows: set_.top_classes([manifest.keys[row] for row in rows]),
                 )
             _log.info("%s", set_.described_rest)
             total = sum(len(shard_rows(plan.rows, plan.shard_size, shard)) for shard in todo)
@@ -209,11 +219,13 @@ class _Import:
                 f"has {teacher.num_classes}, not {classes}. Remedy: another "
                 "--config, or name the geometry"
             )
-        only, seen, keys = np.zeros(2, int), 0, sampled_keys(self._manifest, count)
+        only, seen = np.zeros(2, int), 0
+        entries = entries_of(self._manifest, sampled_rows(self._manifest, count))
+        keys = [entry.key for entry in entries]
         ((height, width),) = teacher.input_sizes
         resample = Image.Resampling[teacher.interpolation.upper()]
         for key, row, data in zip(
-            keys, self._labels.find(keys), self._source.read(keys), strict=True
+            keys, self._labels.find(keys), self._source.read(entries), strict=True
         ):
             if row < 0 or isinstance(data, ImageError):
                 continue
@@ -244,9 +256,14 @@ class _Import:
     ) -> str:
         """Write one shard; returns its sha256."""
         rows = shard_rows(plan.rows, plan.shard_size, shard)
-        keys, truth = self._manifest.keys[rows.start : rows.stop], self._manifest.labels
-        truth, found = truth[rows.start : rows.stop], self._rows[rows.start : rows.stop]
-        facts, extents = self._facts(keys, found), np.tile(np.array(UNIT_BOX), (len(keys), 1))
+        part = slice(rows.start, rows.stop)
+        keys, truth, found = (
+            self._manifest.keys[part],
+            self._manifest.labels(part),
+            self._rows[part],
+        )
+        facts = self._facts(entries_of(self._manifest, rows), found)
+        extents = np.tile(np.array(UNIT_BOX), (len(keys), 1))
         for i, error in enumerate(facts.errors):
             if not error:
                 extents[i] = geometry.extent(*facts.sizes[i].tolist())
@@ -277,14 +294,14 @@ class _Import:
             writer.attrs |= counts
         return file_sha256(path)
 
-    def _facts(self, keys: Sequence[str], found: np.ndarray) -> DecodedBatch:
+    def _facts(self, entries: Sequence[Entry], found: np.ndarray) -> DecodedBatch:
         """What is stored of these images themselves; only their headers are decoded."""
-        facts = failed_batch(len(keys), [], "")
-        for i, data in enumerate(self._source.read(keys)):
+        facts = failed_batch(len(entries), [], "")
+        for i, data in enumerate(self._source.read(entries)):
             try:
                 if isinstance(data, ImageError):
                     raise data
-                facts.digests[i] = file_digest(data)
+                facts.digests[i] = digest64(data)
                 with opened_image(data) as image:
                     facts.sizes[i] = image.size
                     facts.orientations[i] = exif_orientation(image)

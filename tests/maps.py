@@ -7,14 +7,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tokenlabel.annotate.classes import build_manifest, number_folders
+from tokenlabel.annotate.classes import number_folders
 from tokenlabel.annotate.teacher.encode import encode
-from tokenlabel.dataset.format.manifest import Manifest
+from tokenlabel.dataset.format.manifest import (
+    Manifest,
+    Numbered,
+    open_manifest,
+    write_manifest,
+)
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import shard_name, write_shard
 from tokenlabel.dataset.sources.folder import FolderSource
+from tokenlabel.dataset.sources.image_source import Entry
+from tokenlabel.dataset.sources.scan import manifest_blocks, scan_all
 
 FLOOR = 0.003
+
+
+def entries(keys: Sequence[str]) -> list[Entry]:
+    """Images of a folder, as a scan gives them."""
+    return [Entry(key) for key in keys]
 
 
 class Rows(NamedTuple):
@@ -100,7 +112,13 @@ def manifest_of(
 
     Folders are numbered in order where no names are given.
     """
-    source = FolderSource(images)
-    rule = "auto" if names else "folders"
-    numbering = number_folders(source.classes(), names, num_classes, rule)
-    return build_manifest(source, path, numbering, names)
+    source, classes = FolderSource(images), dict[str, int]()
+
+    def number() -> Numbered:
+        found = number_folders(sorted(classes), names, num_classes, "auto" if names else "folders")
+        ids = {name: found.classes[name] for name in classes}
+        return Numbered(found.label_space, names, ids, found.rule)
+
+    blocks = manifest_blocks(scan_all(source), source, classes)
+    write_manifest(path, blocks, number, str(source), source.parts())
+    return open_manifest(path)

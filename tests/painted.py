@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from tests.maps import attrs
-from tokenlabel.annotate.images import file_digest
 from tokenlabel.cli import main
 from tokenlabel.dataset import LabelStore
 from tokenlabel.dataset.format import manifest
+from tokenlabel.dataset.format.keys import digest64
 from tokenlabel.dataset.format.new_file import create, encode_texts
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import shard_name, write_shard
@@ -81,7 +81,7 @@ def write_store(
     root.mkdir(parents=True, exist_ok=True)
     header = attrs(0, 1, 0, **{"label_space": "teacher", **more})
     with write_shard(root / shard_name(0, 1), layout, keys, [label] * count, header) as writer:
-        digests = np.array([file_digest(files[key]) for key in keys], "u8")
+        digests = np.array([digest64(files[key]) for key in keys], "u8")
         turns = np.zeros(count, "u1")
         writer.append(maps, np.array(sizes), digests, np.array(prints), turns, [""] * count)
     return LabelStore(root)

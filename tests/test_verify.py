@@ -19,10 +19,15 @@ from tests.maps import attrs, manifest_of, random_rows, write_split
 from tests.painted import invoke
 from tests.shards import edit_directory
 from tokenlabel.annotate import annotate
-from tokenlabel.annotate.images import file_digest
 from tokenlabel.dataset.format.index import build_index, find_shards
+from tokenlabel.dataset.format.keys import digest64
 from tokenlabel.dataset.format.lock import folder_lock
-from tokenlabel.dataset.format.manifest import open_manifest, write_manifest
+from tokenlabel.dataset.format.manifest import (
+    Block,
+    Numbered,
+    open_manifest,
+    write_manifest,
+)
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import Shard, shard_name, write_shard
 from tokenlabel.dataset.format.sums import NAME as SUMS
@@ -58,8 +63,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for number in range(2):
         part = slice(8 * number, 8 * number + 8)
-        keys, classes, rows = manifest.keys[part], manifest.labels[part], random_rows(LAYOUT, 8)
-        digests = np.array([file_digest((images / key).read_bytes()) for key in keys], "u8")
+        keys, classes, rows = manifest.keys[part], manifest.labels(part), random_rows(LAYOUT, 8)
+        digests = np.array([digest64((images / key).read_bytes()) for key in keys], "u8")
         path, header = train / shard_name(number, 2), attrs(number, 2, 8 * number, **more)
         with write_shard(path, LAYOUT, keys, classes, header) as writer:
             writer.append(*rows._replace(digests=digests))
@@ -362,8 +367,14 @@ def stale_index(labels: Path) -> None:
 
 def another_manifest(labels: Path, by: int = 1, names: Sequence[str] = NAMES) -> None:
     old = open_manifest(labels / "manifest")
-    rows = [([key.encode() for key in old.keys], old.labels + np.int32(by))]
-    write_manifest(labels / "manifest", rows, "teacher", names)
+    zeros = np.zeros(len(old.keys), np.uint32)
+    ids = {name: number + by for name, number in old.folders.items()}
+    write_manifest(
+        labels / "manifest",
+        [Block(list(old.keys), old.classes, zeros, zeros, zeros)],
+        lambda: Numbered("teacher", names, ids),
+        old.source,
+    )
 
 
 @pytest.mark.parametrize(

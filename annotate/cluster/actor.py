@@ -4,7 +4,7 @@ from typing import Any
 
 import ray
 
-from ...dataset.sources.image_source import ImageSource
+from ...dataset.sources.image_source import Entry, ImageSource
 from ..config import AnnotateConfig
 from ..plan import Identity, Plan
 from ..report import Progress
@@ -29,9 +29,9 @@ class TeacherActor:
         return self._worker.ready()
 
     @ray.method(concurrency_group="control")
-    def answers(self, keys: list[str]) -> list[int]:
+    def answers(self, entries: list[Entry]) -> list[int]:
         """The teacher's top class of each image; -1 where it cannot be read."""
-        return self._worker.answers(keys)
+        return self._worker.answers(entries)
 
     @ray.method(concurrency_group="control")
     def progress(self) -> Progress:

@@ -12,6 +12,7 @@ import ray
 import ray.exceptions as rx
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ...dataset.sources.image_source import Entry
 from ...errors import JobError, StorageError, TokenLabelError, output_error
 from ..plan import Identity, Plan
 from ..report import Progress, Tally
@@ -96,7 +97,7 @@ class Pool:
                 )
         return self._identity
 
-    def answers(self, keys: list[str]) -> list[int]:
+    def answers(self, entries: list[Entry]) -> list[int]:
         """The class that a teacher finds most probable for each image; -1 where it says none.
 
         Raises:
@@ -104,11 +105,11 @@ class Pool:
         """
         actor = next(actor for actor in self._actors if actor.starting is None)
         try:
-            found: list[int] = ray.get(actor.handle.answers.remote(keys))
+            found: list[int] = ray.get(actor.handle.answers.remote(entries))
         except rx.RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except rx.RayError:  # it has died: `run` replaces it
-            return [-1] * len(keys)
+            return [-1] * len(entries)
         return found
 
     def run(

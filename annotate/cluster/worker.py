@@ -7,8 +7,10 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 from logging.handlers import BufferingHandler
+from typing import Any
 
 import numpy as np
 import ray
@@ -20,15 +22,16 @@ from ...dataset.format.manifest import open_manifest, shard_rows
 from ...dataset.format.score_map import MapLayout, nats
 from ...dataset.format.shard import shard_name, write_shard
 from ...dataset.format.sums import file_sha256
-from ...dataset.sources.image_source import ImageSource
+from ...dataset.sources.image_source import Entry, ImageSource
+from ...dataset.sources.scan import entries_of
 from ...errors import JobError, LockedError, StorageError
 from ..config import AnnotateConfig
-from ..images import DecodedBatch, decode_batch
+from ..images import DecodedBatch, decode_batch, fetch_block
 from ..plan import Identity, Plan
 from ..report import Progress, count_maps
 from ..teacher.annotator import TeacherOutput
 from ..teacher.identity import build_teacher, identify
-from .window import decode_ahead
+from .window import decode_ahead, fetched
 
 #: A batch on its way through the device and back, what shows that it is back, and when it left.
 _Pending = tuple[DecodedBatch, TeacherOutput, torch.cuda.Event | None, float]
@@ -46,7 +49,9 @@ class Worker:
         self._device = threading.Lock()
         # Made here, so that each owner has a function of its own: a raylet leaks the leases of a
         # function whose owner was killed, and then runs that function's tasks one at a time.
-        self._decode = ray.remote(num_cpus=1, max_retries=2)(decode_batch)
+        task = ray.remote(num_cpus=1, max_retries=2)
+        self._decode, self._fetch = task(decode_batch), task(fetch_block)
+        self._shared = ray.put(source)
         self._done = Progress(0, 0, 0.0, 0.0, 0.0)
 
     def ready(self) -> Identity:
@@ -71,12 +76,12 @@ class Worker:
         self._libraries = json.dumps(identity.libraries, sort_keys=True)
         return dataclasses.replace(identity, notes=tuple(notes))
 
-    def answers(self, keys: list[str]) -> list[int]:
+    def answers(self, entries: list[Entry]) -> list[int]:
         """The teacher's top class of each image; -1 where it cannot be read."""
         sizes, interpolation = self._teacher.input_sizes, self._teacher.interpolation
         found: list[int] = []
-        for start in range(0, len(keys), self._config.batch_size):
-            part = keys[start : start + self._config.batch_size]
+        for start in range(0, len(entries), self._config.batch_size):
+            part = entries[start : start + self._config.batch_size]
             try:
                 batch = decode_batch(self._source, part, sizes, interpolation)
             except StorageError:  # fails its own shard, later
@@ -99,13 +104,16 @@ class Worker:
         """
         rows = shard_rows(plan.rows, plan.shard_size, shard)
         manifest = open_manifest(plan.folder / MANIFEST)
-        keys = manifest.keys[rows.start : rows.stop]
-        labels = manifest.labels[rows.start : rows.stop]
+        entries, labels = entries_of(manifest, rows), manifest.labels(slice(rows.start, rows.stop))
+        keys = [entry.key for entry in entries]
         sizes, interpolation = self._teacher.input_sizes, self._teacher.interpolation
         size = self._config.batch_size
+        batches = [entries[start : start + size] for start in range(0, len(entries), size)]
         decoded = decode_ahead(
-            lambda keys: self._decode.remote(self._source, keys, sizes, interpolation),
-            [keys[start : start + size] for start in range(0, len(keys), size)],
+            lambda part, *data: self._decode.remote(
+                self._shared, part, sizes, interpolation, *data
+            ),
+            zip(batches, self._fetched(batches), strict=False),
             sizes,
             self._config.window,
         )
@@ -138,6 +146,18 @@ class Worker:
                     "the same command again"
                 )
         return file_sha256(path)  # just written, so still in the page cache
+
+    def _fetched(self, batches: list[list[Entry]]) -> Iterable[list[Any]]:
+        """What was fetched of each batch; nothing where decode tasks read for themselves."""
+        if not self._source.in_blocks:
+            return repeat([])
+
+        def fetch(entries: list[Entry], counts: list[int]) -> list[Any]:
+            task = self._fetch.options(num_returns=len(counts))
+            found: Any = task.remote(self._shared, entries, counts)
+            return found if len(counts) > 1 else [found]
+
+        return fetched(fetch, batches)
 
     def _annotated(
         self, decoded: Iterator[DecodedBatch], layout: MapLayout

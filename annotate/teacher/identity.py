@@ -4,14 +4,14 @@ import platform
 import re
 from contextlib import suppress
 from importlib import metadata
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 
 from ... import __version__
 from ...dataset.sources.image_source import ImageSource
-from ...errors import StorageError, TeacherError
+from ...errors import ConfigError, StorageError, TeacherError
 from ..classes import chosen_names
 from ..config import AnnotateConfig
 from ..images import DecodedBatch, decode_batch, join_batches
@@ -107,16 +107,20 @@ def identify(annotator: Annotator, source: ImageSource) -> Identity:
         TeacherError: they differ although they must not.
         StorageError: none of the first images can be read.
     """
+    sizes, interpolation = annotator.input_sizes, annotator.interpolation
+    scans = map(source.scan, range(len(source.parts())))
+    entries = list(islice(chain.from_iterable(scans), _CHECKED))
     parts: list[DecodedBatch] = []
     failure: StorageError | None = None
-    for entry in islice(source.scan(), _CHECKED):
+    for entry in entries:
         try:
-            sizes, interpolation = annotator.input_sizes, annotator.interpolation
-            parts.append(decode_batch(source, [entry.key.decode()], sizes, interpolation))
+            parts.append(decode_batch(source, [entry], sizes, interpolation))
         except StorageError as error:  # fails its own shard alone
             failure = error
     if failure and not parts:
         raise failure
+    if not parts:
+        raise ConfigError(f"no images found in {source}. Remedy: check the path")
     return Identity(
         model=annotator.name,
         weights_digest=annotator.weights_digest,

@@ -1,7 +1,8 @@
 """`index`: the row of every key of a split, derived from the shards and rebuilt at any time.
 
-It holds the key table, labels, sizes and error flags of all rows, and the size and digest of each
-shard, by which a stale index is recognised. The shards are authoritative.
+It holds the key table, labels, sizes and error flags of all rows, their files' digests sorted, and
+the size and digest of each shard, by which a stale index is recognised. The shards are
+authoritative.
 """
 
 import logging
@@ -17,12 +18,12 @@ import numpy as np
 from ...errors import FormatError
 from .directory import StoredFile
 from .files import replacing
-from .keys import KeyTable, KeyWriter
+from .keys import KeyTable, KeyWriter, Lookup, LookupWriter
 from .shard import Shard, parse_shard_name, shard_name
 
 NAME = "index"
 FORMAT = "tokenlabel-index"
-VERSION = 3
+VERSION = 4
 #: Attempts to build an index that fits the shards: they may change at that moment.
 _TRIES = 2
 
@@ -33,7 +34,8 @@ class Index(NamedTuple):
     """The rows of a split, in order.
 
     Attributes:
-        keys: the sorted keys.
+        keys: of the images.
+        digests: row by digest of the image's file; of several equal files the first.
         labels: int32 [n], ground truth or -1.
         sizes: int32 [n, 2], (width, height) of the images.
         failed: bool [n], True where the image has no map.
@@ -43,6 +45,7 @@ class Index(NamedTuple):
     """
 
     keys: KeyTable
+    digests: Lookup
     labels: np.ndarray
     sizes: np.ndarray
     failed: np.ndarray
@@ -191,6 +194,7 @@ def load_index(path: Path, shards: list[Path]) -> Index:
     file.column("shard_sha256", "|S64", (count,))
     index = Index(
         keys=keys,
+        digests=Lookup(file, "digest_lookup", len(keys)),
         labels=file.mapped("label", "<i4", (len(keys),)),
         sizes=file.mapped("size", "<i4", (len(keys), 2)),
         failed=file.mapped("failed", "|u1", (len(keys),)).view(bool),
@@ -226,19 +230,24 @@ def write_index(path: Path, shards: list[Path]) -> None:
     from .new_file import create
 
     with create(path, FORMAT, VERSION, {}) as file:
-        keys, first = KeyWriter(file), None
+        keys, files, first = KeyWriter(file), LookupWriter(), None
         rows, sizes, digests = [0], [], []
         for number, shard_path in enumerate(shards):
             with open_shard(shard_path) as shard:
                 first = first or shard
                 _check_neighbours(shard, number, rows[-1], first)
-                keys.append(shard.read("key").tolist())
+                keys.append(shard.texts("key"))
+                digest = shard.read("digest")
+                rows_here = np.arange(rows[-1], rows[-1] + shard.rows, dtype="<u8")
+                files.append(np.stack([digest, rows_here], 1))
                 for name, column in _columns(shard):
                     file.append(name, column)
                 rows.append(rows[-1] + shard.rows)
                 sizes.append(shard.end)
                 digests.append(shard.attrs["sha256"].encode())
                 file.attrs["fingerprint"] = shard.attrs["fingerprint"]
+        keys.finish()
+        files.finish(file, "digest_lookup")
         file.add("shard_rows", np.array(rows, "<u8"))
         file.add("shard_size", np.array(sizes, "<u8"))
         file.add("shard_sha256", np.array(digests, "S64"))

@@ -1,11 +1,12 @@
-"""The manifest: which images a split has, in which order, with which ground truth.
+"""The manifest: which images a split has, in which order, where they are, and of which class.
 
 Fixed before the first image is read and saved with the output, because the row numbers of every
 shard refer to it. Written and read in constant memory, through the page cache.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,61 +16,129 @@ from .directory import StoredFile
 from .files import replacing
 from .keys import KeyTable, KeyWriter
 
-NAME, FORMAT, VERSION = "manifest", "tokenlabel-manifest", 2
+NAME, FORMAT, VERSION = "manifest", "tokenlabel-manifest", 3
+#: Columns that say where an image is: number of its object, and two numbers that its source reads.
+PLACE = {"part": "<u4", "start": "<u8", "size": "<u4"}
+
+
+class Block(NamedTuple):
+    """Some images in the order of the split.
+
+    Attributes:
+        keys: n of them.
+        classes: int32 [n], the number of its class, in the order in which they are first met; -1
+            where there is none.
+        part, start, size: uint32, uint64, uint32 [n], as `sources.image_source.Entry` has them.
+    """
+
+    keys: Sequence[str]
+    classes: np.ndarray
+    part: np.ndarray
+    start: np.ndarray
+    size: np.ndarray
+
+
+class Numbered(NamedTuple):
+    """What `write_manifest` is told of the classes once it has seen all images.
+
+    Attributes:
+        label_space: "teacher" when labels are class ids of the teacher, else "folders".
+        class_names: names of the teacher's classes; None where unknown.
+        folders: class id by name of each of the images' classes, -1 where it has none.
+        numbering: how these ids were found, see `annotate.classes`.
+    """
+
+    label_space: str
+    class_names: Sequence[str] | None
+    folders: Mapping[str, int]
+    numbering: str = ""
 
 
 class Manifest(NamedTuple):
     """The images of a split.
 
     Attributes:
-        keys: their paths relative to the split, sorted by UTF-8 bytes.
-        labels: int32 [n], ground truth or -1.
-        digest: hex sha256 of keys and labels.
-        label_space: "teacher" when labels are class ids of the teacher, else "folders".
-        class_names: names of the teacher's classes; None where unknown.
-        folders: class id of each top-level folder, -1 where it has none.
-        numbering: how these ids were found, see `annotate.classes`.
+        keys: their names, in the order of the rows; of a folder, paths relative to the split.
+        classes: int32 [n], the number of each image's class in `folders`; -1: it has none.
+        places: `part`, `start` and `size` of each image by name, [n] each; empty for a folder.
+        digest: hex sha256 of keys and classes.
+        label_space, class_names, folders, numbering: as in `Numbered`; of the images' classes in
+            order of their numbers.
+        source: the text of their source.
+        parts: `parts_digest` of the objects that hold them.
     """
 
     keys: KeyTable
-    labels: np.ndarray
+    classes: np.ndarray
+    places: dict[str, np.ndarray]
     digest: str
     label_space: str
     class_names: list[str] | None
     folders: dict[str, int]
     numbering: str
+    source: str
+    parts: str
+
+    def labels(self, rows: slice = slice(None)) -> np.ndarray:
+        """Ground truth of the rows, int32, -1 where there is none."""
+        ids = np.array([*self.folders.values(), -1], "<i4")  # class -1 is the last
+        labels: np.ndarray = ids[self.classes[rows]]
+        return labels
 
 
 def write_manifest(
     path: Path,
-    blocks: Iterable[tuple[Sequence[bytes], np.ndarray]],
-    label_space: str,
-    class_names: Sequence[str] | None,
-    folders: Mapping[str, int] = {},  # never changed
-    numbering: str = "",
+    blocks: Iterable[Block],
+    number: Callable[[], Numbered],
+    source: str,
+    parts: Sequence[str] = (),
 ) -> None:
-    """Store a manifest of `blocks`: keys, sorted by UTF-8 bytes, and the int32 labels of each."""
+    """Store a manifest.
+
+    Args:
+        path: of the file.
+        blocks: the images in order.
+        number: called after the last block; gives the classes.
+        source: the text of the images' source.
+        parts: the objects that hold them.
+
+    Raises:
+        FormatError: two images have the same key.
+        ValueError: there is no image.
+    """
     from .new_file import add_folders, create, encode_texts
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         replacing(path) as temporary,
-        create(
-            temporary, FORMAT, VERSION, {"label_space": label_space, "numbering": numbering}
-        ) as file,
+        create(temporary, FORMAT, VERSION, {"source": source}) as file,
     ):
-        keys = KeyWriter(file)
+        keys, located = KeyWriter(file), False
         digests = hashlib.sha256(), hashlib.sha256()
-        for block, labels in blocks:
-            keys.append(block)
-            file.append("label", labels)
-            digests[0].update(b"\0".join((*block, b"")))
-            digests[1].update(labels.tobytes())
+        for block in blocks:
+            keys.append(block.keys)
+            file.append("class", block.classes)
+            for name, dtype in PLACE.items():
+                file.append(name, getattr(block, name).astype(dtype))
+            located = located or any(getattr(block, name).any() for name in PLACE)
+            digests[0].update("\0".join((*block.keys, "")).encode())
+            digests[1].update(block.classes.tobytes())
+        if not located:
+            for name in PLACE:
+                file.drop(name)
+        keys.finish()
+        numbered = number()
         total = b"".join(digest.digest() for digest in digests)
-        file.attrs["sha256"] = hashlib.sha256(total).hexdigest()
-        if class_names:
-            file.add("class_names", encode_texts(class_names), gzip=True)
-        add_folders(file, folders)
+        total += json.dumps([*numbered.folders.items()]).encode()
+        file.attrs |= {
+            "sha256": hashlib.sha256(total).hexdigest(),
+            "label_space": numbered.label_space,
+            "numbering": numbered.numbering,
+            "parts": parts_digest(parts),
+        }
+        if numbered.class_names:
+            file.add("class_names", encode_texts(numbered.class_names), gzip=True)
+        add_folders(file, numbered.folders)
 
 
 def open_manifest(path: Path, verify: bool = False) -> Manifest:
@@ -79,18 +148,40 @@ def open_manifest(path: Path, verify: bool = False) -> Manifest:
         FileNotFoundError: it is not there.
         FormatError: it is damaged or of another version.
     """
-    # Not closed here: keys and labels are read from it later, and it closes with the last of them.
+    # Not closed here: keys and columns are read from it later, and it closes with the last of them.
     file = StoredFile(path, FORMAT, VERSION, "delete it; `annotate` rebuilds it")
     keys = KeyTable(file)
-    labels = file.mapped("label", "<i4", (len(keys),))
-    sha256, space = file.attrs.get("sha256"), file.attrs.get("label_space")
-    if not isinstance(sha256, str) or not isinstance(space, str):
-        raise file.damaged("it has no sha256 or no label_space")
+    texts = [file.attrs.get(name) for name in ("sha256", "label_space", "source", "parts")]
+    if not all(isinstance(text, str) for text in texts):
+        raise file.damaged("it has no sha256, label_space, source or parts")
     if verify:
         file.check_bytes()
-    names = file.texts("class_names") if "class_names" in file.columns else None
-    numbering = str(file.attrs.get("numbering", ""))
-    return Manifest(keys, labels, sha256, space, names, file.folders(), numbering)
+    rows = (len(keys),)
+    places = {
+        name: file.mapped(name, dtype, rows)
+        for name, dtype in PLACE.items()
+        if "part" in file.columns
+    }
+    folders = file.folders()
+    classes = file.mapped("class", "<i4", rows)
+    sha256, space, source, parts = map(str, texts)
+    return Manifest(
+        keys,
+        classes,
+        places,
+        sha256,
+        space,
+        file.texts("class_names") if "class_names" in file.columns else None,
+        folders,
+        str(file.attrs.get("numbering", "")),
+        source,
+        parts,
+    )
+
+
+def parts_digest(parts: Sequence[str]) -> str:
+    """What a manifest holds of the objects that its images are in."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def shard_rows(rows: int, shard_size: int, shard: int) -> range:

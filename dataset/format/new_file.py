@@ -75,6 +75,18 @@ class NewFile:
             self._spools[name] = (spool, block.dtype, block.shape[1:])
         self._spools[name][0].write(block.tobytes())
 
+    def appended(self, name: str, start: int, size: int) -> bytes:
+        """Bytes of what `append` was given for a column."""
+        spool = self._spools[name][0]
+        spool.seek(start)
+        data = spool.read(size)
+        spool.seek(0, os.SEEK_END)
+        return data
+
+    def drop(self, name: str) -> None:
+        """Store nothing of what `append` was given for a column."""
+        self._spools.pop(name)[0].close()
+
     def create_maps(self, rows: int, planes: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
         """Make the datasets with a chunk an image, of these dtypes and shapes a row."""
         for name, (dtype, shape) in planes.items():
@@ -199,11 +211,10 @@ def encode_texts(texts: Sequence[str]) -> np.ndarray:
 
 
 def add_folders(file: NewFile, folders: Mapping[str, int]) -> None:
-    """Store the class id of each folder, as `StoredFile.folders` reads it."""
+    """Store the class id of each folder, as `StoredFile.folders` reads it, in the same order."""
     if folders:
-        names = sorted(folders)
-        file.add("folders", encode_texts(names), gzip=True)
-        file.add("folder_class", np.array([folders[name] for name in names], "<i4"), gzip=True)
+        file.add("folders", encode_texts([*folders]), gzip=True)
+        file.add("folder_class", np.array([*folders.values()], "<i4"), gzip=True)
 
 
 @contextmanager

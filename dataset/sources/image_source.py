@@ -10,15 +10,22 @@ MAX_FILE_BYTES = 512 << 20
 
 
 class Entry(NamedTuple):
-    """An image of a split.
+    """An image of a split, and where its bytes are.
 
     Attributes:
-        key: its name in the split, in UTF-8; of a folder, the path below it with `/` between names.
-        label: number of its class among the source's `classes()`; -1 where it has none.
+        key: its name in the split, the same however often it is scanned: of a folder, the path
+            below it with `/` between names; of a tar, the name of its member.
+        class_name: the class that the source gives it; empty where it gives none.
+        part: number of the object that holds it, in the order of `ImageSource.parts`.
+        start: its first byte in a tar; of a table, the number of its row group.
+        size: its bytes in a tar, or in a folder; of a table, its row in that group.
     """
 
-    key: bytes
-    label: int
+    key: str
+    class_name: str = ""
+    part: int = 0
+    start: int = 0
+    size: int = 0
 
 
 class ImageSource(Protocol):
@@ -27,31 +34,45 @@ class ImageSource(Protocol):
         from tokenlabel.dataset.sources.folder import FolderSource
 
         source = FolderSource(Path("imagenet/val"))
-        keys = [entry.key.decode() for entry in source.scan()]
-        for data in source.read(keys[:64]):
+        entries = [entry for part in range(len(source.parts())) for entry in source.scan(part)]
+        for data in source.read(entries[:64]):
             ...  # bytes of an image file, or an ImageError
 
     A source is small and can be pickled: a job sends it to each of its processes. Its text, as
-    `str()` gives it, is what errors call it.
+    `str()` gives it, is what errors call it, and names it: two of the same text have the same
+    images.
+
+    Attributes:
+        numbered: names of the classes by number, where the data set itself numbers them; else None.
+        in_blocks: whether the images of one (part, start) can only be fetched together, as those of
+            a row group of Parquet; a job then fetches each such block once.
     """
 
-    def classes(self) -> list[str]:
-        """Names of the classes, by their number; none where images have no class."""
-        ...
+    @property
+    def numbered(self) -> list[str] | None: ...  # noqa: D102
+    @property
+    def in_blocks(self) -> bool: ...  # noqa: D102
 
-    def scan(self) -> Iterator[Entry]:
-        """All images, in the order of their keys' bytes, in constant memory.
+    def parts(self) -> list[str]:
+        """The objects that hold the images, in order: the same ones in each process.
 
         Raises:
-            ConfigError: there is no image, or the source cannot be listed.
+            ConfigError: there is none, or they cannot be listed.
         """
         ...
 
-    def read(self, keys: Sequence[str]) -> Iterator[bytes | ImageError]:
+    def scan(self, part: int) -> Iterator[Entry]:
+        """The images of one part in the order in which they are stored, in constant memory.
+
+        Raises:
+            ConfigError: the part cannot be listed, or is no such file.
+        """
+        ...
+
+    def read(self, entries: Sequence[Entry]) -> Iterator[bytes | ImageError]:
         """The bytes of each image's file, in order; an error for an image that has none.
 
-        A batch of keys at a time lets a source fetch them together. Not all have to be in memory
-        at once.
+        A batch at a time lets a source fetch them together. Not all have to be in memory at once.
 
         Raises:
             StorageError: an image cannot be read for a reason that is not its own.

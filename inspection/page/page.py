@@ -137,7 +137,7 @@ class PageReport(NamedTuple):
 def save_page(
     stores: Sequence[LabelStore],
     path: Path,
-    images: Path | None = None,
+    images: str | None = None,
     *,
     limit: int = 200,
     keys: Sequence[str] | None = None,
@@ -148,7 +148,7 @@ def save_page(
     Args:
         stores: label sets, one for each split.
         path: HTML file to write; it is replaced as a whole or not at all.
-        images: folder of the images, DATA/SPLIT or DATA; None for the embedded sample.
+        images: DATA/SPLIT or DATA, or as `open_images` takes them; None for the embedded sample.
         limit: images to show, evenly spaced over all that have a map.
         keys: images to show, instead.
         watch: called with (images done, images to do).

@@ -1,17 +1,19 @@
 """The image files that a label set was made of, each checked against the shards."""
 
+import os
 from contextlib import suppress
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import Image
 
-from ...annotate.images import file_digest
 from ...annotate.sample import sample_images
+from ...dataset.format.keys import digest64
 from ...dataset.format.shard import Shard
 from ...dataset.sources.decode import decode_image
-from ...dataset.sources.folder import FolderSource
+from ...dataset.sources.image_table import ImageTable
+from ...dataset.sources.open_source import open_images
 from ...dataset.store import LabelStore
 from ...errors import ConfigError, ImageError, StorageError
 
@@ -23,21 +25,22 @@ class ImageFiles:
 
     Args:
         store: the label set.
-        images: folder of its split, or the folder of the data set, which holds a folder for each
-            split. None: only the embedded sample's images are found by themselves.
+        images: of its split, as `open_images` takes them, or the folder of the data set, which
+            holds a folder for each split. None: only the embedded sample's images are found by
+            themselves.
 
     Raises:
         ConfigError: the images are not there, or not where None looks for them.
     """
 
-    def __init__(self, store: LabelStore, images: Path | None = None) -> None:
+    def __init__(self, store: LabelStore, images: str | None = None) -> None:
         # The sample's files are installed in one folder, under the names that end their keys.
         self._store, self._flat = store, images is None
         example = store.keys[int(np.argmin(store.failed))]  # of the first that was annotated
         if images is not None:
-            folders = [images, images / store.root.name]
+            folders = [images, os.path.join(images, store.root.name)]
         elif PurePosixPath(example).match("imagenet_[0-9][0-9]_*.jpg"):
-            folders = [sample_images()[0].parent]
+            folders = [str(sample_images()[0].parent)]
         else:
             raise ConfigError(
                 f"the images must be found to be shown, and {store.root} does not record where its "
@@ -45,14 +48,13 @@ class ImageFiles:
             )
         name = self._name(example)
         for folder in folders:
-            with suppress(StorageError):
-                self._source = FolderSource(folder)
-                next(self._source.read([name]))
+            with suppress(StorageError, ConfigError):
+                self._source = ImageTable(open_images(folder), store.root)
+                self._source.read_key(name)
                 return
-        tried = " and no ".join(repr(str(folder / name)) for folder in folders)
         raise ConfigError(
-            f"the images of {store.root} must lie in {folders[0]} under the keys of the labels, "
-            f"but there is no {tried}. {_REMEDY}"
+            f"the images of {store.root} must be in {' or '.join(folders)} under the keys of the "
+            f"labels, but there is no {name!r}. {_REMEDY}"
         )
 
     def _name(self, key: str) -> str:
@@ -67,12 +69,12 @@ class ImageFiles:
         """
         row = self._store.row(key)
         try:
-            data = next(self._source.read([self._name(key)]))
+            data = self._source.read_key(self._name(key))
         except StorageError as error:
             data = ImageError(str(error).partition(". ")[0])
         if isinstance(data, ImageError):
             raise ImageError(f"cannot read the image {key!r} in {self._source}: {data}. {_REMEDY}")
-        digest, annotated = file_digest(data), int(self._digests[row])
+        digest, annotated = digest64(data), int(self._digests[row])
         if annotated not in (0, digest):  # 0: of a label set that does not record digests
             raise ImageError(
                 f"{key!r} in {self._source} must be the image that was annotated, with digest "

@@ -27,7 +27,7 @@ _FRAMES = ("#E69F00", "#56B4E9", "#CC79A7")
 
 
 def save_png(
-    store: LabelStore, key: str, path: Path, images: Path | None = None, seed: int = 0
+    store: LabelStore, key: str, path: Path, images: str | None = None, seed: int = 0
 ) -> None:
     """Draw one image's map: classes, top-k mass, and three random augmentations with targets.
 
@@ -35,7 +35,7 @@ def save_png(
         store: the label set.
         key: the image's key.
         path: PNG file to write; it is replaced as a whole or not at all.
-        images: folder of the images, DATA/SPLIT or DATA; None for the embedded sample.
+        images: DATA/SPLIT or DATA, or as `open_images` takes them; None for the embedded sample.
         seed: of the augmentations.
 
     Raises:

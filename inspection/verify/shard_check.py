@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from ...annotate.images import file_digest
+from ...dataset.format.keys import digest64
 from ...dataset.format.manifest import open_manifest
 from ...dataset.format.score_map import DROPPED, MapLayout
 from ...dataset.format.shard import COLUMNS, ContentDigest, Shard, parse_shard_name
 from ...dataset.format.sums import NAME as SUMS
 from ...dataset.format.sums import file_sha256
-from ...dataset.sources.folder import FolderSource
+from ...dataset.sources.image_table import ImageTable
+from ...dataset.sources.open_source import open_images
 from ...errors import JobError, NewerVersionError, StorageError
 
 _BLOCK = 256  # rows whose maps are in memory at once
@@ -80,7 +81,7 @@ def check_alone(path: Path, *others: object) -> list[Fault]:
 
 
 def check_shard(
-    path: Path, sha256: str = "", manifest: Path | None = None, images: Path | None = None
+    path: Path, sha256: str = "", manifest: Path | None = None, images: str | None = None
 ) -> list[Fault]:
     """What is wrong with a shard; of rows that break the same rule, the first one.
 
@@ -90,7 +91,7 @@ def check_shard(
         path: the shard.
         sha256: that must be the file's; empty where none is known.
         manifest: the split's manifest, known to be undamaged; None leaves it out.
-        images: folder of the images, whose digests are then compared; None leaves them out.
+        images: as `open_images` takes them; their digests are then compared; None: they are not.
     """
     faults: list[Fault] = []
     try:
@@ -102,7 +103,7 @@ def check_shard(
             if not faults:
                 faults += _hdf5_faults(shard)
             if images is not None:
-                faults += _image_faults(shard, FolderSource(images))
+                faults += _image_faults(shard, ImageTable(open_images(images), path.parent))
     # Of this machine or for a later release: no reason to delete the shard.
     except (MemoryError, NewerVersionError, PermissionError) as error:
         text = str(error).removeprefix(f"{path} ") or "too large for this machine's memory"
@@ -190,7 +191,7 @@ def _row_faults(shard: Shard, manifest: Path | None) -> Iterator[Fault]:
             others = [key != want for key, want in zip(keys, wanted, strict=True)]
             yield from first("its key must be that of the manifest, {!r}", others, wanted)
             if not any(others):
-                want = split.labels[rows]
+                want = split.labels(rows)
                 yield from first("its label must be that of the manifest, {}", labels != want, want)
 
     digest = ContentDigest()
@@ -256,15 +257,15 @@ def _hdf5_faults(shard: Shard) -> Iterator[Fault]:
         yield Fault(name, f"HDF5 cannot read it: {error}")
 
 
-def _image_faults(shard: Shard, source: FolderSource) -> Iterator[Fault]:
+def _image_faults(shard: Shard, table: ImageTable) -> Iterator[Fault]:
     """The images that are not the files that were annotated."""
     digests, changed = shard.read("digest").tolist(), 0
     for row, (key, digest) in enumerate(zip(shard.texts("key"), digests, strict=True)):
         if digest == 0:  # unknown
             continue
         try:
-            (data,) = source.read([key])
-            if isinstance(data, bytes) and file_digest(data) == digest:
+            data = table.read_key(key)
+            if isinstance(data, bytes) and digest64(data) == digest:
                 continue
             why = "its digest differs" if isinstance(data, bytes) else str(data)
         except StorageError as error:
@@ -279,5 +280,5 @@ def _image_faults(shard: Shard, source: FolderSource) -> Iterator[Fault]:
 
 
 if __name__ == "__main__":
-    place, line, *folders = sys.argv[1:]
-    print(json.dumps(check_shard(Path(place), line, *(Path(f) if f else None for f in folders))))
+    place, line, known, shown = sys.argv[1:]
+    print(json.dumps(check_shard(Path(place), line, Path(known) if known else None, shown or None)))

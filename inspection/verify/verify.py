@@ -20,6 +20,8 @@ from ...dataset.format.manifest import Manifest, open_manifest
 from ...dataset.format.shard import Shard, parse_shard_name, shard_name
 from ...dataset.format.sums import NAME as SUMS
 from ...dataset.format.sums import read_sums
+from ...dataset.sources.image_table import ImageTable
+from ...dataset.sources.open_source import open_images
 from ...errors import FormatError, NewerVersionError, OutputError
 from ...terminal import Watch
 from .shard_check import Fault, check_alone, reason, settings_of, sum_faults
@@ -71,13 +73,13 @@ class SplitCheck:
 
 
 def verify(
-    root: Path, images: Path | None = None, workers: int = 1, watch: Watch = lambda *_: None
+    root: Path, images: str | None = None, workers: int = 1, watch: Watch = lambda *_: None
 ) -> SplitCheck:
     """Check every byte of a split's shards, and that shards, manifest and index belong together.
 
     Args:
         root: folder of the split.
-        images: folder of its images, whose digests are then compared.
+        images: its images, as `open_images` takes them, whose digests are then compared.
         workers: how many shards to check at a time, each in a process of its own.
         watch: called with (shards checked, shards).
     """
@@ -93,6 +95,8 @@ def verify(
     except FormatError as error:
         result.add(MANIFEST, reason(error, path))
     others = path if manifest else None, images
+    if images:
+        len(ImageTable(open_images(images), root))  # scanned once, for all of the processes
     # Threads: each waits for the process that checks its shard.
     with ThreadPoolExecutor(workers) as pool:
         tasks = [pool.submit(check_alone, path, sums.get(path.name), *others) for path in paths]

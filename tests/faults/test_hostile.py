@@ -25,7 +25,7 @@ from PIL import Image, PngImagePlugin
 
 from tests.faults.attacks import ATTACKS, attack, parsed, with_directory
 from tests.faults.table import Observed
-from tests.maps import attrs, manifest_of, random_rows, write_split
+from tests.maps import attrs, entries, manifest_of, random_rows, write_split
 from tokenlabel.annotate.images import decode_batch
 from tokenlabel.cli import main
 from tokenlabel.dataset.format.score_map import MapLayout
@@ -251,7 +251,7 @@ def test_hostile_images_become_rows(tmp_path: Path, observed: Observed) -> None:
         with within(30):
             grown = grown_by(
                 lambda: batches.append(
-                    decode_batch(FolderSource(tmp_path), names, ((8, 8),), "bilinear")
+                    decode_batch(FolderSource(tmp_path), entries(names), ((8, 8),), "bilinear")
                 )
             )
     (batch,) = batches
@@ -274,7 +274,9 @@ def test_only_the_first_frame_is_decoded(tmp_path: Path) -> None:
 
     def seconds(name: str) -> float:
         start = time.thread_time()
-        assert decode_batch(FolderSource(tmp_path), [name], ((8, 8),), "bilinear").errors == [""]
+        assert decode_batch(
+            FolderSource(tmp_path), entries([name]), ((8, 8),), "bilinear"
+        ).errors == [""]
         return time.thread_time() - start
 
     few, many = (min(seconds(f"{n}.gif") for _ in range(9)) for n in (2, 1000))

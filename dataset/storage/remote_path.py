@@ -1,0 +1,248 @@
+"""`RemotePath`: an object in a store, or a prefix of objects, used as pathlib's paths are."""
+
+import io
+import os
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from ...errors import JobError, StoreError
+
+#: What the text of a remote path begins with.
+SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "adl", "https", "http")
+#: A request that fails for a moment (500, 503, reset, cut short) is repeated for so long; one that
+#: does not answer counts as failed after `_SILENCE`.
+_PATIENCE, _SILENCE = timedelta(seconds=30), timedelta(seconds=10)
+#: Ranges of one object that are so near to one another are one request.
+_GAP = 64 << 10
+
+
+@dataclass(frozen=True, order=True)
+class RemotePath:
+    """An object of S3 (`s3://bucket/…`), GCS (`gs://`), Azure (`az://`) or a web server.
+
+        path = RemotePath("s3://bucket/imagenet") / "train-0000.tar"
+        path.ranges([512], [1024])
+
+    Needs the extra `cloud` (obstore), which takes credentials, region and endpoint from the
+    environment, such as AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL. Requests that fail for a moment are
+    repeated for half a minute.
+
+    A process that was forked from one that has used it must not use it: the store's threads are
+    not in it. It then raises JobError instead of hanging.
+
+    Every method raises FileNotFoundError for an object that is not there, and `StoreError` for what
+    is the store's fault: credentials, a bucket that is not there, requests that go on failing.
+    """
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __fspath__(self) -> str:
+        raise TypeError(f"{self.url} is no local file")
+
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(f"{self.url.rstrip('/')}/{name}")
+
+    @property
+    def name(self) -> str:
+        """What follows the last `/`."""
+        return posixpath.basename(self.url.rstrip("/"))
+
+    @property
+    def parent(self) -> "RemotePath":
+        """Without the name."""
+        return RemotePath(posixpath.dirname(self.url.rstrip("/")))
+
+    def absolute(self) -> "RemotePath":
+        """Itself."""
+        return self
+
+    def with_name(self, name: str) -> "RemotePath":
+        """With another name."""
+        return self.parent / name
+
+    def size(self) -> int:
+        """Bytes of the object."""
+        with self._store() as (obstore, store, key):
+            found: int = obstore.head(store, key)["size"]
+        return found
+
+    def is_file(self) -> bool:
+        """Whether the object is there."""
+        try:
+            self.size()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def read_bytes(self) -> bytes:
+        """All bytes of the object."""
+        with self._store() as (obstore, store, key):
+            return bytes(obstore.get(store, key).bytes())
+
+    def ranges(self, starts: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
+        """Bytes of the object, a piece for each range; near ones are one request.
+
+        Raises:
+            EOFError: the object ends before the end of a range.
+        """
+        if not starts:
+            return []
+        with self._store() as (obstore, store, key):
+            found = obstore.get_ranges(
+                store, key, starts=list(starts), lengths=list(sizes), coalesce=_GAP
+            )
+        pieces = [bytes(piece) for piece in found]
+        if list(map(len, pieces)) != list(sizes):
+            raise EOFError(
+                f"{self} ends before byte {max(map(sum, zip(starts, sizes, strict=True)))}"
+            )
+        return pieces
+
+    def open(self, buffer: int = 1 << 20) -> IO[bytes]:
+        """The object as a file to seek and read in, `buffer` bytes at a time or more."""
+        return io.BufferedReader(_Object(self), buffer)
+
+    def iterdir(self) -> Iterator["RemotePath"]:
+        """Objects and prefixes directly below it, in order; none where there is nothing.
+
+        Raises as the class says; a web server lists nothing, which is an error as well.
+        """
+        with self._store() as (obstore, store, key):
+            found = obstore.list_with_delimiter(store, f"{key}/" if key else "")
+        names = {posixpath.basename(path) for path in found["common_prefixes"]}
+        names |= {posixpath.basename(one["path"]) for one in found["objects"]}
+        yield from (self / name for name in sorted(names))
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """(path below this one, bytes) of all objects below it, sorted by their UTF-8 bytes."""
+        with self._store() as (obstore, store, key):
+            for block in obstore.list(store, f"{key}/" if key else None, chunk_size=1000):
+                for one in block:
+                    yield one["path"][len(key) + 1 if key else 0 :], one["size"]
+
+    def put(self, data: bytes | Path, create: bool = False, match: str | None = None) -> str:
+        """Store an object in one request; returns its etag.
+
+        Args:
+            data: its bytes, or the local file that holds them.
+            create: only if there is no such object yet.
+            match: only if the object has this etag.
+
+        Raises:
+            FileExistsError: the object is there already, or has another etag.
+        """
+        content = data.read_bytes() if isinstance(data, Path) else data
+        mode: Any = "create" if create else {"e_tag": match} if match else "overwrite"
+        with self._store() as (obstore, store, key):
+            return str(obstore.put(store, key, content, mode=mode, use_multipart=False)["e_tag"])
+
+    def unlink(self) -> None:
+        """Delete the object, if it is there."""
+        with self._store() as (obstore, store, key):
+            obstore.delete(store, key)
+
+    @contextmanager
+    def _store(self) -> Iterator[tuple[Any, Any, str]]:
+        """obstore, the store of this path and its key there; its errors as the class says."""
+        obstore, store, key = _connected(self.url)
+        errors = obstore.exceptions
+        try:
+            yield obstore, store, key
+        except (errors.AlreadyExistsError, errors.PreconditionError) as error:
+            raise FileExistsError(f"{self} is there already, or has changed") from error
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise StoreError(f"{self}: {_reason(error)}") from error
+            raise FileNotFoundError(f"{self} is not there") from error
+        except errors.BaseError as error:
+            raise StoreError(
+                f"{self} cannot be used: {_reason(error)}. Remedy: check the credentials, the "
+                "bucket and the network, and run the same command again"
+            ) from error
+
+
+class _Object(io.RawIOBase):
+    """The bytes of an object, a request for each read."""
+
+    def __init__(self, path: RemotePath) -> None:
+        self._path, self._size, self._at = path, path.size(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(min(len(buffer), self._size - self._at), 0)
+        if count:
+            (buffer[:count],) = self._path.ranges([self._at], [count])
+            self._at += count
+        return count
+
+
+def as_path(path: str | os.PathLike[str] | RemotePath) -> Path | RemotePath:
+    """The path of a text: remote where it begins like a URL."""
+    if isinstance(path, RemotePath):
+        return path
+    text = os.fspath(path)
+    scheme, separator, _ = text.partition("://")
+    return RemotePath(text) if separator and scheme.lower() in SCHEMES else Path(text)
+
+
+def _connected(url: str) -> tuple[Any, Any, str]:
+    """obstore, the store that a URL is in, and its key there."""
+    parts = urlsplit(url)
+    depth = 1 if parts.scheme in ("az", "azure", "adl") else 0  # az://account/container/…
+    names = parts.path.strip("/").split("/")
+    root = "/".join([f"{parts.scheme}://{parts.netloc}", *names[:depth]])
+    if _owner.setdefault("pid", os.getpid()) != os.getpid():
+        raise JobError(
+            f"{url} cannot be read in a process that was forked from one that has read from a "
+            "store. Remedy: DataLoader(..., multiprocessing_context='forkserver')"
+        )
+    obstore, store = _store_of(root)
+    return obstore, store, "/".join(names[depth:])
+
+
+_owner: dict[str, int] = {}
+
+
+@lru_cache
+def _store_of(root: str) -> tuple[Any, Any]:
+    try:
+        import obstore
+        from obstore.store import from_url
+    except ImportError as error:
+        raise JobError(
+            f"{root} needs the package obstore. Remedy: pip install 'tokenlabel[cloud]'"
+        ) from error
+    plain = root.startswith("http://") or os.environ.get("AWS_ENDPOINT_URL", "").startswith("http:")
+    store = from_url(
+        root,
+        client_options={"timeout": _SILENCE, "allow_http": plain},
+        retry_config={"max_retries": 100, "retry_timeout": _PATIENCE},
+    )
+    return obstore, store
+
+
+def _reason(error: Exception) -> str:
+    """What a store says went wrong, in a line."""
+    text = str(error).partition("\n\nDebug source")[0]
+    codes = re.findall(r"<(?:Code|Message)>([^<]*)</", text)
+    return ": ".join(codes) or text.splitlines()[0]
