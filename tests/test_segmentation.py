@@ -1,6 +1,7 @@
 """The segmentation example: published settings, real folders, runs that learn and resume."""
 
 import argparse
+import gc
 import importlib
 import sys
 from collections.abc import Iterator
@@ -123,6 +124,21 @@ def test_windows_cover_an_image_and_flips_go_back(example: Any) -> None:
         found = predict(Stripes(), image, 32, scales, flip)
         assert (found.argmax(0) == truth).float().mean() > 0.97
         torch.testing.assert_close(found.sum(0), torch.ones(32, 45))
+
+
+def test_views_are_summed_not_kept(example: Any) -> None:
+    """The maps of one image and class set are the largest tensors of a test."""
+    kept = []
+
+    class Counting(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            objects = (o for o in gc.get_objects() if type(o) is torch.Tensor)
+            kept.append(sum(o.shape == (7, 40, 50) for o in objects))
+            return torch.zeros(len(images), 7, *images.shape[-2:])
+
+    probs = example.segmenter.predict(Counting(), torch.zeros(3, 40, 50), 64, (0.5, 1, 1.5), True)
+    assert max(kept) <= 3  # the sum, and what the last view left behind
+    torch.testing.assert_close(probs, torch.full((7, 40, 50), 1 / 7))
 
 
 def test_several_scales_of_which_there_is_one_are_one_scale(

@@ -163,15 +163,19 @@ def predict(
     At scale 1 the shorter side has `size` pixels. The model is in evaluation.
     """
     shape = image.shape[-2:]
-    views = []
+    total, count = None, 0
     for scale in scales:
         sides = [max(1, round(side * scale * size / min(shape))) for side in shape]
         view = F.resize(image, sides, antialias=True)
         for mirrored in (False, True)[: 1 + flip]:
             logits = slide(model, view.flip(-1) if mirrored else view, size)
             logits = functional.interpolate(logits[None], shape, mode="bilinear")[0]
-            views.append((logits.flip(-1) if mirrored else logits).softmax(0))
-    return torch.stack(views).mean(0)
+            probs = (logits.flip(-1) if mirrored else logits).softmax(0)
+            # Summed, because a view of 1600 x 1600 pixels and 150 classes has 1.5 GB.
+            total = probs if total is None else total.add_(probs)
+            count += 1
+    assert total is not None
+    return total.div_(count)
 
 
 def slide(model: nn.Module, image: Tensor, size: int) -> Tensor:
