@@ -225,6 +225,12 @@ def _tar_members(file: IO[bytes]) -> Iterator[_Member]:
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # it would keep them all
+            if member.name.endswith(SUFFIX) and (member.islnk() or member.issym()):
+                raise FormatError(
+                    f"{file.name}: labels must be stored as files; {member.name} is a link to "
+                    f"{member.linkname}. Remedy: pack the set again, with tar --dereference "
+                    "--hard-dereference"
+                )
             if member.isreg():
                 yield _Member(member.name, member.offset_data, member.size)
         # tarfile takes any header that it cannot read for the end.

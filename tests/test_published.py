@@ -368,6 +368,16 @@ def as_tar_gz(source: Path, to: Path) -> Path:
     return to
 
 
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_label_that_is_a_link_in_a_tar_is_refused_by_name(tmp_path: Path, link: Any) -> None:
+    images, labels = make_images(tmp_path, NAMES), make_set(tmp_path)
+    (labels / "b" / "x.pt").unlink()
+    link(labels / "b" / "one.pt", labels / "b" / "x.pt")
+    bring(labels, images, tmp_path / "folder")
+    with pytest.raises(FormatError, match=r"b/(one|x)\.pt is a link to .*b/(x|one)\.pt\. Remedy"):
+        bring(as_tar(labels, tmp_path / "set.tar"), images, tmp_path / "out")
+
+
 def test_a_flipped_byte_in_a_zip_is_found(tmp_path: Path) -> None:
     images = make_images(tmp_path, NAMES)
     path = as_zip(make_set(tmp_path), tmp_path / "set.zip")
