@@ -66,7 +66,7 @@ class LabelFiles:
         digest: hex sha256 of names and sizes, the same for a folder and an archive of it.
 
     Raises:
-        ConfigError: it is no folder and no archive, or holds no label file.
+        ConfigError: it is no folder and no archive, cannot be read, or holds no label file.
         FormatError: the archive is damaged, or two files are the label of one image.
     """
 
@@ -76,6 +76,12 @@ class LabelFiles:
         self._archive: IO[bytes] | None = None if path.is_dir() else _open(path)
         try:
             self._list()
+        except OSError as error:
+            self.__exit__()
+            raise ConfigError(
+                f"all of a label set must be readable; {error.filename or path} is not: "
+                f"{error.strerror}. Remedy: check the permissions and the disk"
+            ) from error
         except BaseException:
             self.__exit__()
             raise
@@ -171,7 +177,11 @@ class LabelFiles:
 
     def _folder_members(self) -> Iterator[_Member]:
         self._names.clear()
-        for folder, _, names in os.walk(self.path, followlinks=True):
+
+        def refuse(error: OSError) -> None:  # os.walk would leave the folder out
+            raise error
+
+        for folder, _, names in os.walk(self.path, onerror=refuse, followlinks=True):
             for name in names:
                 path = os.path.join(folder, name)
                 place, inner = len(self._names), os.path.relpath(path, self.path)

@@ -1,5 +1,6 @@
 """`import-labels`: published label sets, from where they lie to targets of a student."""
 
+import errno
 import logging
 import math
 import os
@@ -376,6 +377,22 @@ def test_a_label_that_is_a_link_in_a_tar_is_refused_by_name(tmp_path: Path, link
     bring(labels, images, tmp_path / "folder")
     with pytest.raises(FormatError, match=r"b/(one|x)\.pt is a link to .*b/(x|one)\.pt\. Remedy"):
         bring(as_tar(labels, tmp_path / "set.tar"), images, tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = make_images(tmp_path, NAMES), make_set(tmp_path)
+    scandir = os.scandir
+
+    def denied(path: Any) -> Any:  # the superuser may list any folder
+        if str(path).endswith("set/b"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(ConfigError, match=r"set/b is not: Permission denied\. Remedy"):
+        bring(labels, images, tmp_path / "out")
 
 
 def test_a_flipped_byte_in_a_zip_is_found(tmp_path: Path) -> None:
