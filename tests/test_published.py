@@ -436,6 +436,14 @@ def test_an_import_resumes_and_refuses_other_settings(tmp_path: Path) -> None:
     report = bring(as_zip(labels, tmp_path / "set.zip"), images, tmp_path / "out")
     assert (report.written, report.skipped) == (1, 1)
     assert digests(tmp_path / "out" / "train") == before
+    other = {stem: label(seed + 9) for seed, stem in enumerate(STEMS)}
+    sizes = {path: path.stat().st_size for path in labels.rglob("*.pt")}
+    make_set(tmp_path, other)
+    assert sizes == {path: path.stat().st_size for path in labels.rglob("*.pt")}
+    (tmp_path / "out" / "train" / "shard-00001-of-00002.h5").unlink()
+    with pytest.raises(FingerprintError, match="weights: "):
+        bring(labels, images, tmp_path / "out")
+    make_set(tmp_path)
     for change in ({"geometry": "squash"}, {"rest": "none"}, {"num_classes": 60}):
         with pytest.raises(FingerprintError):
             bring(labels, images, tmp_path / "out", **change)
