@@ -38,6 +38,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import tokenlabel as tl
+from tokenlabel.dataset.sources.folder import FolderSource
 
 sys.path.insert(0, str(Path(__file__).parent))
 from checkpoints import refuse_other_run, save
@@ -45,36 +46,40 @@ from options import LVVIT, arguments
 
 
 class Classes(ImageFolder):
-    """An ImageFolder whose classes have the numbers of `names`, whatever folders there are."""
+    """An ImageFolder whose classes have given numbers, whatever folders there are.
 
-    def __init__(self, root: Path, names: list[str], transform: Any) -> None:
-        self.names = names
+    Hidden and empty folders are left out, as in annotation.
+    """
+
+    def __init__(self, root: Path, numbers: dict[str, int], transform: Any) -> None:
+        self.numbers = numbers
         super().__init__(str(root), transform)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         """Folders, and the number of each."""
-        folders = super().find_classes(directory)[0]
-        unknown = sorted(set(folders) - set(self.names))
+        folders = FolderSource(Path(directory)).classes()
+        unknown = [folder for folder in folders if self.numbers.get(folder, -1) < 0]
         if unknown:
             raise ValueError(
                 f"the folders of {directory} must be classes of the training data or its labels; "
                 f"{', '.join(unknown[:5])} are not. Remedy: check --data and --labels"
             )
-        return folders, {folder: self.names.index(folder) for folder in folders}
+        return folders, {folder: self.numbers[folder] for folder in folders}
 
 
-def class_names(args: argparse.Namespace, store: tl.LabelStore | None) -> list[str]:
-    """Names of the student's classes: the teacher's where there are labels, else the folders."""
+def class_numbers(args: argparse.Namespace, store: tl.LabelStore | None) -> dict[str, int]:
+    """The class id of each folder: that of the labels where they have one, else by order."""
     if store and store.attrs["label_space"] == "teacher":
-        return list(store.classes or sorted(store.folders, key=store.folders.__getitem__))
-    folders = sorted(entry.name for entry in (args.data / "train").iterdir() if entry.is_dir())
+        names = store.classes or []
+        return {name: number for number, name in enumerate(names)} | store.folders
+    folders = FolderSource(args.data / "train").classes()
     if store and store.num_classes != len(folders):
         raise ValueError(
             f"the labels' teacher has {store.num_classes} classes and DATA/train has "
             f"{len(folders)} folders, and no names say which is which. Remedy: annotate with "
             "--class-names"
         )
-    return folders
+    return {folder: number for number, folder in enumerate(folders)}
 
 
 def make_student(
@@ -173,10 +178,11 @@ def settings(args: argparse.Namespace, world: int) -> dict[str, str]:
 def train(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
     """Train from the last checkpoint, or the beginning, to the end."""
     store = tl.LabelStore(args.labels) if args.labels else None
-    names = class_names(args, store)
+    numbers = class_numbers(args, store)
+    num_classes = store.num_classes if store else len(numbers)
 
     torch.manual_seed(args.seed)
-    bare = make_student(args, len(names), store).to(device)
+    bare = make_student(args, num_classes, store).to(device)
     ema = ModelEmaV3(bare, decay=args.ema) if args.ema else None
 
     augment = tl.train_transform(
@@ -190,7 +196,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     dataset: Dataset[Any]
     if store:
         dataset = tl.TokenLabelDataset(
-            Classes(args.data / "train", names, None), store, transform=augment, grid=bare.grid
+            Classes(args.data / "train", numbers, None), store, transform=augment, grid=bare.grid
         )
         criterion = tl.TokenLabelLoss(
             cls_weight=args.cls_weight,
@@ -201,16 +207,16 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         )
         mixes = [tl.MixUp(0.8), tl.CutMix(1.0)]
     else:
-        dataset = Classes(args.data / "train", names, augment)
+        dataset = Classes(args.data / "train", numbers, augment)
         mixes = [
-            v2.MixUp(alpha=0.8, num_classes=len(names)),
-            v2.CutMix(alpha=1.0, num_classes=len(names)),
+            v2.MixUp(alpha=0.8, num_classes=num_classes),
+            v2.CutMix(alpha=1.0, num_classes=num_classes),
         ]
     mix = v2.RandomChoice(mixes)  # by torchvision's draws in either case
     mix_token = tl.MixToken(prob=args.mix_token, published=True)
     loader = make_loader(dataset, args, rank, world)
     validation = Classes(
-        args.data / "val", names, tl.eval_transform(args.size, crop_pct=args.crop_pct)
+        args.data / "val", numbers, tl.eval_transform(args.size, crop_pct=args.crop_pct)
     )
     part = Subset(validation, range(rank, len(validation), world))
     val_loader = DataLoader(part, args.batch_size, num_workers=args.workers)

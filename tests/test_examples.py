@@ -295,3 +295,17 @@ def test_classes_that_no_label_knows_are_refused(data: Path, work: Path, tmp_pat
     given = ["--data", other, "--out", tmp_path / "out", *STUDENT]
     with pytest.raises(SystemExit, match="strange are not"):
         run(SCRIPT, *given, "--labels", work / "labels" / "train")
+
+
+def test_hidden_and_empty_folders_are_no_classes(data: Path, work: Path, tmp_path: Path) -> None:
+    other = tmp_path / "data"
+    for split in ("train", "val"):
+        for name in ("@eaDir", "__MACOSX", ".cache", "empty"):
+            (other / split / name).mkdir(parents=True)
+        (other / split / "@eaDir" / "thumb.jpg").write_bytes(b"")
+        for name in CLASSES:
+            (other / split / name).symlink_to(data / split / name)
+    given = ["--data", other, *STUDENT, "--epochs", 1]
+    run(SCRIPT, *given, "--out", tmp_path / "without")
+    run(SCRIPT, *given, "--out", tmp_path / "with", "--labels", work / "labels" / "train")
+    assert weights(tmp_path / "without")["model"]["head.weight"].shape[0] == 2
