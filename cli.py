@@ -265,7 +265,8 @@ def import_labels(
     """Make a split of the published label set LABELS, of TokenLabeling or ReLabel.
 
     LABELS is a folder, a .zip or a .tar with a file CLASS/NAME.pt for each image. It is not
-    unpacked. Finished shards are kept, so an import that was stopped resumes.
+    unpacked. Finished shards are kept, so an import that was stopped resumes. An image without a
+    label counts against --max-errors. --geometry detect needs a teacher: --config, or the default.
 
     \b
     Examples:
