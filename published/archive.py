@@ -133,6 +133,11 @@ class LabelFiles:
         rows = np.searchsorted(stems, hashes).clip(max=len(stems) - 1)
         return np.where(stems[rows] == hashes, rows, -1)
 
+    def name(self, row: int) -> str:
+        """The name of a label file, below the folder or in the archive; lists the set again."""
+        stem = self._table["stem"][row]
+        return next(member.name for member in self._members() if hash_stem(member.name) == stem)
+
     def read(self, row: int) -> bytes:
         """The bytes of a label file.
 

@@ -118,7 +118,7 @@ class LabelSet:
 
     def __init__(self, files: LabelFiles, num_classes: int, rest: str) -> None:
         self.files = files
-        first = self._read(0, f"{files.path}: its first file")
+        first = self._read(0, f"{files.path}: its first file, {files.name(0)},")
         _, k, height, width = self._shape = first.shape
         self._dtype, limit = first.dtype, _exact_classes(first.dtype)
         if num_classes > limit:
@@ -181,7 +181,8 @@ class LabelSet:
             label = _parse(self.files.read(row))
             if row and (label.shape, label.dtype) != (self._shape, self._dtype):
                 raise ValueError(
-                    f"it is {label.dtype} {list(label.shape)}, where the first label of the set is "
+                    f"it is {label.dtype} {list(label.shape)}, where the first label of the set, "
+                    f"{self.files.name(0)}, is "
                     f"{self._dtype} {list(self._shape)}"
                 )
             return label
