@@ -134,8 +134,10 @@ class LabelFiles:
         return np.where(stems[rows] == hashes, rows, -1)
 
     def name(self, row: int) -> str:
-        """The name of a label file, below the folder or in the archive; lists the set again."""
-        stem = self._table["stem"][row]
+        """The name of a label file, below the folder or in the archive, which is listed again."""
+        stem, place = self._table[row].item()[:2]
+        if self._archive is None:
+            return os.fsdecode(bytes(self._names[place : self._names.index(0, place)]))
         return next(member.name for member in self._members() if hash_stem(member.name) == stem)
 
     def read(self, row: int) -> bytes:
@@ -148,8 +150,7 @@ class LabelFiles:
         if size > MOST_BYTES:
             raise ValueError(f"it has {size} bytes, more than a label map can ({MOST_BYTES})")
         if self._archive is None:
-            name = self._names[place : self._names.index(0, place)]
-            with open(self.path / os.fsdecode(bytes(name)), "rb") as file:
+            with open(self.path / self.name(row), "rb") as file:
                 return file.read(MOST_BYTES)
         if not self._is_zip:
             return self._pread(place, size)

@@ -118,7 +118,7 @@ class LabelSet:
 
     def __init__(self, files: LabelFiles, num_classes: int, rest: str) -> None:
         self.files = files
-        first = self._read(0, f"{files.path}: its first file, {files.name(0)},")
+        first = self._read(0, None)
         _, k, height, width = self._shape = first.shape
         self._dtype, limit = first.dtype, _exact_classes(first.dtype)
         if num_classes > limit:
@@ -176,7 +176,7 @@ class LabelSet:
         answers: list[int] = np.where(rows >= 0, top, -1).tolist()
         return answers
 
-    def _read(self, row: int, name: str) -> Tensor:
+    def _read(self, row: int, name: str | None) -> Tensor:
         try:
             label = _parse(self.files.read(row))
             if row and (label.shape, label.dtype) != (self._shape, self._dtype):
@@ -187,6 +187,8 @@ class LabelSet:
                 )
             return label
         except ValueError as error:
+            # Only now: an archive must be listed again for the name.
+            name = name or f"{self.files.path}: its first file, {self.files.name(row)},"
             raise FormatError(
                 f"{name} is damaged, or no label: {error}. Remedy: leave it out of the set, and "
                 "its image gets a row with an error; or download the set again"

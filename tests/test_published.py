@@ -482,3 +482,13 @@ def test_the_command_imports_and_the_others_take_the_split(
     assert "leave them out" in invoke("import-labels", *arguments, *given, code=2)
     wrong = invoke("import-labels", *arguments, "--geometry", "middle", code=2)
     assert "geometry must be" in wrong
+
+
+def test_naming_a_file_leaves_the_others_readable(tmp_path: Path) -> None:
+    folder = make_set(tmp_path, {f"c/{number}": label(number) for number in range(9)})
+    for path in (folder, as_zip(folder, tmp_path / "set.zip"), as_tar(folder, tmp_path / "s.tar")):
+        with archive.LabelFiles(path) as files:
+            before = [files.read(row) for row in range(9)]
+            names = [files.name(row) for row in range(9)]
+            assert [files.read(row) for row in range(9)] == before
+            assert files.find(archive.hash_stems(names)).tolist() == [*range(9)]
