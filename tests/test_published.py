@@ -288,7 +288,7 @@ def repeated() -> Tensor:
         (broken(50), "whole numbers from 0 to 49, one is 50"),
         (broken(math.nan), "whole numbers from 0 to 49, one is nan"),
         (broken(math.inf, plane=0), "its scores must be finite, one is inf"),
-        (label(k=4).float(), r"it is torch.float32 \[2, 4, 4, 5\], first.*, [ab]/\w+\.pt, is"),
+        (label(k=4).float(), r"torch.float32 \[2, 4, 4, 5\], where the first.*, [ab]/\w+\.pt, is"),
         (label()[0], r"its tensor must be \[2, K, H, W\], .* it is \[5, 4, 5\]"),
         ({"label": label()}, "it must hold one tensor of floats, it holds dict"),
         (label().int(), "it must hold one tensor of floats, it holds torch.int32"),
