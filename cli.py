@@ -48,6 +48,7 @@ from rich.logging import RichHandler
 
 from tokenlabel import __version__
 from tokenlabel.annotate.config import AnnotateConfig, load_config
+from tokenlabel.dataset.storage.remote_path import as_path
 from tokenlabel.errors import ConfigError, TokenLabelError, visible
 from tokenlabel.inspection.cli import compare_labels, inspect_labels
 from tokenlabel.terminal import VisibleFormatter, console
@@ -219,8 +220,7 @@ def _stop_on_signals() -> Iterator[threading.Event]:
         click.Option(
             ["--out"],
             required=True,
-            type=click.Path(path_type=Path),
-            help="Folder of the new split.",
+            help="Folder of the new split, or a URL such as s3://bucket/labels/train.",
         ),
         click.Option(
             ["--geometry"],
@@ -255,7 +255,7 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 def import_labels(
     labels: Path,
     images: str,
-    out: Path,
+    out: str,
     geometry: str,
     rest: str,
     check: int | None,
@@ -277,14 +277,14 @@ def import_labels(
 
     if geometry != "detect" and (check or config):
         raise click.UsageError("--check and --config are for --geometry detect: leave them out")
-    folder = out.absolute()
+    folder = as_path(out).absolute()
     given = {name: value for name, value in options.items() if value is not None}
     settings = load_config(None, {"out": str(folder.parent), "split": folder.name, **given})
     chosen: dict[str, Any] = {"geometry": geometry, "rest": rest, "teacher": load_config(config)}
     if check:
         chosen["check"] = check
     job = partial(run, labels, images, settings, **chosen)
-    _run(job, str(out), "tokenlabel.published.importer")
+    _run(job, out, "tokenlabel.published.importer")
 
 
 main.add_command(inspect_labels)

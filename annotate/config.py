@@ -19,6 +19,7 @@ from pydantic import (
 from .. import configs
 from ..dataset.format.score_map import MapLayout
 from ..dataset.format.shard import VIEWS
+from ..dataset.storage.remote_path import AnyPath, as_path
 from ..errors import ConfigError
 
 #: `data: sample` and `weights: sample` name what the extra `sample` installs.
@@ -64,7 +65,7 @@ class AnnotateConfig(BaseModel):
     """file that names the class of each image of a tar without folders: ILSVRC2012's devkit (found
     by itself beside the tar), or a line with name and class for each"""
     out: Name = "labels"
-    """folder to write to; shards go to OUT/SPLIT"""
+    """folder to write to, or a URL such as s3://bucket/labels; shards go to OUT/SPLIT"""
 
     model: Name = "tf_efficientnet_lite0"
     """teacher: a timm classification model, or FILE.py:FUNCTION of your own"""
@@ -200,9 +201,9 @@ class AnnotateConfig(BaseModel):
         return MapLayout(views, grid, k, num_classes, residual, self.step, self.level)
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> AnyPath:
         """Folder of the split's shards."""
-        return Path(self.out) / self.split
+        return as_path(self.out) / self.split
 
 
 def load_config(source: str | None, overrides: dict[str, Any] | None = None) -> AnnotateConfig:

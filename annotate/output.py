@@ -1,10 +1,10 @@
 """A job's output folder: errors of its storage, unfinished files, checksums, index and report."""
 
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from ..dataset.format.files import TEMPORARY
 from ..dataset.format.index import NAME as INDEX
@@ -13,7 +13,8 @@ from ..dataset.format.lock import holder
 from ..dataset.format.manifest import NAME as MANIFEST
 from ..dataset.format.shard import shard_name
 from ..dataset.format.sums import file_sha256, read_sums, write_sums
-from ..errors import FormatError, JobError, output_error
+from ..dataset.storage.remote_path import AnyPath
+from ..errors import FormatError, JobError, StoreError, output_error
 from .config import AnnotateConfig
 from .plan import Identity, Plan
 from .report import Report, Tally, make_report
@@ -41,7 +42,7 @@ def explained_errors() -> Iterator[None]:
 
 
 @contextmanager
-def no_temporary_files(folder: Path) -> Iterator[None]:
+def no_temporary_files(folder: AnyPath) -> Iterator[None]:
     """Delete what killed runs and actors left unfinished. Only under the folder's lock."""
 
     def clean() -> None:
@@ -54,8 +55,14 @@ def no_temporary_files(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # the next run cleans up; must not hide why this one failed
-            clean()
+        if not _store_failed():
+            with suppress(OSError, StoreError):  # the next run cleans up; keep why this one failed
+                clean()
+
+
+def _store_failed() -> bool:
+    """Whether a store has ended the job: each further request would fail as slowly."""
+    return isinstance(sys.exc_info()[1], StoreError)
 
 
 @contextmanager
@@ -74,12 +81,13 @@ def sums_of_written(plan: Plan, todo: list[int], tally: Tally) -> Iterator[None]
         yield
     finally:
         sums |= {shard_name(number, plan.shards): sha for number, sha in tally.written.items()}
-        with suppress(OSError):  # must not hide why the run failed
-            if holder(plan.folder) == plan.run:  # else the list is that of another job
-                write_sums(plan.folder, sums)
+        if not _store_failed():
+            with suppress(OSError, StoreError):  # must not hide why the run failed
+                if holder(plan.folder) == plan.run:  # else the list is that of another job
+                    write_sums(plan.folder, sums)
 
 
-def _listed_sums(folder: Path) -> dict[str, str]:
+def _listed_sums(folder: AnyPath) -> dict[str, str]:
     with suppress(FormatError):  # damaged: rewritten
         return read_sums(folder)
     return {}
@@ -97,7 +105,7 @@ def complete_sums(plan: Plan) -> None:
         write_sums(plan.folder, sums)
 
 
-def looks_finished(folder: Path) -> bool:
+def looks_finished(folder: AnyPath) -> bool:
     """Whether a folder has an index that fits its shards."""
     with suppress(FileNotFoundError, FormatError):
         open_index(folder)

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..dataset.format.files import TEMPORARY
+from ..dataset.format.index import in_order, open_shard
 from ..dataset.format.manifest import NAME as MANIFEST
 from ..dataset.format.manifest import (
     Manifest,
@@ -19,9 +19,10 @@ from ..dataset.format.manifest import (
     write_manifest,
 )
 from ..dataset.format.score_map import MapLayout
-from ..dataset.format.shard import Shard, parse_shard_name, shard_name
+from ..dataset.format.shard import parse_shard_name
 from ..dataset.sources.image_source import ImageSource
 from ..dataset.sources.scan import ScanBlock, manifest_blocks, scan_all
+from ..dataset.storage.remote_path import AnyPath
 from ..errors import ConfigError, FingerprintError, FormatError
 from .classes import (
     Numbering,
@@ -90,7 +91,7 @@ class Plan:
         attrs: root attributes that all shards share; `fingerprint` is one.
     """
 
-    folder: Path
+    folder: AnyPath
     run: str
     rows: int
     shards: int
@@ -161,7 +162,7 @@ def _write_manifest(
     source: ImageSource,
     identity: Identity,
     blocks: Iterator[ScanBlock],
-    path: Path,
+    path: AnyPath,
 ) -> Numbering:
     """Write the manifest of a scan; returns how its classes were numbered."""
     classes: dict[str, int] = {}
@@ -297,12 +298,9 @@ def unfinished(plan: Plan) -> list[int]:
         FingerprintError: the folder holds a shard of other input or settings; names what differs.
         FormatError: a shard in the folder is damaged.
     """
-    todo = set(range(plan.shards))
-    for path in sorted(plan.folder.iterdir()):
-        if (number := parse_shard_name(path.name)) is None:
-            continue
-        with Shard(path) as shard:
-            attrs = shard.attrs
+    todo, names = set(range(plan.shards)), sorted(path.name for path in plan.folder.iterdir())
+    paths = [plan.folder / name for name in names if parse_shard_name(name)]
+    for path, attrs in zip(paths, in_order(_header, paths), strict=True):
         if (found := attrs.get("fingerprint")) != plan.attrs["fingerprint"]:
             try:
                 old, new = json.loads(attrs["settings"]), json.loads(plan.attrs["settings"])
@@ -320,9 +318,15 @@ def unfinished(plan: Plan) -> list[int]:
                 + "\nRemedy: annotate into another folder with `out`, go back to the old settings, "
                 "or delete the folder to start over"
             )
-        if path.name == shard_name(number[0], plan.shards):
-            todo.discard(number[0])
+        number, shards = parse_shard_name(path.name) or (-1, -1)
+        if shards == plan.shards:
+            todo.discard(number)
     return sorted(todo)
+
+
+def _header(path: AnyPath) -> dict[str, Any]:
+    with open_shard(path) as shard:
+        return shard.attrs
 
 
 def _json(value: Any) -> str:

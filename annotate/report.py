@@ -2,14 +2,15 @@
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..dataset.format.files import replacing
+from ..dataset.format.index import in_order, open_shard
 from ..dataset.format.score_map import MapLayout, decode
-from ..dataset.format.shard import Shard, shard_name
+from ..dataset.format.shard import shard_name
+from ..dataset.storage.remote_path import AnyPath, as_path
 from .plan import Identity, Plan
 
 NAME = "report.json"
@@ -127,7 +128,7 @@ class Report:
 
     def save(self) -> None:
         """Write report.json beside the shards."""
-        with replacing(Path(self.folder) / NAME) as temporary:
+        with replacing(as_path(self.folder) / NAME) as temporary:
             temporary.write_text(json.dumps({"ok": self.ok, **asdict(self)}, indent=2) + "\n")
 
 
@@ -164,20 +165,17 @@ def make_report(
     rows, size, total = 0, 0, dict[str, Any].fromkeys(_COUNTS, 0)
     error_list: list[tuple[str, str]] = []
     libraries: list[dict[str, str]] = []
-    for number in range(plan.shards):
-        if number in tally.failed:
-            continue
-        path = plan.folder / shard_name(number, plan.shards)
-        with Shard(path) as shard:
-            rows += shard.rows
-            size += path.stat().st_size
-            for name in _COUNTS:
-                total[name] += shard.attrs[name]
-            if shard.attrs["errors"] and len(error_list) < LISTED_ERRORS:
-                pairs = zip(shard.texts("key"), shard.texts("error"), strict=True)
-                error_list += [(key, error) for key, error in pairs if error]
-            if (made_with := json.loads(shard.attrs["libraries"])) not in libraries:
-                libraries.append(made_with)
+    there = [number for number in range(plan.shards) if number not in tally.failed]
+    paths = [plan.folder / shard_name(number, plan.shards) for number in there]
+    for count, end, attrs, shard_errors in in_order(_summary, paths):
+        rows += count
+        size += end
+        for name in _COUNTS:
+            total[name] += attrs[name]
+        if len(error_list) < LISTED_ERRORS:
+            error_list += shard_errors
+        if (made_with := json.loads(attrs["libraries"])) not in libraries:
+            libraries.append(made_with)
     errors, labelled = total["errors"], total["labelled"]
     return Report(
         folder=str(plan.folder),
@@ -213,3 +211,12 @@ def make_report(
         max_errors_exceeded=errors > (max_errors if max_errors >= 1 else max_errors * plan.rows),
         libraries=libraries,
     )
+
+
+def _summary(path: AnyPath) -> tuple[int, int, dict[str, Any], list[tuple[str, str]]]:
+    """Rows, bytes and header of a shard, and the keys and reasons of its errors."""
+    with open_shard(path) as shard:
+        pairs: list[tuple[str, str]] = []
+        if shard.attrs["errors"]:
+            pairs = [*zip(shard.texts("key"), shard.texts("error"), strict=True)]
+        return shard.rows, shard.end, shard.attrs, [pair for pair in pairs if pair[1]]

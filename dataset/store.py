@@ -16,6 +16,7 @@ from .format.index import Index, find_shards, open_index, open_shard
 from .format.keys import KeyTable, digest64
 from .format.score_map import MapLayout, ScoreMap
 from .format.shard import Shard
+from .storage.remote_path import AnyPath
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -143,7 +144,7 @@ class LabelStore:
     @property
     def shards(self) -> list[Path]:
         """Paths of the shards, in order."""
-        return find_shards(self.root)
+        return [self.root / path.name for path in find_shards(self.root)]
 
     def __contains__(self, key: object) -> bool:
         return key in self.keys
@@ -292,7 +293,7 @@ def _class_names(path: Path) -> list[str] | None:
         return None
 
 
-def _open_indexed(index: Index, paths: list[Path], number: int) -> Shard:
+def _open_indexed(index: Index, paths: list[AnyPath], number: int) -> Shard:
     shard = open_shard(paths[number])
     if not index.fits(shard, number):
         raise FormatError(

@@ -20,10 +20,9 @@ from ..annotate.output import explained_errors, finish, no_temporary_files, sums
 from ..annotate.plan import Identity, Plan, check_classes, make_plan, split_manifest, unfinished
 from ..annotate.report import Report, Tally, count_maps
 from ..dataset.format.keys import digest64
-from ..dataset.format.lock import folder_lock
+from ..dataset.format.lock import check_holder, folder_lock
 from ..dataset.format.manifest import Manifest, shard_rows
 from ..dataset.format.shard import shard_name, write_shard
-from ..dataset.format.sums import file_sha256
 from ..dataset.label_map.path import UNIT_BOX
 from ..dataset.sources.decode import decode_image, opened_image
 from ..dataset.sources.image_source import Entry, ImageSource
@@ -292,7 +291,8 @@ class _Import:
                 count_maps(counts, known[part], good, planes["codes"], top5, self._labels.layout)
                 watch(len(errors), int((~good).sum()))
             writer.attrs |= counts
-        return file_sha256(path)
+            check_holder(plan.folder, plan.run)
+        return writer.file_sha256
 
     def _facts(self, entries: Sequence[Entry], found: np.ndarray) -> DecodedBatch:
         """What is stored of these images themselves; only their headers are decoded."""

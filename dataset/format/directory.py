@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import struct
+import tempfile
 import threading
 import weakref
 import zlib
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from ...errors import FormatError, NewerVersionError
+from ..storage.remote_path import AnyPath, RemotePath
 from .chunks import inflate
 
 MAGIC = b"\x89TOKENLABEL\r\n\x1a\n\0"
@@ -35,6 +37,7 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"
 _LARGEST = 1 << 20
 BLOCK = 1 << 20  # bytes in memory at once, where all of a file is read
 _FIRST = 4096  # bytes read at first: most directories are smaller
+_FIRST_OF_OBJECT = 64 << 10  # likewise, where a request costs more than bytes
 _DTYPE = re.compile(r"\|u1|\|S[1-9]\d{0,8}|<[iu][248]|<f[248]")
 # What wrong types and numbers in a directory raise when they are used.
 _WRONG = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
@@ -76,7 +79,8 @@ class StoredFile:
     """A tokenlabel file open for reading; any number of threads may read at once.
 
     Args:
-        path: of the file.
+        path: of the file, or an object in a store, whose bytes are fetched as they are read; once a
+            column is mapped, it is a local copy without a name.
         kind: what the attribute `format` must say.
         version: the only version that is read.
         remedy: what to do about a damaged file, a sentence of its own.
@@ -93,20 +97,20 @@ class StoredFile:
         end: size of the file.
     """
 
-    def __init__(self, path: Path, kind: str, version: int, remedy: str) -> None:
+    def __init__(self, path: AnyPath, kind: str, version: int, remedy: str) -> None:
         self.path, self._remedy = path, f"Remedy: {remedy}"
-        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-        # Non-blocking, so that a named pipe cannot hang its reader.
-        self._handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-        # Closed with its last user: dropping it from a cache never breaks a concurrent read.
-        self._close = weakref.finalize(self, os.close, self._handle)
-        self._close.atexit = False
         self._lock = threading.Lock()
+        #: Of an object: pieces that are here already, by offset.
+        self._held: dict[int, bytes] = {}
+        self._handle = -1
+        self._close: weakref.finalize[..., StoredFile]
+        if isinstance(path, RemotePath):
+            start, self.end = path.start(_FIRST_OF_OBJECT)
+            self._held = {0: start}
+            self._close = weakref.finalize(self, self._held.clear)
+        else:
+            self._open(path)
         try:
-            status = os.fstat(self._handle)
-            self.end = status.st_size
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError("it is not a regular file")
             self._parse(kind, version)
         except FormatError:
             self.close()
@@ -114,6 +118,19 @@ class StoredFile:
         except _WRONG as error:
             self.close()
             raise self.damaged(error) from error
+
+    def _open(self, path: Path) -> None:
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        # Non-blocking, so that a named pipe cannot hang its reader.
+        self._handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+        # Closed with its last user: dropping it from a cache never breaks a concurrent read.
+        self._close = weakref.finalize(self, os.close, self._handle)
+        self._close.atexit = False
+        status = os.fstat(self._handle)
+        self.end = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise self.damaged("it is not a regular file")
 
     def _parse(self, kind: str, version: int) -> None:
         start = self._some(_FIRST, 0)
@@ -250,6 +267,12 @@ class StoredFile:
 
     @cached_property
     def _map(self) -> mmap.mmap:
+        if isinstance(self.path, RemotePath) and self._handle < 0:
+            with tempfile.TemporaryDirectory(prefix="tokenlabel-") as folder:
+                self.path.download(local := Path(folder) / "copy")
+                if local.stat().st_size != self.end:
+                    raise self.damaged("it has changed while it was read")
+                self._open(local)
         return mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
 
     def pread(self, size: int, offset: int) -> bytes:
@@ -264,6 +287,8 @@ class StoredFile:
         """Bytes of the file, fewer where it ends."""
         if not self._close.alive:
             raise ValueError(f"{self.path} is closed")
+        if self._handle < 0:
+            return self._fetch(size, offset)
         data = b""
         try:
             while len(data) < size:  # systems may give fewer bytes than there are
@@ -280,6 +305,18 @@ class StoredFile:
         except OSError as error:
             raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from error
         return data
+
+    def _fetch(self, size: int, offset: int) -> bytes:
+        """The same of an object."""
+        assert isinstance(self.path, RemotePath)
+        size = min(size, self.end - offset)
+        for start, piece in self._held.items():
+            if start <= offset and offset + size <= start + len(piece):
+                return piece[offset - start : offset - start + size]
+        try:
+            return self.path.ranges([offset], [size])[0] if size > 0 else b""
+        except EOFError:
+            return b""
 
     def damaged(self, reason: object) -> FormatError:
         """The error for a file that does not hold what it must."""

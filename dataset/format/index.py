@@ -9,13 +9,16 @@ import logging
 import os
 import tempfile
 from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from ...errors import FormatError
+from ..storage.remote_path import AnyPath, RemotePath
 from .directory import StoredFile
 from .files import replacing
 from .keys import KeyTable, KeyWriter, Lookup, LookupWriter
@@ -26,6 +29,10 @@ FORMAT = "tokenlabel-index"
 VERSION = 4
 #: Attempts to build an index that fits the shards: they may change at that moment.
 _TRIES = 2
+#: Objects that are read at once.
+_AT_ONCE = 32
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -80,17 +87,31 @@ def _columns(shard: Shard) -> list[tuple[str, np.ndarray]]:
     return [("label", shard.read("label")), ("size", shard.read("size")), ("failed", failed)]
 
 
-def find_shards(root: Path) -> list[Path]:
+def in_order(work: Callable[[AnyPath], T], paths: Sequence[AnyPath]) -> Iterator[T]:
+    """What `work` gives for each path; for objects, of 32 at once, since each waits for a store."""
+    if not any(isinstance(path, RemotePath) for path in paths[:1]):
+        yield from map(work, paths)
+        return
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for start in range(0, len(paths), _AT_ONCE):  # no more results in memory than that
+            yield from pool.map(work, paths[start : start + _AT_ONCE])
+
+
+def find_shards(root: AnyPath) -> list[AnyPath]:
     """The complete, ordered list of a split's shards.
 
     Raises FileNotFoundError when there is none, FormatError when some are missing or when the
     folder mixes splits of different length.
     """
+    entries: Iterable[RemotePath | os.DirEntry[str]]
+    entries = root.iterdir() if isinstance(root, RemotePath) else os.scandir(root)
     found = sorted(
-        (parsed, entry.path)
-        for entry in os.scandir(root)
-        if (parsed := parse_shard_name(entry.name))
+        (parsed, entry.name) for entry in entries if (parsed := parse_shard_name(entry.name))
     )
+    if not found and isinstance(root, RemotePath):
+        raise FileNotFoundError(
+            f"{root} holds no shards. Remedy: name the folder of a split, or run `annotate` into it"
+        )
     if not found:
         below = [
             folder.path
@@ -115,10 +136,10 @@ def find_shards(root: Path) -> list[Path]:
             f"{', …' if missing > 3 else ''}). Remedy: wait for the job that makes them, or run "
             "the same `annotate` again"
         )
-    return [Path(path) for _, path in found]
+    return [root / name for _, name in found]
 
 
-def open_index(root: Path) -> Index:
+def open_index(root: AnyPath) -> Index:
     """The index of a split; built first where it is absent, stale or damaged.
 
     A folder that cannot be written to gets no file: the index is then built for this process.
@@ -144,7 +165,7 @@ def open_index(root: Path) -> Index:
         ) from error
 
 
-def _built_in_memory(root: Path, shards: list[Path], reason: OSError) -> Index:
+def _built_in_memory(root: AnyPath, shards: list[AnyPath], reason: OSError) -> Index:
     try:
         # Mapped memory outlives the file's name, so the folder may go at once.
         with tempfile.TemporaryDirectory(prefix="tokenlabel-") as folder:
@@ -158,7 +179,7 @@ def _built_in_memory(root: Path, shards: list[Path], reason: OSError) -> Index:
         ) from error
 
 
-def build_index(root: Path, shards: list[Path] | None = None) -> Path:
+def build_index(root: AnyPath, shards: list[AnyPath] | None = None) -> AnyPath:
     """Write `index` from the shards; return its path.
 
     Raises FormatError for shards that do not belong together or have gone meanwhile.
@@ -169,7 +190,7 @@ def build_index(root: Path, shards: list[Path] | None = None) -> Path:
     return path
 
 
-def load_index(path: Path, shards: list[Path]) -> Index:
+def load_index(path: AnyPath, shards: Sequence[AnyPath]) -> Index:
     """Map a stored index.
 
     Raises:
@@ -181,7 +202,10 @@ def load_index(path: Path, shards: list[Path]) -> Index:
     if "shard_size" not in file.columns:
         raise file.damaged("it has no shard_size")
     try:
-        sizes = [shard.stat().st_size for shard in shards]
+        sizes = [shard.stat().st_size for shard in shards if isinstance(shard, Path)]
+        if isinstance(shards[0], RemotePath):
+            found = dict(shards[0].parent.walk())
+            sizes = [found.get(shard.name, -1) for shard in shards]
     except FileNotFoundError as error:
         raise FormatError(f"{error.filename} has been deleted meanwhile") from error
     if file.read("shard_size").tolist() != sizes:
@@ -210,7 +234,7 @@ def load_index(path: Path, shards: list[Path]) -> Index:
     return index
 
 
-def open_shard(path: Path) -> Shard:
+def open_shard(path: AnyPath) -> Shard:
     """Open a shard that was there a moment ago.
 
     Raises FormatError as `Shard`, and where it has gone, as by `inspect-labels --repair`.
@@ -224,7 +248,7 @@ def open_shard(path: Path) -> Shard:
         ) from error
 
 
-def write_index(path: Path, shards: list[Path]) -> None:
+def write_index(path: Path, shards: list[AnyPath]) -> None:
     """Write the index of `shards` to `path`, in constant memory; raises as `build_index`."""
     # What finds an index starts without h5py.
     from .new_file import create
@@ -232,25 +256,29 @@ def write_index(path: Path, shards: list[Path]) -> None:
     with create(path, FORMAT, VERSION, {}) as file:
         keys, files, first = KeyWriter(file), LookupWriter(), None
         rows, sizes, digests = [0], [], []
-        for number, shard_path in enumerate(shards):
-            with open_shard(shard_path) as shard:
-                first = first or shard
-                _check_neighbours(shard, number, rows[-1], first)
-                keys.append(shard.texts("key"))
-                digest = shard.read("digest")
-                rows_here = np.arange(rows[-1], rows[-1] + shard.rows, dtype="<u8")
-                files.append(np.stack([digest, rows_here], 1))
-                for name, column in _columns(shard):
-                    file.append(name, column)
-                rows.append(rows[-1] + shard.rows)
-                sizes.append(shard.end)
-                digests.append(shard.attrs["sha256"].encode())
-                file.attrs["fingerprint"] = shard.attrs["fingerprint"]
+        for number, (shard, names, found, columns) in enumerate(in_order(_rows, shards)):
+            first = first or shard
+            _check_neighbours(shard, number, rows[-1], first)
+            keys.append(names)
+            places = np.arange(rows[-1], rows[-1] + shard.rows, dtype="<u8")
+            files.append(np.stack([found, places], 1))
+            for name, column in columns:
+                file.append(name, column)
+            rows.append(rows[-1] + shard.rows)
+            sizes.append(shard.end)
+            digests.append(shard.attrs["sha256"].encode())
+            file.attrs["fingerprint"] = shard.attrs["fingerprint"]
         keys.finish()
         files.finish(file, "digest_lookup")
         file.add("shard_rows", np.array(rows, "<u8"))
         file.add("shard_size", np.array(sizes, "<u8"))
         file.add("shard_sha256", np.array(digests, "S64"))
+
+
+def _rows(path: AnyPath) -> tuple[Shard, list[str], np.ndarray, list[tuple[str, np.ndarray]]]:
+    """A shard, closed, its keys, its files' digests, and its columns in the index."""
+    with open_shard(path) as shard:
+        return shard, shard.texts("key"), shard.read("digest"), _columns(shard)
 
 
 def _check_neighbours(shard: Shard, number: int, row: int, first: Shard) -> None:

@@ -7,11 +7,11 @@ shard refer to it. Written and read in constant memory, through the page cache.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..storage.remote_path import AnyPath
 from .directory import StoredFile
 from .files import replacing
 from .keys import KeyTable, KeyWriter
@@ -87,7 +87,7 @@ class Manifest(NamedTuple):
 
 
 def write_manifest(
-    path: Path,
+    path: AnyPath,
     blocks: Iterable[Block],
     number: Callable[[], Numbered],
     source: str,
@@ -141,7 +141,7 @@ def write_manifest(
         add_folders(file, numbered.folders)
 
 
-def open_manifest(path: Path, verify: bool = False) -> Manifest:
+def open_manifest(path: AnyPath, verify: bool = False) -> Manifest:
     """Map a stored manifest; with `verify`, read it all and compare its checksum.
 
     Raises:

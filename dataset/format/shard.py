@@ -9,12 +9,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import FormatError
+from ..storage.remote_path import AnyPath
 from .chunks import STRATEGIES, encode_chunk, inflate, unshuffle
 from .directory import MOST_TIMES, SLACK, StoredFile
 from .score_map import DROPPED, MapLayout, ScoreMap
@@ -91,7 +91,10 @@ class ShardWriter:
 
     Attributes:
         attrs: further attributes, as those of `NewFile`.
+        file_sha256: of the file's bytes, hex; once the block of `write_shard` has ended.
     """
+
+    file_sha256: str
 
     def __init__(
         self,
@@ -183,7 +186,7 @@ class ShardWriter:
 
 @contextmanager
 def write_shard(
-    path: Path,
+    path: AnyPath,
     layout: MapLayout,
     keys: Sequence[str],
     labels: Sequence[int] | np.ndarray,
@@ -205,7 +208,7 @@ def write_shard(
     Any exception out of the block, or a row too few, discards it.
 
     Args:
-        path: final path of the shard.
+        path: final path of the shard, a file or an object.
         layout: shapes and dtypes.
         keys: the keys of all its rows, in order, sorted by their UTF-8 bytes.
         labels: their ground-truth classes, -1 where unknown.
@@ -217,6 +220,7 @@ def write_shard(
     # What only reads shards starts without h5py.
     from .files import replacing
     from .new_file import create
+    from .sums import file_sha256
 
     shapes = {
         "num_classes": layout.num_classes,
@@ -225,13 +229,13 @@ def write_shard(
         "residual": layout.residual,
         "step": float(layout.step),
     }
-    with (
-        replacing(path) as temporary,
-        create(temporary, FORMAT, VERSION, {"floor": 0.0, **shapes, **attrs}) as file,
-    ):
-        writer = ShardWriter(file, layout, keys, labels, extents, folders)
-        yield writer
-        writer.finish()
+    with replacing(path, create=True) as temporary:
+        with create(temporary, FORMAT, VERSION, {"floor": 0.0, **shapes, **attrs}) as file:
+            writer = ShardWriter(file, layout, keys, labels, extents, folders)
+            yield writer
+            writer.finish()
+        # Just written, so still in the page cache; an object would have to be fetched.
+        writer.file_sha256 = file_sha256(temporary)
 
 
 class Shard(StoredFile):
@@ -242,7 +246,7 @@ class Shard(StoredFile):
         rows: number of images.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         super().__init__(path, FORMAT, VERSION, _REMEDY)
         try:
             self._check()

@@ -7,22 +7,24 @@ It lists the shards, the manifest and the index.
 
 import hashlib
 import re
-from pathlib import Path
 
 from ...errors import FormatError
+from ..storage.remote_path import AnyPath, RemotePath
 from .files import replacing
 
 NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\0\r]+)")
 
 
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+def file_sha256(path: AnyPath) -> str:
+    """Hex sha256 of the bytes of a file, or of an object."""
+    if isinstance(path, RemotePath):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     with open(path, "rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_sums(folder: Path) -> dict[str, str]:
+def read_sums(folder: AnyPath) -> dict[str, str]:
     """Hex sha256 of each file that is listed, by name; empty where nothing is listed yet.
 
     Raises:
@@ -49,7 +51,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def write_sums(folder: Path, sums: dict[str, str]) -> None:
+def write_sums(folder: AnyPath, sums: dict[str, str]) -> None:
     """List these digests, in order of the names, in place of what was listed.
 
     Raises:

@@ -124,6 +124,7 @@ class ListSource:
 
     def _row(self, entry: Entry) -> dict[str, Any]:
         """A row again, by its offset and bytes, or its row group and row."""
+        faults: tuple[type[Exception], ...] = (*_unreadable(self.file), StopIteration)
         try:
             if self.file.endswith(".parquet"):
                 return _table_row(self.file, entry.start, entry.size)
@@ -136,7 +137,7 @@ class ListSource:
                     data = file.read(entry.size)
             lines = io.StringIO(data.decode(), newline="")
             return _parsed(self.file, _columns(self.file), lines)
-        except (*_unreadable(self.file), StopIteration) as error:
+        except faults as error:
             raise StorageError(
                 f"the list {self.file} cannot be read again, or has changed since it was scanned: "
                 f"{_short(error)}. Remedy: restore it, and run the same command again"

@@ -1,5 +1,6 @@
 """`RemotePath`: an object in a store, or a prefix of objects, used as pathlib's paths are."""
 
+import fnmatch
 import io
 import os
 import posixpath
@@ -22,6 +23,8 @@ SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "adl", "htt
 _PATIENCE, _SILENCE = timedelta(seconds=30), timedelta(seconds=10)
 #: Ranges of one object that are so near to one another are one request.
 _GAP = 64 << 10
+#: Bytes that one request fetches at most, so that it ends within `_SILENCE`.
+_PIECE = 8 << 20
 
 
 @dataclass(frozen=True, order=True)
@@ -71,10 +74,14 @@ class RemotePath:
         """With another name."""
         return self.parent / name
 
+    def facts(self) -> dict[str, Any]:
+        """What the store knows of the object: `size`, `e_tag` and `last_modified`."""
+        with self._store() as (obstore, store, key):
+            return dict(obstore.head(store, key))
+
     def size(self) -> int:
         """Bytes of the object."""
-        with self._store() as (obstore, store, key):
-            found: int = obstore.head(store, key)["size"]
+        found: int = self.facts()["size"]
         return found
 
     def is_file(self) -> bool:
@@ -85,10 +92,40 @@ class RemotePath:
             return False
         return True
 
+    def exists(self) -> bool:
+        """Whether the object is there."""
+        return self.is_file()
+
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing: a prefix is there with its first object."""
+
+    def start(self, size: int) -> tuple[bytes, int]:
+        """The first `size` bytes of the object, or all, and how many it has: one request."""
+        with self._store() as (obstore, store, key):
+            try:
+                found = obstore.get(store, key, options={"range": (0, size)})
+            except obstore.exceptions.BaseError:
+                if obstore.head(store, key)["size"]:
+                    raise
+                return b"", 0  # stores refuse ranges of an empty object
+            return bytes(found.bytes()), found.meta["size"]
+
     def read_bytes(self) -> bytes:
         """All bytes of the object."""
         with self._store() as (obstore, store, key):
             return bytes(obstore.get(store, key).bytes())
+
+    def download(self, path: Path) -> None:
+        """Write the object to a local file, a request for each 8 MiB.
+
+        Raises:
+            EOFError: the object became shorter meanwhile.
+        """
+        first, size = self.start(_PIECE)
+        with open(path, "wb") as file:
+            file.write(first)
+            for start in range(len(first), size, _PIECE):
+                file.writelines(self.ranges([start], [min(_PIECE, size - start)]))
 
     def ranges(self, starts: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
         """Bytes of the object, a piece for each range; near ones are one request.
@@ -124,6 +161,10 @@ class RemotePath:
         names |= {posixpath.basename(one["path"]) for one in found["objects"]}
         yield from (self / name for name in sorted(names))
 
+    def glob(self, pattern: str) -> Iterator["RemotePath"]:
+        """Those of `iterdir` whose names match a pattern."""
+        yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
+
     def walk(self) -> Iterator[tuple[str, int]]:
         """(path below this one, bytes) of all objects below it, sorted by their UTF-8 bytes."""
         with self._store() as (obstore, store, key):
@@ -144,8 +185,15 @@ class RemotePath:
         """
         content = data.read_bytes() if isinstance(data, Path) else data
         mode: Any = "create" if create else {"e_tag": match} if match else "overwrite"
-        with self._store() as (obstore, store, key):
+        # A megabyte a second is enough: a large object must not count as one without an answer.
+        with self._store(1 + len(content) // (_PIECE + 1)) as (obstore, store, key):
             return str(obstore.put(store, key, content, mode=mode, use_multipart=False)["e_tag"])
+
+    def replace(self, target: "AnyPath") -> None:
+        """Rename the object; one of that name is replaced."""
+        with self._store() as (obstore, store, key):
+            obstore.copy(store, key, _connected(str(target))[2], overwrite=True)
+        self.unlink()
 
     def unlink(self) -> None:
         """Delete the object, if it is there."""
@@ -153,9 +201,9 @@ class RemotePath:
             obstore.delete(store, key)
 
     @contextmanager
-    def _store(self) -> Iterator[tuple[Any, Any, str]]:
+    def _store(self, patience: int = 1) -> Iterator[tuple[Any, Any, str]]:
         """obstore, the store of this path and its key there; its errors as the class says."""
-        obstore, store, key = _connected(self.url)
+        obstore, store, key = _connected(self.url, patience)
         errors = obstore.exceptions
         try:
             yield obstore, store, key
@@ -196,6 +244,10 @@ class _Object(io.RawIOBase):
         return count
 
 
+#: A file or folder wherever it is.
+AnyPath = Path | RemotePath
+
+
 def as_path(path: str | os.PathLike[str] | RemotePath) -> Path | RemotePath:
     """The path of a text: remote where it begins like a URL."""
     if isinstance(path, RemotePath):
@@ -205,8 +257,8 @@ def as_path(path: str | os.PathLike[str] | RemotePath) -> Path | RemotePath:
     return RemotePath(text) if separator and scheme.lower() in SCHEMES else Path(text)
 
 
-def _connected(url: str) -> tuple[Any, Any, str]:
-    """obstore, the store that a URL is in, and its key there."""
+def _connected(url: str, patience: int = 1) -> tuple[Any, Any, str]:
+    """obstore, the store that a URL is in, and its key there; `patience` in times `_SILENCE`."""
     parts = urlsplit(url)
     depth = 1 if parts.scheme in ("az", "azure", "adl") else 0  # az://account/container/…
     names = parts.path.strip("/").split("/")
@@ -216,7 +268,7 @@ def _connected(url: str) -> tuple[Any, Any, str]:
             f"{url} cannot be read in a process that was forked from one that has read from a "
             "store. Remedy: DataLoader(..., multiprocessing_context='forkserver')"
         )
-    obstore, store = _store_of(root)
+    obstore, store = _store_of(root, patience)
     return obstore, store, "/".join(names[depth:])
 
 
@@ -224,7 +276,7 @@ _owner: dict[str, int] = {}
 
 
 @lru_cache
-def _store_of(root: str) -> tuple[Any, Any]:
+def _store_of(root: str, patience: int) -> tuple[Any, Any]:
     try:
         import obstore
         from obstore.store import from_url
@@ -235,7 +287,7 @@ def _store_of(root: str) -> tuple[Any, Any]:
     plain = root.startswith("http://") or os.environ.get("AWS_ENDPOINT_URL", "").startswith("http:")
     store = from_url(
         root,
-        client_options={"timeout": _SILENCE, "allow_http": plain},
+        client_options={"timeout": patience * _SILENCE, "allow_http": plain},
         retry_config={"max_retries": 100, "retry_timeout": _PATIENCE},
     )
     return obstore, store
