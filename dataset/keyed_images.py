@@ -7,6 +7,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence, Sized
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,8 @@ class KeyedImages:
             data = stored.get("bytes") if isinstance(stored, Mapping) else None
             return bytes(data) if data else None
         if hasattr(images, "samples"):
-            return Path(images.samples[index][0]).read_bytes()
+            with suppress(OSError):  # loading the image says why
+                return Path(images.samples[index][0]).read_bytes()
         return None
 
     def __getitem__(self, index: int) -> tuple[Any, int]:

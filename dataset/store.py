@@ -262,6 +262,11 @@ class LabelStore:
         """Row of the image whose file had exactly these bytes; -1 where there is none."""
         return next(self._index.digests.after(digest64(data)), -1)
 
+    def digest(self, key: str | int) -> int:
+        """`digest64` of the annotated image's file; 0 where none is stored."""
+        shard, local = self._shard(self.row(key))
+        return int(shard.read("digest", local, local + 1).item())
+
     def thumbprint(self, key: str | int) -> np.ndarray:
         """The thumbprint of the annotated image, uint8 [64]; all 0 where there is none.
 

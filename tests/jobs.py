@@ -88,8 +88,8 @@ def assert_nearly_equal(one: Path, other: Path) -> None:
         np.testing.assert_allclose(left.residual(), right.residual(), rtol=0.15, atol=2e-3)
     # Two classes that are nearly as probable may change places.
     for name in ("codes", "classes", "level", "residual_codes"):
-        changed = np.mean([getattr(left, name) != getattr(right, name) for left, right in maps])
-        assert changed < 0.01, f"{name}: rare cells only"
+        changed = np.array([getattr(left, name) != getattr(right, name) for left, right in maps])
+        assert changed.sum() <= max(changed.size / 100, 2), f"{name}: rare cells only"
 
 
 def repeat_images(sample: Path, root: Path, count: int) -> Path:

@@ -146,39 +146,40 @@ def test_folders_of_editors_and_systems_are_no_class(tmp_path):
     (tmp_path / "nothing" / "loop" / "back").symlink_to(tmp_path / "nothing")
     source = FolderSource(tmp_path)
     assert source.classes() == ["cat", "dog"]
-    assert [(e.key, e.label) for e in source.scan()] == [(b"cat/1.jpg", 0), (b"dog/a/2.jpg", 1)]
+    found = [(entry.key, entry.class_name) for entry in source.scan()]
+    assert found == [("cat/1.jpg", "cat"), ("dog/a/2.jpg", "dog")]
 
 
 def images_of(folders, answers):
-    keys = [f"{folder}/{n}.jpg" for folder in folders for n in range(4)]
-    return keys, np.repeat(answers, 4).tolist()
+    """The folder of four images of each, and the teacher's answers."""
+    return np.repeat(folders, 4).tolist(), np.repeat(answers, 4).tolist()
 
 
 def test_a_numbering_that_another_beats_clearly_is_refused():
     found = number_folders(sorted(NUMBERS), None, 12)
-    keys, answers = images_of(sorted(NUMBERS), range(12))  # a teacher of ImageFolder's order
+    images, answers = images_of(sorted(NUMBERS), range(12))  # a teacher of ImageFolder's order
     with pytest.raises(ConfigError, match=r"numeric 8 of 48, string 48 of 48.*numbering: string"):
-        check_numbering(found, keys, answers, 12, asked=False)
-    fits, notes = check_numbering(found, keys, answers, 12, asked=True)
+        check_numbering(found, images, answers, 12, asked=False)
+    fits, notes = check_numbering(found, images, answers, 12, asked=True)
     assert fits == {"numeric": (8, 48), "string": (48, 48)}
     assert "Remedy: numbering: string" in notes[0]
-    right = [found.classes[key.partition("/")[0]] for key in keys]
-    assert check_numbering(found, keys, right, 12, asked=False)[1] == []
+    right = [found.classes[folder] for folder in images]
+    assert check_numbering(found, images, right, 12, asked=False)[1] == []
 
 
 def test_few_images_and_weak_teachers_decide_nothing():
     found = number_folders(sorted(NUMBERS), None, 12)
-    keys, answers = images_of(["10", "3"], [2, 5])
+    images, answers = images_of(["10", "3"], [2, 5])
     answers = [*answers[:3], 0, 0, -1, -1, -1]  # three for string order, and unreadable ones
-    fits, notes = check_numbering(found, keys, answers, 12, asked=False)
+    fits, notes = check_numbering(found, images, answers, 12, asked=False)
     assert fits == {"numeric": (0, 5), "string": (3, 5)} and notes == []
 
 
 def test_answers_no_better_than_chance_are_said():
     found = number_folders(["bird", "cat"], ["cat", "bird"], 1000, own_names=True)
     assert not found.is_sure
-    keys, _ = images_of(["bird", "cat"], [0, 0])
-    fits, notes = check_numbering(found, keys * 2, [77] * 16, 1000, asked=False)
+    images, _ = images_of(["bird", "cat"], [0, 0])
+    fits, notes = check_numbering(found, images * 2, [77] * 16, 1000, asked=False)
     assert fits == {"names": (0, 16)} and "no better than chance among 1000 classes" in notes[0]
     assert number_folders(WNIDS[:2], WNIDS, 1000).is_sure
 
@@ -187,10 +188,10 @@ def test_numbers_that_are_no_class_ids_are_refused_under_a_teacher_with_names():
     """The numbered folders of a web crawl, say."""
     folders = [f"{n:05d}" for n in range(8)]
     found = number_folders(folders, WNIDS, 1000)
-    keys, answers = images_of(folders, [500] * 8)
+    images, answers = images_of(folders, [500] * 8)
     with pytest.raises(ConfigError, match=r"right on 0 of 32 .*like a class.*g: folders, wh"):
-        check_numbering(found, keys, answers, 1000, asked=False)
-    _, notes = check_numbering(found, keys, answers, 1000, asked=True)
+        check_numbering(found, images, answers, 1000, asked=False)
+    _, notes = check_numbering(found, images, answers, 1000, asked=True)
     assert "no better than chance" in notes[0]
 
 

@@ -126,7 +126,7 @@ def test_sizes_on_the_command_line_are_those_of_the_file(
         (["--precision", "int4"], "'int4' is not one of 'float32', 'bfloat16', 'float16'"),
         (
             ["--data", "/nowhere"],
-            "no folder /nowhere/train: `data` must hold a folder for each split",
+            "no images of the split 'train' in /nowhere: it must hold a folder of that name",
         ),
     ],
 )

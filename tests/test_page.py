@@ -414,7 +414,7 @@ def test_what_cannot_be_shown(stores: list[LabelStore], data: Path, tmp_path: Pa
             save_page(stores, path, data, keys=[key])
     with pytest.raises(ConfigError, match="at least 1 image, got 0"):
         save_page(stores, path, data, limit=0)
-    with pytest.raises(ConfigError, match="must lie in"):
+    with pytest.raises(ConfigError, match="or its split train, under the keys"):
         save_page(stores, path, tmp_path)
     for bad in (tmp_path / "nowhere" / "a.html", data):  # no such folder; a folder
         with pytest.raises(OutputError, match=rf"cannot write {bad}: .*Remedy"):

@@ -1,5 +1,6 @@
 """Images where they are: tars, WebDataset, Parquet, lists and a store; labels found from all."""
 
+import gc
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 import scipy.io
 import webdataset
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from tests.jobs import config, digests
 from tests.s3 import s3_server
@@ -187,14 +189,13 @@ def test_labels_of_one_form_are_found_from_every_other(
 
 def test_loader_workers_read_tars(forms: dict[str, str], labelled: dict[str, LabelStore]) -> None:
     images = forms["webdataset"]
-    dataset = TokenLabelDataset(
-        images, labelled["webdataset"], transform=lambda image, leaf: (image.resize((8, 8)), leaf)
-    )
+    dataset = TokenLabelDataset(images, labelled["webdataset"], transform=v2.Resize((8, 8)))
     loader = DataLoader(dataset, batch_size=4, num_workers=2, collate_fn=list)
     keys = [labels.hard_label().item() for batch in loader for _, labels in batch]
     assert keys == labelled["webdataset"].ground_truth.tolist()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_webdataset_and_hugging_face_streams(
     forms: dict[str, str], labelled: dict[str, LabelStore]
 ) -> None:
@@ -204,6 +205,8 @@ def test_webdataset_and_hugging_face_streams(
     )
     seen = [mapper(sample["jpg"], sample["__key__"])[1].hard_label() for sample in stream]
     assert len(seen) == 16 and all(label >= 0 for label in seen)
+    del stream
+    gc.collect()  # WebDataset leaves its files to the garbage collector
     table = datasets.load_dataset(
         "parquet", data_files=f"{forms['parquet']}/data/*.parquet", split="train", streaming=True
     ).cast_column("image", datasets.Image(decode=False))
@@ -469,7 +472,8 @@ def test_verify_and_command_line_from_tars(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert PIL.Image.open(shown).size[0] > 100
+    with PIL.Image.open(shown) as image:
+        assert image.width > 100
 
 
 def test_a_finished_split_of_tars_is_recognised_and_its_order_kept(

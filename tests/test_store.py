@@ -9,7 +9,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import unicodedata
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from tests.maps import Rows, attrs, manifest_of, random_rows, write_split
 from tests.shards import digest, edit_directory
 from tokenlabel.dataset.format import new_file
 from tokenlabel.dataset.format.directory import StoredFile
-from tokenlabel.dataset.format.keys import KeyTable, KeyWriter
+from tokenlabel.dataset.format.index import VERSION as INDEX_VERSION
+from tokenlabel.dataset.format.keys import KeyTable, KeyWriter, canonical_name
 from tokenlabel.dataset.format.new_file import create
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import HEADER, Shard, shard_name, write_shard
@@ -177,10 +180,14 @@ def test_swapped_shards_are_refused(split: tuple[Path, list[Rows]]) -> None:
         LabelStore(root)
 
 
-def test_unsorted_keys_are_refused(tmp_path: Path) -> None:
-    write_split(tmp_path, KEYS[::-1], LAYOUT)
-    with pytest.raises(FormatError, match="unique and sorted"):
-        LabelStore(tmp_path)
+def test_keys_keep_their_order_and_equal_ones_are_refused(tmp_path: Path) -> None:
+    write_split(tmp_path / "a", KEYS[::-1], LAYOUT)
+    store = LabelStore(tmp_path / "a")
+    assert list(store.keys) == KEYS[::-1]
+    assert [store.row(key) for key in KEYS[::-1]] == list(range(len(KEYS)))
+    write_split(tmp_path / "b", [*KEYS, KEYS[2]], LAYOUT, shard_size=3)
+    with pytest.raises(FormatError, match=f"rows 2 and {len(KEYS)} both have {KEYS[2]!r}"):
+        LabelStore(tmp_path / "b")
 
 
 def _read(store: LabelStore, queue: "multiprocessing.Queue[bytes]") -> None:
@@ -358,20 +365,26 @@ def test_columns_larger_than_a_block_are_stored_whole(
     st.sets(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), min_size=1, max_size=40)
 )
 def test_key_table_finds_what_is_there_and_nothing_else(keys: set[str]) -> None:
-    ordered = sorted(keys, key=str.encode)
+    keys = {unicodedata.normalize("NFC", key) for key in keys}
+    ordered, names = sorted(keys), Counter(map(canonical_name, keys))
     with tempfile.TemporaryDirectory() as folder:
         with create(Path(folder) / "f", "test", 1, {}) as new:
-            KeyWriter(new).append([key.encode() for key in ordered])
+            keys_of = KeyWriter(new)
+            keys_of.append(ordered)
+            keys_of.finish()
         table = KeyTable(StoredFile(Path(folder) / "f", "test", 1, "delete it"))
     assert list(table) == ordered
     assert table[:] == ordered
     for row, key in enumerate(ordered):
         assert table.find(key) == row
         assert table.index(key) == row
-        for near in (key + "\0", key[:-1], key + "a"):
-            assert (near in table) == (near in keys)
+        for near in (key + "\0", key[:-1], key + "a", f"z/{key}.jpg"):
+            near = unicodedata.normalize("NFC", near)
+            assert (table.find(near, exact=True) >= 0) == (near in keys)
+            name = canonical_name(near)
+            assert (near in table) == (near in keys or (bool(name) and names[name] == 1))
     with pytest.raises(ValueError, match="is not among the keys"):
-        table.index("seven!!")
+        table.index("nothing like these!")
 
 
 @pytest.mark.parametrize("column", ["label", "size", "failed", "key_bytes", "key_offsets"])
@@ -380,7 +393,7 @@ def test_a_damaged_index_is_noticed_when_a_shard_is_opened(
 ) -> None:
     root, _ = split
     LabelStore(root)
-    with StoredFile(root / "index", "tokenlabel-index", 3, "") as file:
+    with StoredFile(root / "index", "tokenlabel-index", INDEX_VERSION, "") as file:
         place = file.columns[column]
     # In the last row, whose key stays in order; the last offset is checked before.
     width = place.dtype.itemsize

@@ -254,7 +254,7 @@ def write_index(path: Path, shards: list[AnyPath]) -> None:
     from .new_file import create
 
     with create(path, FORMAT, VERSION, {}) as file:
-        keys, files, first = KeyWriter(file), LookupWriter(), None
+        keys, files, first = KeyWriter(file), LookupWriter(file, "digest_lookup"), None
         rows, sizes, digests = [0], [], []
         for number, (shard, names, found, columns) in enumerate(in_order(_rows, shards)):
             first = first or shard
@@ -269,7 +269,7 @@ def write_index(path: Path, shards: list[AnyPath]) -> None:
             digests.append(shard.attrs["sha256"].encode())
             file.attrs["fingerprint"] = shard.attrs["fingerprint"]
         keys.finish()
-        files.finish(file, "digest_lookup")
+        files.finish()
         file.add("shard_rows", np.array(rows, "<u8"))
         file.add("shard_size", np.array(sizes, "<u8"))
         file.add("shard_sha256", np.array(digests, "S64"))

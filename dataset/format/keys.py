@@ -17,7 +17,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import islice, pairwise
-from tempfile import SpooledTemporaryFile
 from typing import IO, TYPE_CHECKING, overload
 
 import numpy as np
@@ -112,9 +111,10 @@ class Lookup:
 
 
 class LookupWriter:
-    """Sorts entries of any number in little memory, and stores them as a column."""
+    """Sorts entries of any number in little memory, and stores them as a column of a new file."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: "NewFile", name: str) -> None:
+        self._file, self._name = file, name
         self._pieces: dict[int, IO[bytes]] = {}  # by the first byte of their entries
         self._rows = 0
 
@@ -123,25 +123,22 @@ class LookupWriter:
         piece = entries[:, 0] >> np.uint64(56)
         for number in np.unique(piece).tolist():
             if number not in self._pieces:
-                self._pieces[number] = SpooledTemporaryFile(_IN_MEMORY)
+                self._pieces[number] = self._file.temporary_file(_IN_MEMORY)
             self._pieces[number].write(entries[piece == number].astype("<u8").tobytes())
         self._rows += len(entries)
 
-    def finish(
-        self, file: "NewFile", name: str, check: Callable[[np.ndarray], None] = lambda _: None
-    ) -> None:
-        """Store the column in a file; `check` sees each part of it, sorted, before."""
+    def finish(self, check: Callable[[np.ndarray], None] = lambda _: None) -> None:
+        """Store the column; `check` sees each part of it, sorted, before."""
 
         def blocks() -> Iterator[np.ndarray]:
-            for _, spool in sorted(self._pieces.items()):
-                with spool:
-                    spool.seek(0)
-                    entries = np.frombuffer(spool.read(), "<u8").reshape(-1, 2)
+            for _, piece in sorted(self._pieces.items()):
+                piece.seek(0)
+                entries = np.frombuffer(piece.read(), "<u8").reshape(-1, 2)
                 entries = entries[np.lexsort((entries[:, 1], entries[:, 0]))]
                 check(entries)
                 yield entries
 
-        file.stream(name, np.dtype("<u8"), (self._rows, 2), blocks())
+        self._file.stream(self._name, np.dtype("<u8"), (self._rows, 2), blocks())
 
 
 class KeyTable(Sequence[str]):
@@ -216,7 +213,7 @@ class KeyTable(Sequence[str]):
                 break
             if _composed(self[found & _ROW]) == key:
                 return found & _ROW
-        if exact:
+        if exact or not name:
             return -1
         rows = [found & _ROW for found in islice(self._lookup.after(first), 2)]
         if len(rows) == 1 and canonical_name(self[rows[0]]) == name:
@@ -239,7 +236,7 @@ class KeyWriter:
 
     def __init__(self, file: "NewFile") -> None:
         self._file, self._end = file, 0
-        self._lookup = LookupWriter()
+        self._lookup = LookupWriter(file, "key_lookup")
         self.rows = 0
         file.append("key_offsets", np.zeros(1, "<u8"))
 
@@ -263,7 +260,7 @@ class KeyWriter:
         """
         if self.rows > _ROW + 1:
             raise FormatError(f"a split has at most {_ROW + 1} images; this one has {self.rows}")
-        self._lookup.finish(self._file, "key_lookup", self._check)
+        self._lookup.finish(self._check)
 
     def _check(self, entries: np.ndarray) -> None:
         """Raise FormatError where two keys are equal."""

@@ -7,7 +7,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -42,6 +42,7 @@ class NewFile:
         self._sizes: list[int] = []
         self._crc = 0
         self._spools: dict[str, tuple[IO[bytes], np.dtype, tuple[int, ...]]] = {}
+        self._temporary = ExitStack()
 
     def add(self, name: str, data: np.ndarray, gzip: bool = False) -> None:
         """Store a column of one value or more, little-endian; compressed if `gzip`."""
@@ -71,9 +72,13 @@ class NewFile:
     def append(self, name: str, block: np.ndarray) -> None:
         """Add rows to a column of unknown length, which wait in an unnamed temporary file."""
         if name not in self._spools:
-            spool = tempfile.TemporaryFile(dir=self._path.parent)
-            self._spools[name] = (spool, block.dtype, block.shape[1:])
+            self._spools[name] = (self.temporary_file(), block.dtype, block.shape[1:])
         self._spools[name][0].write(block.tobytes())
+
+    def temporary_file(self, in_memory: int = 1) -> IO[bytes]:
+        """A file without a name, closed with this one, in memory up to so many bytes."""
+        file = tempfile.SpooledTemporaryFile(in_memory, dir=self._path.parent)
+        return self._temporary.enter_context(file)
 
     def appended(self, name: str, start: int, size: int) -> bytes:
         """Bytes of what `append` was given for a column."""
@@ -146,8 +151,7 @@ class NewFile:
     def close(self) -> None:
         """Close the file, finished or not."""
         self._file.close()
-        for spool, *_ in self._spools.values():
-            spool.close()
+        self._temporary.close()
 
     def _write_directory(self, first: int) -> None:
         block = self._block

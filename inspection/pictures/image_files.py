@@ -2,7 +2,7 @@
 
 import os
 from contextlib import suppress
-from functools import cached_property
+from functools import partial
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -10,14 +10,13 @@ from PIL import Image
 
 from ...annotate.sample import sample_images
 from ...dataset.format.keys import digest64
-from ...dataset.format.shard import Shard
 from ...dataset.sources.decode import decode_image
 from ...dataset.sources.image_table import ImageTable
-from ...dataset.sources.open_source import open_images
+from ...dataset.sources.open_source import open_images, open_split
 from ...dataset.store import LabelStore
 from ...errors import ConfigError, ImageError, StorageError
 
-_REMEDY = "Remedy: name the folder that was annotated, DATA/SPLIT or DATA, with --images"
+_REMEDY = "Remedy: name what was annotated, DATA/SPLIT or DATA, with --images"
 
 
 class ImageFiles:
@@ -33,28 +32,26 @@ class ImageFiles:
         ConfigError: the images are not there, or not where None looks for them.
     """
 
-    def __init__(self, store: LabelStore, images: str | None = None) -> None:
+    def __init__(self, store: LabelStore, images: str | os.PathLike[str] | None = None) -> None:
         # The sample's files are installed in one folder, under the names that end their keys.
-        self._store, self._flat = store, images is None
+        self._store, self._flat, split = store, images is None, store.root.name
         example = store.keys[int(np.argmin(store.failed))]  # of the first that was annotated
-        if images is not None:
-            folders = [images, os.path.join(images, store.root.name)]
-        elif PurePosixPath(example).match("imagenet_[0-9][0-9]_*.jpg"):
-            folders = [str(sample_images()[0].parent)]
-        else:
+        if images is None and not PurePosixPath(example).match("imagenet_[0-9][0-9]_*.jpg"):
             raise ConfigError(
                 f"the images must be found to be shown, and {store.root} does not record where its "
                 f"images are. {_REMEDY}"
             )
+        text = str(sample_images()[0].parent) if images is None else os.fspath(images)
         name = self._name(example)
-        for folder in folders:
+        # As a data set first, in which the split is found without a look at the others.
+        for opened in (partial(open_split, text, split), partial(open_images, text)):
             with suppress(StorageError, ConfigError):
-                self._source = ImageTable(open_images(folder), store.root)
+                self._source = ImageTable(opened(), store.root)
                 self._source.read_key(name)
                 return
         raise ConfigError(
-            f"the images of {store.root} must be in {' or '.join(folders)} under the keys of the "
-            f"labels, but there is no {name!r}. {_REMEDY}"
+            f"the images of {store.root} must be {text}, or its split {split}, under the keys of "
+            f"the labels, but there is no {name!r}. {_REMEDY}"
         )
 
     def _name(self, key: str) -> str:
@@ -70,11 +67,11 @@ class ImageFiles:
         row = self._store.row(key)
         try:
             data = self._source.read_key(self._name(key))
-        except StorageError as error:
+        except (ConfigError, StorageError) as error:
             data = ImageError(str(error).partition(". ")[0])
         if isinstance(data, ImageError):
             raise ImageError(f"cannot read the image {key!r} in {self._source}: {data}. {_REMEDY}")
-        digest, annotated = digest64(data), int(self._digests[row])
+        digest, annotated = digest64(data), self._store.digest(row)
         if annotated not in (0, digest):  # 0: of a label set that does not record digests
             raise ImageError(
                 f"{key!r} in {self._source} must be the image that was annotated, with digest "
@@ -90,12 +87,3 @@ class ImageFiles:
                 f"pixels; it has {image.size}. {_REMEDY}"
             )
         return image
-
-    @cached_property
-    def _digests(self) -> np.ndarray:
-        """Of the files of all rows, uint64 [n]."""
-        parts = []
-        for path in self._store.shards:
-            with Shard(path) as shard:
-                parts.append(shard.read("digest"))
-        return np.concatenate(parts)

@@ -169,8 +169,9 @@ def _row_faults(shard: Shard, manifest: Path | None) -> Iterator[Fault]:
         yield Fault(name, text)
     outside = ["\0" in key or key[:1] in ("", "/") or ".." in key.split("/") for key in keys]
     yield from first("a key must be a path inside the split's folder", outside)
-    follows = columns["key"][1:] > columns["key"][:-1]
-    yield from first("keys must be unique and ascend by UTF-8 bytes", ~np.append(True, follows))
+    repeated = np.ones(len(keys), bool)
+    repeated[np.unique(columns["key"], return_index=True)[1]] = False
+    yield from first("its key must not be that of another row", repeated)
     wrong, rule = labels < -1, "a class"
     if attrs.get("label_space") == "teacher":
         wrong, rule = wrong | (labels >= layout.num_classes), f"below {layout.num_classes}"

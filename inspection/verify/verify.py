@@ -167,26 +167,23 @@ def _compare_shards(paths: Sequence[Path], result: SplitCheck) -> list[Shard]:
     bad, opened, good = {fault.file for fault in result.faults}, [], []
     for path in paths:
         with suppress(FormatError, OSError), Shard(path) as shard:  # else among the faults already
-            ends = slice(None, None, shard.rows - 1 or 1)
-            opened.append((shard, [] if path.name in bad else shard.texts("key")[ends]))
+            opened.append(shard)
             result.rows += shard.rows
             result.nbytes += shard.end
-    run = mode(shard.attrs["fingerprint"] for shard, _ in opened) if opened else ""
-    before = {-1: (0, "")}
-    for shard, keys in opened:
+    run = mode(shard.attrs["fingerprint"] for shard in opened) if opened else ""
+    before = {-1: 0}
+    for shard in opened:
         number, row, name = shard.attrs["shard"], shard.attrs["first_row"], shard.path.name
         if (found := shard.attrs["fingerprint"]) != run:
             text = f"it is of another run: its fingerprint is {found}, most shards have {run}"
             result.add(name, text)
-        elif keys:
-            end, last = before.get(number - 1, (row, ""))
-            before[number] = row + shard.rows, keys[-1]
+        elif name not in bad:
+            end = before.get(number - 1, row)
+            before[number] = row + shard.rows
             good.append(shard)
             if row != end:
                 text = f"it must begin at row {end}, where the last shard ends, not at {row}"
                 result.add(name, text)
-            if keys[0].encode() <= last.encode():
-                result.add(name, f"keys must ascend: {keys[0]!r} comes after {last!r}")
             if shard.layout != good[0].layout:
                 result.add(name, f"its layout must be {good[0].layout}, it is {shard.layout}")
     numbers = [parsed for path in paths if (parsed := parse_shard_name(path.name))]
