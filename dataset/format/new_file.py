@@ -77,7 +77,7 @@ class NewFile:
 
     def temporary_file(self, in_memory: int = 1) -> IO[bytes]:
         """A file without a name, closed with this one, in memory up to so many bytes."""
-        file = tempfile.SpooledTemporaryFile(in_memory, dir=self._path.parent)
+        file = tempfile.SpooledTemporaryFile(in_memory, dir=str(self._path.parent))
         return self._temporary.enter_context(file)
 
     def appended(self, name: str, start: int, size: int) -> bytes:
