@@ -6,7 +6,7 @@ import operator
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,11 @@ from .sources.folder import FolderSource, is_hidden
 from .sources.image_source import Entry, ImageSource
 from .sources.image_table import ImageTable
 from .sources.open_source import open_images
+from .sources.parquet import IMAGE_COLUMNS, LABEL_COLUMNS, first
 from .store import LabelStore
 
-#: Columns of a row that is a dictionary, as Hugging Face `datasets` name them.
-_IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 #: Images whose keys are looked up, to find where their paths begin.
 _SAMPLED = 16
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
 
 
 class KeyedImages:
@@ -96,7 +94,7 @@ class KeyedImages:
             getattr(inner, "reader", None), "class_to_idx", None
         )
         if hasattr(inner, "cast_column"):
-            names = getattr(inner.features.get(_first(_LABEL_COLUMNS, inner.features)), "names", [])
+            names = getattr(inner.features.get(first(LABEL_COLUMNS, inner.features)), "names", [])
             numbers = {name: number for number, name in enumerate(names)}
         self.class_to_idx: dict[str, int] | None = dict(numbers) if numbers else None
         if key is None:
@@ -123,7 +121,7 @@ class KeyedImages:
             found = next(images.table.read([index]))
             return found if isinstance(found, bytes) else None
         if hasattr(images, "cast_column"):
-            stored = _undecoded(images)[index].get(_first(_IMAGE_COLUMNS, images.features))
+            stored = _undecoded(images)[index].get(first(IMAGE_COLUMNS, images.features))
             data = stored.get("bytes") if isinstance(stored, Mapping) else None
             return bytes(data) if data else None
         if hasattr(images, "samples"):
@@ -135,11 +133,11 @@ class KeyedImages:
         """(image, class); class -1 where there is none."""
         item = self.images[index]
         if isinstance(item, Mapping):
-            image = item.get(_first(_IMAGE_COLUMNS, item))
-            label = item.get(_first(_LABEL_COLUMNS, item))
+            image = item.get(first(IMAGE_COLUMNS, item))
+            label = item.get(first(LABEL_COLUMNS, item))
             if image is None:
                 raise TypeError(
-                    f"a row needs an image in a column called {', '.join(_IMAGE_COLUMNS)}; it has "
+                    f"a row needs an image in a column called {', '.join(IMAGE_COLUMNS)}; it has "
                     f"{', '.join(item)}. Remedy: rename the column"
                 )
         else:
@@ -232,18 +230,13 @@ def _without_transform(images: Any) -> tuple[Any, Any]:
     return images, transform
 
 
-def _first(names: Sequence[str], columns: Container[str]) -> str:
-    """The first of the names that is a column; an empty one where none is."""
-    return next((name for name in names if name in columns), "")
-
-
 def _undecoded(images: Any) -> Any:
     """A Hugging Face table of which rows give the path of the image, unread; others as they are."""
     if isinstance(images, Subset):
         images = copy.copy(images)
         images.dataset = _undecoded(images.dataset)
     elif hasattr(images, "cast_column"):
-        name = _first(_IMAGE_COLUMNS, images.features)
+        name = first(IMAGE_COLUMNS, images.features)
         kind = type(images.features.get(name))
         if hasattr(kind, "decode_example"):  # datasets.Image, which need not be imported for it
             images = images.with_format(None).select_columns(name)
@@ -288,7 +281,7 @@ def _file_key(images: Any, above: int, index: int) -> str:
     elif callable(getattr(images, "filename", None)) and hasattr(images, "reader"):  # timm
         key = Path(images.filename(index, absolute=False)).as_posix()
     elif hasattr(images, "cast_column"):
-        stored = images[index].get(_first(_IMAGE_COLUMNS, images.features))
+        stored = images[index].get(first(IMAGE_COLUMNS, images.features))
         if isinstance(stored, Mapping) and stored["path"]:
             key = Path(stored["path"]).as_posix()
     if key is not None:
