@@ -12,7 +12,7 @@ from torchvision.datasets.folder import pil_loader
 from tests.maps import entries
 from tokenlabel.annotate.images import decode_batch, join_batches
 from tokenlabel.dataset.format.keys import digest64
-from tokenlabel.dataset.sources import files
+from tokenlabel.dataset.sources import image_source
 from tokenlabel.dataset.sources.folder import FolderSource
 from tokenlabel.dataset.sources.thumbprint import thumbprint
 from tokenlabel.errors import StorageError
@@ -140,7 +140,7 @@ def test_bad_files_become_rows_and_their_neighbours_stay(
     (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "pipe.jpg")
     Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(files, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(image_source, "MAX_FILE_BYTES", 100_000)
     (tmp_path / "huge.jpg").write_bytes(good + b"\0" * 100_000)
     reasons = {
         "bomb.png": "too many pixels: Image size (400000000 pixels) exceeds limit",

@@ -78,3 +78,12 @@ class ImageSource(Protocol):
             StorageError: an image cannot be read for a reason that is not its own.
         """
         ...
+
+
+def size_fault(size: int) -> ImageError | None:
+    """What is wrong with a file of so many bytes."""
+    if size == 0:
+        return ImageError("the file is empty")
+    if size > MAX_FILE_BYTES:
+        return ImageError(f"the file has {size} bytes (limit {MAX_FILE_BYTES})")
+    return None

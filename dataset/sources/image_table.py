@@ -19,9 +19,8 @@ from ..format.manifest import (
     write_manifest,
 )
 from ..storage.remote_path import RemotePath, as_path
-from .folder import FolderSource
+from .folder import FolderSource, ObjectFolder
 from .image_source import Entry, ImageSource
-from .object_folder import ObjectFolder
 from .scan import entries_of, manifest_blocks, scan_all
 
 #: Objects that are asked for their size at the same time.

@@ -14,8 +14,8 @@ from typing import IO, Any, ClassVar
 
 from ...errors import ConfigError, ImageError, StorageError
 from ..storage.remote_path import RemotePath, as_path
-from .files import read_file, size_fault
-from .image_source import Entry
+from .folder import read_file
+from .image_source import Entry, size_fault
 from .parquet import first, scanned_table, table_rows, unreadable
 
 _PATHS = ("path", "filename", "file_name", "file", "image", "url")

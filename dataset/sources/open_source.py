@@ -8,11 +8,10 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from ..storage.remote_path import RemotePath, as_path
-from .folder import FolderSource
+from .folder import FolderSource, ObjectFolder
 from .ground_truth import DEVKIT
 from .image_source import ImageSource
 from .listing import ListSource
-from .object_folder import ObjectFolder
 from .parquet import TableSource, holds_images
 from .tar import TarSource
 

@@ -12,8 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 from ...errors import ConfigError, ImageError, StorageError
 from ..storage.remote_path import RemotePath, as_path
-from .files import size_fault
-from .image_source import Entry
+from .image_source import Entry, size_fault
 
 #: Names of columns, the first that a table has counts.
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")

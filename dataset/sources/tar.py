@@ -16,9 +16,8 @@ from typing import IO, Any, ClassVar
 from ...errors import ConfigError, ImageError, StorageError
 from ..format.keys import EXTENSIONS
 from ..storage.remote_path import RemotePath, as_path
-from .files import size_fault
 from .ground_truth import ground_truth
-from .image_source import Entry
+from .image_source import Entry, size_fault
 
 #: Bytes that one request for headers brings: those of a member, and small members that follow it.
 _WINDOW = 4096
