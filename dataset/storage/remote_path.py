@@ -5,16 +5,17 @@ import io
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from ...errors import JobError, StoreError
+from . import forked
 
 #: What the text of a remote path begins with.
 SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "adl", "https", "http")
@@ -25,6 +26,24 @@ _PATIENCE, _SILENCE = timedelta(seconds=30), timedelta(seconds=10)
 _GAP = 64 << 10
 #: Bytes that one request fetches at most, so that it ends within `_SILENCE`.
 _PIECE = 8 << 20
+
+
+#: The process that has made requests first.
+_owner: dict[str, int] = {}
+
+M = TypeVar("M", bound=Callable[..., Any])
+
+
+def _request(method: M) -> M:
+    """A method that asks the store; in a forked process, through another one."""
+
+    @wraps(method)
+    def asked(path: "RemotePath", *args: Any, **options: Any) -> Any:
+        if _owner.setdefault("pid", os.getpid()) == os.getpid():
+            return method(path, *args, **options)
+        return forked.ask(path, method.__name__, *args, **options)
+
+    return cast(M, asked)
 
 
 @dataclass(frozen=True, order=True)
@@ -38,8 +57,8 @@ class RemotePath:
     environment, such as AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL. Requests that fail for a moment are
     repeated for half a minute.
 
-    A process that was forked from one that has used it must not use it: the store's threads are
-    not in it. It then raises JobError instead of hanging.
+    May be used in processes that were forked from one that has used it, as DataLoader's workers
+    are: see `forked`.
 
     Every method raises FileNotFoundError for an object that is not there, and `StoreError` for what
     is the store's fault: credentials, a bucket that is not there, requests that go on failing.
@@ -74,6 +93,7 @@ class RemotePath:
         """With another name."""
         return self.parent / name
 
+    @_request
     def facts(self) -> dict[str, Any]:
         """What the store knows of the object: `size`, `e_tag` and `last_modified`."""
         with self._store() as (obstore, store, key):
@@ -99,6 +119,7 @@ class RemotePath:
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: a prefix is there with its first object."""
 
+    @_request
     def start(self, size: int) -> tuple[bytes, int]:
         """The first `size` bytes of the object, or all, and how many it has: one request."""
         with self._store() as (obstore, store, key):
@@ -110,23 +131,26 @@ class RemotePath:
                 return b"", 0  # stores refuse ranges of an empty object
             return bytes(found.bytes()), found.meta["size"]
 
+    @_request
     def read_bytes(self) -> bytes:
         """All bytes of the object."""
         with self._store() as (obstore, store, key):
             return bytes(obstore.get(store, key).bytes())
 
-    def download(self, path: Path) -> None:
-        """Write the object to a local file, a request for each 8 MiB.
+    @_request
+    def download(self, path: Path) -> dict[str, Any]:
+        """Write the object to a local file, a request for each 8 MiB; returns its `facts`.
 
         Raises:
             EOFError: the object became shorter meanwhile.
         """
-        first, size = self.start(_PIECE)
-        with open(path, "wb") as file:
-            file.write(first)
-            for start in range(len(first), size, _PIECE):
-                file.writelines(self.ranges([start], [min(_PIECE, size - start)]))
+        with self._store() as (obstore, store, key), open(path, "wb") as file:
+            facts = dict(obstore.head(store, key))
+            for at in range(0, facts["size"], _PIECE):
+                file.writelines(self.ranges([at], [min(_PIECE, facts["size"] - at)]))
+        return facts
 
+    @_request
     def ranges(self, starts: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
         """Bytes of the object, a piece for each range; near ones are one request.
 
@@ -150,7 +174,8 @@ class RemotePath:
         """The object as a file to seek and read in, `buffer` bytes at a time or more."""
         return io.BufferedReader(_Object(self), buffer)
 
-    def iterdir(self) -> Iterator["RemotePath"]:
+    @_request
+    def iterdir(self) -> Iterable["RemotePath"]:
         """Objects and prefixes directly below it, in order; none where there is nothing.
 
         Raises as the class says; a web server lists nothing, which is an error as well.
@@ -161,17 +186,19 @@ class RemotePath:
         names |= {posixpath.basename(one["path"]) for one in found["objects"]}
         yield from (self / name for name in sorted(names))
 
-    def glob(self, pattern: str) -> Iterator["RemotePath"]:
+    def glob(self, pattern: str) -> Iterable["RemotePath"]:
         """Those of `iterdir` whose names match a pattern."""
         yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
-    def walk(self) -> Iterator[tuple[str, int]]:
+    @_request
+    def walk(self) -> Iterable[tuple[str, int]]:
         """(path below this one, bytes) of all objects below it, sorted by their UTF-8 bytes."""
         with self._store() as (obstore, store, key):
             for block in obstore.list(store, f"{key}/" if key else None, chunk_size=1000):
                 for one in block:
                     yield one["path"][len(key) + 1 if key else 0 :], one["size"]
 
+    @_request
     def put(self, data: bytes | Path, create: bool = False, match: str | None = None) -> str:
         """Store an object in one request; returns its etag.
 
@@ -189,12 +216,14 @@ class RemotePath:
         with self._store(1 + len(content) // (_PIECE + 1)) as (obstore, store, key):
             return str(obstore.put(store, key, content, mode=mode, use_multipart=False)["e_tag"])
 
+    @_request
     def replace(self, target: "AnyPath") -> None:
         """Rename the object; one of that name is replaced."""
         with self._store() as (obstore, store, key):
             obstore.copy(store, key, _connected(str(target))[2], overwrite=True)
         self.unlink()
 
+    @_request
     def unlink(self) -> None:
         """Delete the object, if it is there."""
         with self._store() as (obstore, store, key):
@@ -263,16 +292,8 @@ def _connected(url: str, patience: int = 1) -> tuple[Any, Any, str]:
     depth = 1 if parts.scheme in ("az", "azure", "adl") else 0  # az://account/container/…
     names = parts.path.strip("/").split("/")
     root = "/".join([f"{parts.scheme}://{parts.netloc}", *names[:depth]])
-    if _owner.setdefault("pid", os.getpid()) != os.getpid():
-        raise JobError(
-            f"{url} cannot be read in a process that was forked from one that has read from a "
-            "store. Remedy: DataLoader(..., multiprocessing_context='forkserver')"
-        )
     obstore, store = _store_of(root, patience)
     return obstore, store, "/".join(names[depth:])
-
-
-_owner: dict[str, int] = {}
 
 
 @lru_cache
