@@ -25,6 +25,7 @@ from .sources.image_source import Entry, ImageSource
 from .sources.image_table import ImageTable
 from .sources.open_source import open_images
 from .sources.parquet import IMAGE_COLUMNS, LABEL_COLUMNS, first
+from .storage.remote_path import AnyPath
 from .store import LabelStore
 
 #: Images whose keys are looked up, to find where their paths begin.
@@ -59,7 +60,7 @@ class KeyedImages:
         images: Any,
         key: Callable[[int], str] | None,
         known: Callable[[str], bool],
-        labels: Path | None = None,
+        labels: AnyPath | None = None,
     ) -> None:
         if isinstance(images, str | os.PathLike):
             source = open_images(os.fspath(images))

@@ -142,6 +142,7 @@ class TokenLabelMapper:
         """
         # All maps first, then all images, then all records: each while its code is in the cache.
         rows = [self._row(key, number, file) for number, key in enumerate(keys)]
+        self.store.prefetch([row for row in rows if row >= 0])
         stored, images, leaves = [self._stored(row) for row in rows], [], []
         keys = [
             self.store.keys[row] if row >= 0 else key for key, row in zip(keys, rows, strict=True)

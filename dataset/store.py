@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from .format.index import Index, find_shards, open_index, open_shard
 from .format.keys import KeyTable, digest64
 from .format.score_map import MapLayout, ScoreMap
 from .format.shard import Shard
-from .storage.remote_path import AnyPath
+from .storage.cache import Cache, CachedPath, cache_folder
+from .storage.remote_path import AnyPath, RemotePath, as_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from .label_map.label_map import TokenLabelMap
     from .targets.record import Grid
     from .targets.token_labels import TokenLabels
+
+#: Requests that are under way at the same time.
+_AT_ONCE = 32
 
 _log = logging.getLogger(__name__)
 
@@ -39,15 +44,24 @@ class LabelStore:
     and never written. A shard costs a process one file descriptor; at most half of those that the
     process may have are used.
 
+    Labels in an object store are copied to a cache on first use, a shard at a time, once a machine,
+    and then read like local ones. The set is the one that is there when the store is opened.
+
     Args:
-        root: folder of the split, OUT/SPLIT, with the shards.
+        root: folder of the split, OUT/SPLIT, with the shards; or its URL, such as
+            s3://bucket/labels/train.
+        cache: folder of the copies; by default TOKENLABEL_CACHE or ~/.cache/tokenlabel. None: none
+            are made. Each map is then a request, unless `prefetch` has fetched it with others.
+        cache_bytes: beyond it, those copies in that folder are deleted that were used longest ago.
+            Less than the labels have means that each epoch fetches some again.
 
     Raises:
         FileNotFoundError: the folder is not there or has no shards.
         FormatError: shards are missing, damaged, of another version or of different runs.
+        StoreError: an object store refuses.
 
     Attributes:
-        root: the folder.
+        root: the folder, or the objects that stood at the URL.
         attrs: attributes of the first shard: teacher, fingerprint, preprocessing and so on, and
             `class_names` where the manifest holds them.
         layout: shapes and dtypes of the maps.
@@ -57,9 +71,18 @@ class LabelStore:
             folders and are no classes of the teacher.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
-        if not self.root.is_dir():
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | RemotePath,
+        cache: str | os.PathLike[str] | None = "",
+        cache_bytes: int = 100 << 30,
+    ) -> None:
+        self.root: AnyPath = as_path(root)
+        if isinstance(self.root, RemotePath):
+            folder = Path(cache or cache_folder()) / "labels"
+            kept = None if cache is None else Cache(folder, cache_bytes)
+            self.root = CachedPath.listed(self.root, kept)
+        elif not self.root.is_dir():
             raise FileNotFoundError(
                 f"{self.root} is not a folder. Remedy: name the folder of a split, OUT/SPLIT, "
                 "that `annotate` has written"
@@ -87,6 +110,10 @@ class LabelStore:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         paths, self._index = find_shards(self.root), open_index(self.root)
         limit = _open_files_limit()
+        if isinstance(self.root, CachedPath) and self.root.cache:
+            # A copy that is open keeps its room on the disk.
+            largest = int(self._index.file.read("shard_size").max())
+            limit = min(limit, max(self.root.cache.limit // largest, 1))
         self._shards = lru_cache(limit)(partial(_open_indexed, self._index, paths))
         return self.__dict__[name]
 
@@ -142,7 +169,12 @@ class LabelStore:
         return self.layout.views
 
     @property
-    def shards(self) -> list[Path]:
+    def nbytes(self) -> int:
+        """Bytes of the shards."""
+        return int(self._index.file.read("shard_size").sum())
+
+    @property
+    def shards(self) -> list[AnyPath]:
         """Paths of the shards, in order."""
         return [self.root / path.name for path in find_shards(self.root)]
 
@@ -166,6 +198,21 @@ class LabelStore:
             )
         shard, local = self._shard(row)
         return shard.map(local)
+
+    def prefetch(self, rows: "Sequence[int]") -> None:
+        """Fetch the maps of some rows together, where the labels are in a store without a cache.
+
+        They are held until the next call. `TokenLabelDataset` does so with each batch.
+        """
+        if not isinstance(self.root, CachedPath) or self.root.cache:
+            return
+        first, by_shard = self._index.shard_rows.tolist(), dict[int, list[int]]()
+        for row in rows:
+            number = self._index.shard(row)
+            by_shard.setdefault(number, []).append(row - first[number])
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for _ in pool.map(lambda n: self._shards(n).prefetch(by_shard[n]), by_shard):
+                pass
 
     def leaf(self, row: int, canvas_size: tuple[int, int] | None = None) -> "TokenLabelMap":
         """A row's map as the leaf that follows its image through v2 transforms.
@@ -287,7 +334,7 @@ class LabelStore:
         return shard.texts("error")[local]
 
 
-def _class_names(path: Path) -> list[str] | None:
+def _class_names(path: AnyPath) -> list[str] | None:
     try:
         with StoredFile(path, manifest.FORMAT, manifest.VERSION, "delete it") as file:
             return file.texts("class_names") if "class_names" in file.columns else None

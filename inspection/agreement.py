@@ -9,7 +9,6 @@ the teacher against itself, and how often the mean target has the image's label 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from ..annotate.teacher.annotator import Annotator
 from ..annotate.teacher.passes import onto
 from ..annotate.teacher.rebuild import rebuild_teachers
 from ..dataset.label_map.path import UNIT_BOX, Box
+from ..dataset.storage.remote_path import AnyPath
 from ..dataset.store import LabelStore
 from ..terminal import Watch
 from .label_sets import patch_map
@@ -65,7 +65,7 @@ class Live(NamedTuple):
 
 
 def measure_agreement(
-    root: Path,
+    root: AnyPath,
     count: int,
     images: str | None = None,
     *,

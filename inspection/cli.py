@@ -12,13 +12,14 @@ from typing import Any
 
 import click
 
-from ..errors import FormatError
+from ..dataset.storage.remote_path import AnyPath, RemotePath, as_path
+from ..errors import ConfigError, FormatError
 
 _FOLDER = click.Path(path_type=Path)
 
 
 @click.command("inspect-labels")
-@click.argument("labels", default="labels", type=_FOLDER)
+@click.argument("labels", default="labels")
 @click.option("--all", "everything", is_flag=True, help="Read every map, not a sample.")
 @click.option("--key", metavar="KEY", help="Show one image's map. KEY: its path in the split.")
 @click.option("--png", type=_FOLDER, help="With --key: draw image, map and augmentations.")
@@ -55,7 +56,7 @@ _FOLDER = click.Path(path_type=Path)
     "--agreement; --verify compares the images' digests too. [the sample, if the labels are of it]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect_labels(labels: Path, key: str | None, as_json: bool, **options: Any) -> None:
+def inspect_labels(labels: str, key: str | None, as_json: bool, **options: Any) -> None:
     """Summarise the label maps in LABELS (default: labels), check them, or show single ones.
 
     \b
@@ -88,7 +89,7 @@ def inspect_labels(labels: Path, key: str | None, as_json: bool, **options: Any)
     if options["repair"] and as_json and not options["yes"]:
         raise click.UsageError("--repair asks before it deletes: add --yes to use it with --json")
 
-    splits = find_splits(labels)
+    splits = find_splits(as_path(labels))
     if checks:
         _verify(splits, as_json, options)
     elif options["agreement"]:
@@ -129,7 +130,7 @@ def inspect_labels(labels: Path, key: str | None, as_json: bool, **options: Any)
 
 
 def _report(
-    folders: Sequence[Path],
+    folders: Sequence[AnyPath],
     measure: Callable[..., dict[str, Any]],
     show: Callable[[dict[str, Any]], None],
     as_json: bool,
@@ -158,7 +159,7 @@ def _report(
         sys.exit(1)
 
 
-def _page(splits: Sequence[Path], key: str | None, options: dict[str, Any]) -> None:
+def _page(splits: Sequence[AnyPath], key: str | None, options: dict[str, Any]) -> None:
     from ..dataset.store import LabelStore
     from ..terminal import progress_bar
     from .page.page import save_page
@@ -178,7 +179,7 @@ def _page(splits: Sequence[Path], key: str | None, options: dict[str, Any]) -> N
     )
 
 
-def _verify(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -> None:
+def _verify(splits: Sequence[AnyPath], as_json: bool, options: dict[str, Any]) -> None:
     from ..dataset.format.lock import folder_lock
     from ..terminal import progress_bar
     from .console import print_check
@@ -188,6 +189,11 @@ def _verify(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -> N
     workers = options["workers"] or cpu_count() or 1
     checks = []
     for split in splits:
+        if isinstance(split, RemotePath):
+            raise ConfigError(
+                f"--verify and --repair read every byte of a folder on a disk, and {split} is in a "
+                "store. Remedy: copy it (rclone, aws s3 sync), and check the copy"
+            )
         images = options["images"] and split_images(split, options["images"])
         with folder_lock(split) if options["repair"] else nullcontext():
             with progress_bar(split.name) as watch:
@@ -212,11 +218,11 @@ def _verify(splits: Sequence[Path], as_json: bool, options: dict[str, Any]) -> N
 
 
 @click.command("compare-labels")
-@click.argument("a", type=_FOLDER)
-@click.argument("b", type=_FOLDER)
+@click.argument("a")
+@click.argument("b")
 @click.option("--all", "everything", is_flag=True, help="Read every map, not a sample.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def compare_labels(a: Path, b: Path, everything: bool, as_json: bool) -> None:
+def compare_labels(a: str, b: str, everything: bool, as_json: bool) -> None:
     """Compare two label sets of the same images: two teachers, two sizes, two k.
 
     Each patch is a distribution over all classes, including the mass of those that are not stored.
@@ -231,9 +237,9 @@ def compare_labels(a: Path, b: Path, everything: bool, as_json: bool) -> None:
     from .compare import compare, pair_splits
     from .console import print_comparison
 
-    pairs = dict(pair_splits(a, b))
+    pairs = dict(pair_splits(as_path(a), as_path(b)))
 
-    def measure(one: Path, **options: Any) -> dict[str, Any]:
+    def measure(one: AnyPath, **options: Any) -> dict[str, Any]:
         return compare(one, pairs[one], everything, **options)
 
     _report(list(pairs), measure, print_comparison, as_json)

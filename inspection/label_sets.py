@@ -1,7 +1,6 @@
 """Label sets: their folders, the names of their classes, and the checked probabilities of a map."""
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from ..dataset.format.score_map import ScoreMap
 from ..dataset.format.shard import parse_shard_name
 from ..dataset.sources.open_source import open_images
+from ..dataset.storage.remote_path import AnyPath, RemotePath
 from ..dataset.store import LabelStore
 from ..errors import ConfigError, FormatError, MissingMapError
 
@@ -20,14 +20,22 @@ Floats = npt.NDArray[np.floating]
 Ids = npt.NDArray[np.int64]
 
 
-def find_splits(labels: Path) -> list[Path]:
-    """Folders with shards: `labels` itself, or those below it; raises ConfigError for none."""
-    if not labels.is_dir():
+def find_splits(labels: AnyPath) -> list[AnyPath]:
+    """Folders with shards: `labels` itself, or those below it; raises ConfigError for none.
+
+    Of a URL, those directly below it.
+    """
+    folders: list[AnyPath]
+    if isinstance(labels, RemotePath):
+        names = [path.name for path in labels.iterdir()]
+        folders = [labels] if any(map(parse_shard_name, names)) else [labels / n for n in names]
+    elif labels.is_dir():
+        folders = [labels, *sorted(path for path in labels.rglob("*") if path.is_dir())]
+    else:
         raise ConfigError(
             f"no folder {labels}. Remedy: make labels with `annotate`, or name their folder"
         )
-    folders = [labels, *sorted(path for path in labels.rglob("*") if path.is_dir())]
-    splits = [folder for folder in folders if any(map(parse_shard_name, os.listdir(folder)))]
+    splits = [f for f in folders if any(parse_shard_name(path.name) for path in f.iterdir())]
     if not splits:
         raise ConfigError(
             f"no shards in {labels} or below it. Remedy: make labels with `annotate`, or name the "
@@ -36,7 +44,7 @@ def find_splits(labels: Path) -> list[Path]:
     return splits
 
 
-def find_key(splits: Sequence[Path], key: str) -> LabelStore:
+def find_key(splits: Sequence[AnyPath], key: str) -> LabelStore:
     """The first of the splits that holds `key`; raises MissingMapError."""
     faults, example = [], ""
     for root in splits:
@@ -54,13 +62,13 @@ def find_key(splits: Sequence[Path], key: str) -> LabelStore:
     )
 
 
-def split_images(root: Path, images: str) -> str:
+def split_images(root: AnyPath, images: str) -> str:
     """A split's images, as `open_images` takes them: `images`, or the folder in it of its name.
 
     Raises ConfigError where `images` does not exist.
     """
     open_images(images)
-    inside = Path(images) / root.resolve().name
+    inside = Path(images) / root.absolute().name
     return str(inside) if inside.is_dir() else images
 
 

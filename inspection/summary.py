@@ -4,12 +4,12 @@ import json
 import math
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..dataset.format.shard import Shard
+from ..dataset.storage.remote_path import AnyPath
 from ..dataset.store import LabelStore
 from ..errors import FormatError
 from ..terminal import Watch
@@ -27,7 +27,7 @@ _OWN = ("first_row", "shard", "sha256", "format", "version", "class_names", *_CO
 
 
 def summarise(
-    root: Path, everything: bool = False, watch: Watch = lambda *_: None
+    root: AnyPath, everything: bool = False, watch: Watch = lambda *_: None
 ) -> dict[str, Any]:
     """Facts about a split, for a person to decide whether it is good.
 
@@ -54,8 +54,7 @@ def summarise(
     for done, row in enumerate(picked.tolist(), 1):
         found.add(row, patch_map(store, row))
         watch(done, len(picked))
-    shards = store.shards
-    nbytes = sum(path.stat().st_size for path in shards)
+    shards, nbytes = store.shards, store.nbytes
     never = np.flatnonzero(found.top == 0)
     return {
         "folder": str(root),

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from ...errors import FormatError, NewerVersionError
+from ..storage.cache import CachedPath
 from ..storage.remote_path import AnyPath, RemotePath
 from .chunks import inflate
 
@@ -38,6 +39,8 @@ _LARGEST = 1 << 20
 BLOCK = 1 << 20  # bytes in memory at once, where all of a file is read
 _FIRST = 4096  # bytes read at first: most directories are smaller
 _FIRST_OF_OBJECT = 64 << 10  # likewise, where a request costs more than bytes
+#: Maps of an object that are so near to one another are one request.
+_NEAR = 16 << 10
 _DTYPE = re.compile(r"\|u1|\|S[1-9]\d{0,8}|<[iu][248]|<f[248]")
 # What wrong types and numbers in a directory raise when they are used.
 _WRONG = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
@@ -100,13 +103,17 @@ class StoredFile:
     def __init__(self, path: AnyPath, kind: str, version: int, remedy: str) -> None:
         self.path, self._remedy = path, f"Remedy: {remedy}"
         self._lock = threading.Lock()
-        #: Of an object: pieces that are here already, by offset.
-        self._held: dict[int, bytes] = {}
+        #: Of an object: pieces that are here already, and maps that were fetched together.
+        self._held: list[tuple[int, bytes]] = []
+        self._together: dict[int, bytes] = {}
         self._handle = -1
+        self.maps: Maps | None = None
         self._close: weakref.finalize[..., StoredFile]
-        if isinstance(path, RemotePath):
+        if isinstance(path, CachedPath) and path.cache:
+            self._open(path.local())
+        elif isinstance(path, RemotePath):
             start, self.end = path.start(_FIRST_OF_OBJECT)
-            self._held = {0: start}
+            self._held.append((0, start))
             self._close = weakref.finalize(self, self._held.clear)
         else:
             self._open(path)
@@ -157,7 +164,6 @@ class StoredFile:
         self._inside(self._rest, 0)
         self._used = HEAD.size + size
         self.columns = {name: self._column(**entry) for name, entry in found["columns"].items()}
-        self.maps: Maps | None = None
         if maps := found.get("maps"):
             planes = {name: _array(dtype, shape) for name, dtype, shape in maps["planes"]}
             self._inside(maps["offset"], maps["size"])
@@ -310,13 +316,29 @@ class StoredFile:
         """The same of an object."""
         assert isinstance(self.path, RemotePath)
         size = min(size, self.end - offset)
-        for start, piece in self._held.items():
+        if len(fetched := self._together.get(offset, b"")) == size:
+            return fetched
+        for start, piece in self._held:
             if start <= offset and offset + size <= start + len(piece):
                 return piece[offset - start : offset - start + size]
         try:
+            if self.maps and offset >= (start := self.maps.offset + self.maps.size):
+                # All columns at once: reading goes on to need most of them.
+                self._held.append((start, self.path.ranges([start], [self.end - start])[0]))
+                return self._fetch(size, offset)
             return self.path.ranges([offset], [size])[0] if size > 0 else b""
         except EOFError:
             return b""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading asks a store."""
+        return self._handle < 0 and self._close.alive
+
+    def fetch_together(self, starts: Sequence[int], sizes: Sequence[int]) -> None:
+        """Fetch pieces of an object at once, and hold them until the next call."""
+        if isinstance(self.path, RemotePath):
+            self._together = dict(zip(starts, self.path.ranges(starts, sizes, _NEAR), strict=True))
 
     def damaged(self, reason: object) -> FormatError:
         """The error for a file that does not hold what it must."""

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...errors import OutputError
+from ..storage.cache import CachedPath
 from ..storage.remote_path import AnyPath, RemotePath
 
 #: Suffix of unfinished files. A job removes those that it finds when it starts.
@@ -27,7 +28,8 @@ def replacing(path: AnyPath, create: bool = False) -> Iterator[Path]:
     the new one. On any exception the temporary file is removed and `path` is left as it was.
 
     Args:
-        path: of the file, or an object, which appears whole or not at all.
+        path: of the file, or an object, which appears whole or not at all; of a `CachedPath`, the
+            local copy alone is replaced.
         create: of an object, that it must be new, or have the same bytes already.
 
     Raises:
@@ -35,6 +37,11 @@ def replacing(path: AnyPath, create: bool = False) -> Iterator[Path]:
         StoreError: the store refuses.
         OutputError: the object is there with other bytes.
     """
+    if isinstance(path, CachedPath):
+        if path.cache is None:
+            raise PermissionError(errno.EACCES, "labels in a store are not changed", str(path))
+        path = path.place()
+        path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(path, RemotePath):
         with tempfile.TemporaryDirectory(prefix="tokenlabel-") as folder:
             yield (local := Path(folder) / path.name)

@@ -204,8 +204,8 @@ def load_index(path: AnyPath, shards: Sequence[AnyPath]) -> Index:
     try:
         sizes = [shard.stat().st_size for shard in shards if isinstance(shard, Path)]
         if isinstance(shards[0], RemotePath):
-            found = dict(shards[0].parent.walk())
-            sizes = [found.get(shard.name, -1) for shard in shards]
+            found = shards[0].parent.objects()
+            sizes = [found.get(shard.name, (-1, ""))[0] for shard in shards]
     except FileNotFoundError as error:
         raise FormatError(f"{error.filename} has been deleted meanwhile") from error
     if file.read("shard_size").tolist() != sizes:

@@ -312,6 +312,14 @@ class Shard(StoredFile):
         """Whether the shard has this dataset."""
         return name in self._planes or (name in COLUMNS and name in self.columns)
 
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Fetch the maps of some rows of an object together; of a file, nothing is done."""
+        if self.is_remote:
+            bounds = self.read("bounds").astype(int)[:: len(self._sizes)]
+            first = np.unique(rows)
+            starts, sizes = bounds[first] + self._chunks.offset, bounds[first + 1] - bounds[first]
+            self.fetch_together(starts.tolist(), sizes.tolist())
+
     def planes(self, row: int) -> bytes:
         """The planes of a row, inflated and otherwise as stored, end to end.
 

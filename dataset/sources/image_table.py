@@ -1,7 +1,6 @@
 """The images of a source by number and by name, from a scan that is kept in a file."""
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,8 @@ from ..format.manifest import (
     parts_digest,
     write_manifest,
 )
-from ..storage.remote_path import RemotePath, as_path
+from ..storage.cache import cache_folder
+from ..storage.remote_path import AnyPath, RemotePath, as_path
 from .folder import FolderSource, ObjectFolder
 from .image_source import Entry, ImageSource
 from .scan import entries_of, manifest_blocks, scan_all
@@ -44,7 +44,7 @@ class ImageTable:
         labels: folder of a label set, of which the manifest may be used.
     """
 
-    def __init__(self, source: ImageSource, labels: Path | None = None) -> None:
+    def __init__(self, source: ImageSource, labels: AnyPath | None = None) -> None:
         self.source, self._labels = source, labels
 
     def __getstate__(self) -> dict[str, object]:
@@ -134,8 +134,3 @@ class ImageTable:
                 f"{key!a} is not among the images of {self.source}. Remedy: check it"
             )
         return next(self.read([row]))
-
-
-def cache_folder() -> Path:
-    """Where files are kept that can be made again: TOKENLABEL_CACHE, or ~/.cache/tokenlabel."""
-    return Path(os.environ.get("TOKENLABEL_CACHE") or Path.home() / ".cache" / "tokenlabel")

@@ -5,6 +5,7 @@ import io
 import os
 import posixpath
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "adl", "htt
 #: A request that fails for a moment (500, 503, reset, cut short) is repeated for so long; one that
 #: does not answer counts as failed after `_SILENCE`.
 _PATIENCE, _SILENCE = timedelta(seconds=30), timedelta(seconds=10)
+#: Seconds before a request is repeated that was not answered.
+_PAUSES = (0.1, 0.5, 2.0)
 #: Ranges of one object that are so near to one another are one request.
 _GAP = 64 << 10
 #: Bytes that one request fetches at most, so that it ends within `_SILENCE`.
@@ -40,10 +43,23 @@ def _request(method: M) -> M:
     @wraps(method)
     def asked(path: "RemotePath", *args: Any, **options: Any) -> Any:
         if _owner.setdefault("pid", os.getpid()) == os.getpid():
+            for pause in _PAUSES:
+                try:
+                    return method(path, *args, **options)
+                except StoreError as error:
+                    if not _is_unanswered(error):
+                        raise
+                time.sleep(pause)
             return method(path, *args, **options)
-        return forked.ask(path, method.__name__, *args, **options)
+        return forked.ask(RemotePath(path.url), method.__name__, *args, **options)
 
     return cast(M, asked)
+
+
+def _is_unanswered(error: StoreError) -> bool:
+    """Whether a connection ended before the answer: obstore repeats some of these requests only."""
+    text = _reason(error.__cause__)
+    return "HTTP error" in text and "retries" not in text
 
 
 @dataclass(frozen=True, order=True)
@@ -151,8 +167,8 @@ class RemotePath:
         return facts
 
     @_request
-    def ranges(self, starts: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
-        """Bytes of the object, a piece for each range; near ones are one request.
+    def ranges(self, starts: Sequence[int], sizes: Sequence[int], gap: int = _GAP) -> list[bytes]:
+        """Bytes of the object, a piece for each range; one request for those `gap` bytes apart.
 
         Raises:
             EOFError: the object ends before the end of a range.
@@ -161,7 +177,7 @@ class RemotePath:
             return []
         with self._store() as (obstore, store, key):
             found = obstore.get_ranges(
-                store, key, starts=list(starts), lengths=list(sizes), coalesce=_GAP
+                store, key, starts=list(starts), lengths=list(sizes), coalesce=gap
             )
         pieces = [bytes(piece) for piece in found]
         if list(map(len, pieces)) != list(sizes):
@@ -191,12 +207,29 @@ class RemotePath:
         yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
     @_request
+    def objects(self) -> dict[str, tuple[int, str]]:
+        """Bytes and etag of the objects directly below it, by name."""
+        with self._store() as (obstore, store, key):
+            found = obstore.list_with_delimiter(store, f"{key}/" if key else "")["objects"]
+        return {posixpath.basename(one["path"]): (one["size"], str(one["e_tag"])) for one in found}
+
+    @_request
     def walk(self) -> Iterable[tuple[str, int]]:
         """(path below this one, bytes) of all objects below it, sorted by their UTF-8 bytes."""
-        with self._store() as (obstore, store, key):
-            for block in obstore.list(store, f"{key}/" if key else None, chunk_size=1000):
-                for one in block:
-                    yield one["path"][len(key) + 1 if key else 0 :], one["size"]
+        prefix = f"{key}/" if (key := _connected(self.url)[2]) else ""
+        last, pauses = None, iter(_PAUSES)
+        while True:
+            try:
+                with self._store() as (obstore, store, _):
+                    for block in obstore.list(store, prefix or None, offset=last, chunk_size=1000):
+                        for one in block:
+                            last = one["path"]
+                            yield last[len(prefix) :], one["size"]
+                return
+            except StoreError as error:
+                if not _is_unanswered(error) or (pause := next(pauses, None)) is None:
+                    raise
+            time.sleep(pause)
 
     @_request
     def put(self, data: bytes | Path, create: bool = False, match: str | None = None) -> str:
@@ -314,7 +347,7 @@ def _store_of(root: str, patience: int) -> tuple[Any, Any]:
     return obstore, store
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException | None) -> str:
     """What a store says went wrong, in a line."""
     text = str(error).partition("\n\nDebug source")[0]
     codes = re.findall(r"<(?:Code|Message)>([^<]*)</", text)

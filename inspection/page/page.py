@@ -173,7 +173,7 @@ def save_page(
             "inspect-labels"
         )
     # Splits in folders of the same name are named by their whole paths.
-    names = [store.root.resolve().name for store in stores]
+    names = [store.root.absolute().name for store in stores]
     if len({*names}) < len(names):
         names = [str(store.root) for store in stores]
     splits = [SplitData(store, name) for store, name in zip(stores, names, strict=True)]

@@ -2,7 +2,7 @@
 
 import shutil
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,9 +136,16 @@ def _index(path: Path) -> dict[str, Any]:
                 raise FormatError("and the index do not agree")
     parts["shards"] = [index.shard(row) for row in range(len(index.keys))]
     parts["found"] = [index.keys.find(key) for key in parts["keys"]]
+    parts["digests"] = [[*index.digests.after(digest)] for digest in _digests(shards)]
     for name in ("labels", "sizes", "failed"):
         parts[name] = getattr(index, name).copy()
     return parts
+
+
+def _digests(shards: list[Path]) -> Iterator[int]:
+    for path in shards:
+        with Shard(path) as shard:
+            yield from shard.read("digest").tolist()
 
 
 def _split(path: Path) -> dict[str, Any]:
@@ -152,7 +159,9 @@ def _manifest(path: Path) -> dict[str, Any]:
     return {
         "keys": list(found.keys),
         "found": [found.keys.find(key) for key in ("a/0.jpg", "a/4.jpg", "b")],
-        "labels": found.labels.copy(),
+        "labels": found.labels(),
+        "places": {name: column.copy() for name, column in found.places.items()},
+        "source": (found.source, found.parts),
         "digest": found.digest,
         "space": found.label_space,
         "names": found.class_names,
