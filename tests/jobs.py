@@ -34,7 +34,7 @@ def config(data: Path, out: Path, **options: Any) -> AnnotateConfig:
     return AnnotateConfig(data=str(data), out=str(out), **{**SMALL, **options})
 
 
-def arguments(data: Path, out: Path, **options: Any) -> list[str]:
+def arguments(data: Path | str, out: Path | str, **options: Any) -> list[str]:
     """The same as a command line."""
     given = {"data": data, "out": out, **SMALL, **options}
     return [*COMMAND, *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]

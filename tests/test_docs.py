@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import gc
 import importlib
 import io
 import re
@@ -174,6 +175,18 @@ def test_the_published_rule_keeps_what_the_page_says(here: Path) -> None:
     moved = {k: (dense[k] - dense[1000]).abs().sum(-1).max().item() / 2 for k in (10, 64)}
     assert moved[64] < 1e-5
     assert 0.05 < moved[10] < 0.15
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_images_in_tars_and_streams(here: Path) -> None:
+    checked = 0
+    for block in blocks("docs/sources.md", "python"):
+        namespace, checks = execute(block)
+        checked += checks
+        if "labels" in namespace:
+            assert namespace["labels"].has_map.all()
+    gc.collect()  # WebDataset leaves its files to the garbage collector
+    assert checked == 2
 
 
 def test_the_readme_reads_labels(here: Path) -> None:

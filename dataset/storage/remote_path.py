@@ -24,7 +24,7 @@ SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "adl", "htt
 #: does not answer counts as failed after `_SILENCE`.
 _PATIENCE, _SILENCE = timedelta(seconds=30), timedelta(seconds=10)
 #: Seconds before a request is repeated that was not answered.
-_PAUSES = (0.1, 0.5, 2.0)
+_PAUSES = (0.1, 0.3, 1.0, 2.0, 4.0)
 #: Ranges of one object that are so near to one another are one request.
 _GAP = 64 << 10
 #: Bytes that one request fetches at most, so that it ends within `_SILENCE`.
@@ -196,22 +196,28 @@ class RemotePath:
 
         Raises as the class says; a web server lists nothing, which is an error as well.
         """
-        with self._store() as (obstore, store, key):
-            found = obstore.list_with_delimiter(store, f"{key}/" if key else "")
-        names = {posixpath.basename(path) for path in found["common_prefixes"]}
-        names |= {posixpath.basename(one["path"]) for one in found["objects"]}
-        yield from (self / name for name in sorted(names))
+        prefixes, objects = self._below()
+        return [self / name for name in sorted({*prefixes, *objects})]
 
     def glob(self, pattern: str) -> Iterable["RemotePath"]:
         """Those of `iterdir` whose names match a pattern."""
-        yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
+        return [path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern)]
 
     @_request
     def objects(self) -> dict[str, tuple[int, str]]:
         """Bytes and etag of the objects directly below it, by name."""
+        return self._below()[1]
+
+    def _below(self) -> tuple[list[str], dict[str, tuple[int, str]]]:
+        """Names of the prefixes directly below it, and `objects`."""
         with self._store() as (obstore, store, key):
-            found = obstore.list_with_delimiter(store, f"{key}/" if key else "")["objects"]
-        return {posixpath.basename(one["path"]): (one["size"], str(one["e_tag"])) for one in found}
+            found = obstore.list_with_delimiter(store, f"{key}/" if key else "")
+        objects = {
+            posixpath.basename(one["path"]): (one["size"], str(one["e_tag"]))
+            for one in found["objects"]
+            if one["path"] != key  # consoles store an empty object `prefix/`
+        }
+        return [posixpath.basename(path) for path in found["common_prefixes"]], objects
 
     @_request
     def walk(self) -> Iterable[tuple[str, int]]:
@@ -224,7 +230,8 @@ class RemotePath:
                     for block in obstore.list(store, prefix or None, offset=last, chunk_size=1000):
                         for one in block:
                             last = one["path"]
-                            yield last[len(prefix) :], one["size"]
+                            if last != key:
+                                yield last[len(prefix) :], one["size"]
                 return
             except StoreError as error:
                 if not _is_unanswered(error) or (pause := next(pauses, None)) is None:

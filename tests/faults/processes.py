@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -38,10 +39,15 @@ class Job:
     """
 
     def __init__(
-        self, data: Path, out: Path, variables: dict[str, str] | None = None, **options: Any
+        self,
+        data: Path | str,
+        out: Path | str,
+        variables: dict[str, str] | None = None,
+        **options: Any,
     ) -> None:
-        self.folder = out / "train"
-        self._log = out.with_name(f"{out.name}-{time.monotonic_ns()}.log")
+        self.folder = Path(out) / "train"
+        beside = Path(tempfile.mkdtemp()) if "://" in str(out) else self.folder.parent.parent
+        self._log = beside / f"{self.folder.parent.name}-{time.monotonic_ns()}.log"
         with open(self._log, "w") as log:
             self.process = subprocess.Popen(
                 arguments(data, out, **options),
