@@ -57,7 +57,7 @@ def images_and_labels(options: argparse.Namespace) -> tuple[Path, Path]:
     return data / "train", out / "train"
 
 
-def sample_config(data: Path, **options: object) -> AnnotateConfig:
+def sample_config(data: Path | str, **options: object) -> AnnotateConfig:
     """The embedded sample's teacher on a folder of images."""
     given = {"data": str(data), "model": "tf_efficientnet_lite0", "weights": "sample"}
     return AnnotateConfig.model_validate(given | options)

@@ -280,13 +280,16 @@ class RemotePath:
             raise FileExistsError(f"{self} is there already, or has changed") from error
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
-                raise StoreError(f"{self}: {_reason(error)}") from error
+                raise StoreError(self._refused(error)) from error
             raise FileNotFoundError(f"{self} is not there") from error
         except errors.BaseError as error:
-            raise StoreError(
-                f"{self} cannot be used: {_reason(error)}. Remedy: check the credentials, the "
-                "bucket and the network, and run the same command again"
-            ) from error
+            raise StoreError(self._refused(error)) from error
+
+    def _refused(self, error: Exception) -> str:
+        return (
+            f"{self} cannot be used: {_reason(error).rstrip('.')}. Remedy: check the credentials, "
+            "the bucket and the network, and run the same command again"
+        )
 
 
 class _Object(io.RawIOBase):

@@ -130,7 +130,7 @@ def test_images_of_a_prefix_give_the_same_shards(
 
 def test_a_quarter_of_all_requests_fails(tars: str, of_tars: dict[str, str], proxy: Proxy) -> None:
     chance, out = random.Random(0), fresh()
-    kinds = ["500", "503", "reset", "cut"] * 5 + ["hang"]
+    kinds = ["500", "503", "reset", "cut"] * 10 + ["hang"]
     seen: list[str] = []
 
     def fault(_: str, __: str) -> str | None:
@@ -147,9 +147,14 @@ def test_a_quarter_of_all_requests_fails(tars: str, of_tars: dict[str, str], pro
     assert set(seen) >= {"500", "503", "reset", "cut"}, f"hangs take {HANG} s and are rare"
 
 
-@pytest.mark.parametrize("what", ["images", "labels"])
 @pytest.mark.parametrize(
-    ("status", "cause"), [("403", "ExpiredToken"), ("404", "NoSuchBucket"), ("503", "SlowDown")]
+    ("what", "status", "cause"),
+    [
+        ("images", "403", "ExpiredToken"),
+        ("labels", "403", "ExpiredToken"),
+        ("labels", "404", "NoSuchBucket"),
+        ("images", "503", "SlowDown"),
+    ],
 )
 def test_a_store_that_goes_on_refusing_ends_the_job(
     tars: str, of_tars: dict[str, str], proxy: Proxy, what: str, status: str, cause: str
@@ -183,7 +188,7 @@ def test_a_killed_job_and_its_re_run_leave_the_same_objects(
     many_images: Path, undisturbed: dict[str, str], proxy: Proxy, rounds: Callable[[int, int], int]
 ) -> None:
     chance = random.Random(1)
-    for _ in range(rounds(2, 20)):
+    for _ in range(rounds(1, 20)):
         out = fresh()
         with Job(many_images, out, **OPTIONS) as job:
             wait_for_shard(job, out, chance.randint(1, 6))
