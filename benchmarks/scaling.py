@@ -30,10 +30,11 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -55,11 +56,14 @@ from tokenlabel.dataset import LabelStore
 from tokenlabel.dataset.format.directory import HEAD, MAGIC
 from tokenlabel.dataset.format.index import NAME as INDEX
 from tokenlabel.dataset.format.index import build_index
+from tokenlabel.dataset.format.keys import canonical_name
 from tokenlabel.dataset.format.manifest import NAME as MANIFEST
-from tokenlabel.dataset.format.manifest import Numbered, open_manifest, write_manifest
+from tokenlabel.dataset.format.manifest import Manifest, Numbered, open_manifest, write_manifest
 from tokenlabel.dataset.format.score_map import MapLayout
 from tokenlabel.dataset.format.shard import shard_name, write_shard
 from tokenlabel.dataset.sources.folder import FolderSource
+from tokenlabel.dataset.sources.image_source import Entry as SourceEntry
+from tokenlabel.dataset.sources.image_source import ImageSource
 from tokenlabel.dataset.sources.open_source import open_split
 from tokenlabel.dataset.sources.scan import manifest_blocks, scan_all
 
@@ -216,9 +220,9 @@ def make_shards(folder: Path, images: int) -> None:
 
 
 def blank_columns(rows: int) -> list[np.ndarray]:
-    """Sizes of one pixel, and no digest, thumbprint and orientation."""
-    zeros = np.zeros((rows, 64), np.uint8)
-    return [np.ones((rows, 2), np.int32), np.zeros(rows, np.uint64), zeros, zeros[:, 0]]
+    """Sizes of one pixel, any digests, and no thumbprint and orientation."""
+    zeros, digests = np.zeros((rows, 64), np.uint8), np.random.default_rng(0).bytes(8 * rows)
+    return [np.ones((rows, 2), np.int32), np.frombuffer(digests, np.uint64), zeros, zeros[:, 0]]
 
 
 def renumbered(data: bytes, number: int, row: int, keys: list[str]) -> bytes:
@@ -241,15 +245,46 @@ def scan(folder: Path, images: int, classes: int = 0) -> None:
     for number in range(classes):
         (root / f"class-{number:05d}").mkdir()
     with listings(root, images):
-        source, found = FolderSource(root), dict[str, int]()
-        write_manifest(
-            folder / "out" / MANIFEST,
-            manifest_blocks(scan_all(source), source, found),
-            lambda: Numbered("folders", None, {name: n for n, name in enumerate(found)}),
-            str(source),
-        )
-        manifest = open_manifest(folder / "out" / MANIFEST)
+        manifest = manifest_of(FolderSource(root), folder)
     assert len(manifest.keys) == images // max(classes, 1) * max(classes, 1)
+
+
+def manifest_of(source: ImageSource, folder: Path) -> Manifest:
+    found = dict[str, int]()
+    write_manifest(
+        folder / "out" / MANIFEST,
+        manifest_blocks(scan_all(source), source, found),
+        lambda: Numbered("folders", None, {name: n for n, name in enumerate(found)}),
+        str(source),
+        source.parts(),
+    )
+    return open_manifest(folder / "out" / MANIFEST)
+
+
+@dataclass(frozen=True)
+class Tars:
+    """The members that headers of 1,000 tars would name, one class each."""
+
+    images: int
+    numbered: ClassVar[None] = None
+    in_blocks: ClassVar[bool] = False
+
+    def parts(self) -> list[str]:
+        return [f"n{part:08d}.tar" for part in range(CLASSES)]
+
+    def scan(self, part: int) -> Iterator[SourceEntry]:
+        for n in range(self.images // CLASSES):
+            name = f"n{part:08d}/n{part:08d}_{n:07d}.JPEG"
+            yield SourceEntry(name, f"n{part:08d}", part, 512 + n * 111_104, 110_000)
+
+
+def scan_tars(folder: Path, images: int) -> None:
+    manifest = manifest_of(Tars(max(images, CLASSES)), folder)
+    count = len(manifest.keys)
+    for row in range(0, count, count // 64 or 1):
+        key = manifest.keys[row]
+        assert manifest.keys.find(key) == row
+        assert manifest.keys.find(f"{canonical_name(key)}.jpg") == row
 
 
 def check_manifest(folder: Path, images: int) -> None:
@@ -314,6 +349,7 @@ def open_store(folder: Path, images: int) -> None:
 STEPS: dict[str, tuple[Callable[[Path, int], None], str]] = {
     "scan-single": (scan, "manifest, all in one folder"),
     "scan-classes": (partial(scan, classes=CLASSES), "manifest, 1,000 class folders"),
+    "scan-tars": (scan_tars, "manifest, 1,000 tars"),
     "check": (check_manifest, "manifest, verified on resuming"),
     "shards": (make_shards, ""),
     "unfinished": (find_unfinished, "headers of finished shards"),

@@ -317,7 +317,7 @@ def validation_dataset(
 
     Args:
         images: folder of a split, with a folder for each class.
-        labels: folder of the label maps' shards, OUT/SPLIT, or a `LabelStore`.
+        labels: folder of the label maps' shards, OUT/SPLIT, its URL, or a `LabelStore`.
         transform: of the images.
 
     Returns:

@@ -36,7 +36,7 @@ class TokenLabelDataset(Dataset[Sample]):
             Face image data set, a Subset of these. A `transform` that it has is taken over. An
             image's map is found by its key; else by its name in another form of the data set, such
             as WebDataset's, if no other image has it; else by the digest of its file.
-        labels: folder of the split's shards, OUT/SPLIT, or a `LabelStore`.
+        labels: folder of the split's shards, OUT/SPLIT, its URL, or a `LabelStore`.
         transform: any pipeline of torchvision.transforms.v2, called with (image, TokenLabelMap)
             and returning the same; `train_transform()` makes one. Pipelines of timm, torchvision's
             older transforms, albumentations and kornia are taken as `aligned` makes them. None:
