@@ -6,7 +6,6 @@ key, sorted by a hash of its canonical name).
 """
 
 import hashlib
-import posixpath
 import re
 import sys
 import unicodedata
@@ -53,11 +52,11 @@ def canonical_name(key: str) -> str:
     >>> canonical_name("n01440764_10026_n01440764.JPEG")
     'n01440764_10026'
     """
-    name = posixpath.basename(key)
-    stem, ending = posixpath.splitext(name)
-    if ending.lower() in EXTENSIONS:
+    name = key.rpartition("/")[2]
+    stem, dot, ending = name.rpartition(".")
+    if stem and (dot + ending).lower() in EXTENSIONS:
         name = stem
-    if match := _CLASS_AT_END.fullmatch(name):
+    if "_n" in name and (match := _CLASS_AT_END.fullmatch(name)):
         name = match[1]
     return _composed(name)
 
@@ -247,7 +246,8 @@ class KeyWriter:
         self._file.append("key_bytes", np.frombuffer(b"".join(texts), "|u1"))
         self._file.append("key_offsets", ends)
         composed = map(_composed, keys)
-        entries = np.array([_entry(key, canonical_name(key)) for key in composed], "<u8")
+        numbers = (number for key in composed for number in _entry(key, canonical_name(key)))
+        entries = np.fromiter(numbers, "<u8", 2 * len(keys)).reshape(-1, 2)
         entries[:, 1] |= np.arange(self.rows, self.rows + len(keys), dtype="<u8")
         self._lookup.append(entries)
         self._end, self.rows = int(ends[-1]), self.rows + len(keys)
