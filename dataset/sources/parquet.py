@@ -1,6 +1,5 @@
 """Images inside tables: Parquet files, and the Arrow files of a `datasets` folder."""
 
-import io
 import json
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +19,6 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
 _KEY_COLUMNS = ("key", "__key__", "path", "filename", "file_name", "id")
 #: Rows that are decoded at a time.
 _ROWS = 256
-#: Bytes of one request at most: a request that lasts longer than some seconds counts as failed.
-_REQUEST = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -212,7 +209,7 @@ class _ParquetFile:
         if isinstance(path, RemotePath):
             # The columns of a row group in one request, and the footer once a process.
             size, footer = _footer(path)
-            remote = _RemoteFile(path, size)
+            remote = path.open(0, size)
             self._file = ParquetFile(remote, metadata=footer, pre_buffer=True, **options)
         else:
             self._file = ParquetFile(path, **options)
@@ -239,7 +236,7 @@ class _ArrowFile:
         import pyarrow
 
         if isinstance(path, RemotePath):
-            self._file = pyarrow.PythonFile(_RemoteFile(path, path.size()), "r")
+            self._file = pyarrow.PythonFile(path.open(0), "r")
         else:
             self._file = pyarrow.memory_map(str(path))
         self.schema = pyarrow.ipc.read_schema(self._file)
@@ -285,41 +282,13 @@ class _ArrowFile:
         return message
 
 
-class _RemoteFile(io.RawIOBase):
-    """An object as a file that makes one request of each read."""
-
-    def __init__(self, path: RemotePath, size: int) -> None:
-        self._path, self._size, self._offset = path, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._offset
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self._size}[whence]
-        self._offset = base + offset
-        return self._offset
-
-    def read(self, size: int | None = -1) -> bytes:
-        end = self._size if size is None or size < 0 else min(self._offset + size, self._size)
-        starts = range(self._offset, end, _REQUEST)
-        pieces = [self._path.ranges([at], [min(_REQUEST, end - at)])[0] for at in starts]
-        self._offset = max(self._offset, end)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
 @lru_cache(maxsize=16)
 def _footer(path: RemotePath) -> tuple[int, Any]:
     """Bytes of a Parquet file in a store, and its footer."""
     from pyarrow.parquet import read_metadata
 
     size = path.size()
-    return size, read_metadata(_RemoteFile(path, size))
+    return size, read_metadata(path.open(0, size))
 
 
 class _Columns:

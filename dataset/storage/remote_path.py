@@ -27,7 +27,7 @@ _PATIENCE, _SILENCE = timedelta(seconds=30), timedelta(seconds=10)
 _PAUSES = (0.1, 0.3, 1.0, 2.0, 4.0)
 #: Ranges of one object that are so near to one another are one request.
 _GAP = 64 << 10
-#: Bytes that one request fetches at most, so that it ends within `_SILENCE`.
+#: Bytes that requests fetch at most, so that each ends within `_SILENCE`.
 _PIECE = 8 << 20
 
 
@@ -173,22 +173,28 @@ class RemotePath:
         Raises:
             EOFError: the object ends before the end of a range.
         """
-        if not starts:
-            return []
+        found = [b""] * len(starts)
         with self._store() as (obstore, store, key):
-            found = obstore.get_ranges(
-                store, key, starts=list(starts), lengths=list(sizes), coalesce=gap
-            )
-        pieces = [bytes(piece) for piece in found]
-        if list(map(len, pieces)) != list(sizes):
+            for part in _portions(starts, sizes):
+                numbers, firsts, lengths = zip(*part, strict=True)
+                pieces = obstore.get_ranges(
+                    store, key, starts=firsts, lengths=lengths, coalesce=gap
+                )
+                for number, piece in zip(numbers, map(bytes, pieces), strict=True):
+                    found[number] = found[number] + piece if found[number] else piece
+        if list(map(len, found)) != list(sizes):
             raise EOFError(
                 f"{self} ends before byte {max(map(sum, zip(starts, sizes, strict=True)))}"
             )
-        return pieces
+        return found
 
-    def open(self, buffer: int = 1 << 20) -> IO[bytes]:
-        """The object as a file to seek and read in, `buffer` bytes at a time or more."""
-        return io.BufferedReader(_Object(self), buffer)
+    def open(self, buffer: int = 1 << 20, size: int | None = None) -> IO[bytes]:
+        """The object as a file to seek and read in, `buffer` bytes at a time or more.
+
+        With `buffer` 0, each read is a request. With `size`, the object's, it is not asked for.
+        """
+        raw: Any = _Object(self, self.size() if size is None else size)
+        return io.BufferedReader(raw, buffer) if buffer else raw
 
     @_request
     def iterdir(self) -> Iterable["RemotePath"]:
@@ -295,8 +301,8 @@ class RemotePath:
 class _Object(io.RawIOBase):
     """The bytes of an object, a request for each read."""
 
-    def __init__(self, path: RemotePath) -> None:
-        self._path, self._size, self._at = path, path.size(), 0
+    def __init__(self, path: RemotePath, size: int) -> None:
+        self._path, self._size, self._at = path, size, 0
 
     def readable(self) -> bool:
         return True
@@ -314,6 +320,24 @@ class _Object(io.RawIOBase):
             (buffer[:count],) = self._path.ranges([self._at], [count])
             self._at += count
         return count
+
+
+def _portions(starts: Sequence[int], sizes: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:
+    """Ranges, cut and grouped so that no request for one group gives more than `_PIECE` bytes.
+
+    Each is the number of its range, its first byte and its bytes.
+    """
+    group, total = list[tuple[int, int, int]](), 0
+    for number, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        for at in range(start, start + size, _PIECE):
+            count = min(_PIECE, start + size - at)
+            if group and total + count > _PIECE:
+                yield group
+                group, total = [], 0
+            group.append((number, at, count))
+            total += count
+    if group:
+        yield group
 
 
 #: A file or folder wherever it is.
