@@ -230,6 +230,12 @@ def test_a_killed_worker_leaves_no_process(stored: str, tmp_path: Path) -> None:
 def test_what_is_not_there(proxy: Proxy, stored: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no shards"):
         LabelStore("s3://bucket/nothing/train", tmp_path)
+    for url, message in (
+        ("s3://", "names no store"),
+        ("https://127.0.0.1/labels", "a web server lists nothing and keeps nothing"),
+    ):
+        with pytest.raises(StoreError, match=message):
+            RemotePath(url).put(b"x", create=True)
     (RemotePath(stored) / "shard-00003-of-00012.h5").unlink()
     with pytest.raises(Exception, match="is incomplete: 1 of 12"):
         LabelStore(stored, tmp_path)

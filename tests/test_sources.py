@@ -327,6 +327,7 @@ def test_a_tar_that_changes_is_the_storage_s_fault(tmp_path: Path) -> None:
         ("a-{0..2}.tar", r"is not there: images are a folder, or files that end in .tar"),
         ("b-*.tar", r"is not there"),
         ("{a-0.tar,x.csv}", "must be one kind of files"),
+        ("a.tar.gz", r"it is .gz. Remedy: name files of one kind; make .tar.gz a .tar"),
     ],
 )
 def test_data_that_is_not_there(data: str, message: str, tmp_path: Path) -> None:
@@ -334,6 +335,7 @@ def test_data_that_is_not_there(data: str, message: str, tmp_path: Path) -> None
     pack(tmp_path / "a-0.tar", {"1.jpg": b"x"})
     pack(tmp_path / "a-1.tar", {"2.jpg": b"x"})
     (tmp_path / "x.csv").write_text("path\n1.jpg\n")
+    (tmp_path / "a.tar.gz").write_bytes(b"x")
     with pytest.raises(ConfigError, match=message):
         open_split(str(tmp_path / data), "train")
 
@@ -405,6 +407,15 @@ def test_verify_and_command_line_from_tars(
     assert done.returncode == 0, done.stderr
     with PIL.Image.open(shown) as image:
         assert image.width > 100
+    page = tmp_path / "a.html"
+    for form, asked, said in (
+        ("parquet", ["--html", str(page)], "16 of 16 images"),
+        ("tar of tars", ["--agreement", "2"], "on crops of 2 images"),
+    ):
+        more = ["--images", str(open_split(forms[form], "train")), *asked]
+        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout, done.stdout
 
 
 def test_a_finished_split_of_tars_is_recognised_and_its_order_kept(

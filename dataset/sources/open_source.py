@@ -50,9 +50,10 @@ def open_split(data: str, split: str, truth: str = "") -> ImageSource:
     """
     if "{split}" in data:
         return open_images(data.replace("{split}", split), truth)
-    if _is_pattern(data) or as_path(data).name.endswith((".tar", *_TABLES, *_LISTS)):
-        return open_images(data, truth)
     root = as_path(data)
+    is_file = isinstance(root, Path) and root.is_file()
+    if is_file or _is_pattern(data) or root.name.endswith((".tar", *_TABLES, *_LISTS)):
+        return open_images(data, truth)
     names = {path.name for path in root.iterdir()} if _is_folder(root) else set()
     if split in names and _is_folder(root / split):
         return open_images(str(root / split), truth)
@@ -114,7 +115,7 @@ def open_images(images: str, truth: str = "") -> ImageSource:
         return ListSource(files[0])
     raise ConfigError(
         f"{images} must be one kind of files, .tar, {', '.join((*_TABLES, *_LISTS))}; it is "
-        f"{', '.join(sorted(endings))}. Remedy: name the files with a pattern"
+        f"{', '.join(sorted(endings))}. Remedy: name files of one kind; make .tar.gz a .tar"
     )
 
 

@@ -288,6 +288,11 @@ class RemotePath:
             if "NoSuchBucket" in str(error):
                 raise StoreError(self._refused(error)) from error
             raise FileNotFoundError(f"{self} is not there") from error
+        except NotImplementedError as error:
+            raise StoreError(
+                f"{self}: a web server lists nothing and keeps nothing. Remedy: name each file, or "
+                "a pattern with braces; write to a folder, or to S3, GCS or Azure"
+            ) from error
         except errors.BaseError as error:
             raise StoreError(self._refused(error)) from error
 
@@ -373,11 +378,14 @@ def _store_of(root: str, patience: int) -> tuple[Any, Any]:
             f"{root} needs the package obstore. Remedy: pip install 'tokenlabel[cloud]'"
         ) from error
     plain = root.startswith("http://") or os.environ.get("AWS_ENDPOINT_URL", "").startswith("http:")
-    store = from_url(
-        root,
-        client_options={"timeout": patience * _SILENCE, "allow_http": plain},
-        retry_config={"max_retries": 100, "retry_timeout": _PATIENCE},
-    )
+    try:
+        store = from_url(
+            root,
+            client_options={"timeout": patience * _SILENCE, "allow_http": plain},
+            retry_config={"max_retries": 100, "retry_timeout": _PATIENCE},
+        )
+    except obstore.exceptions.BaseError as error:
+        raise StoreError(f"{root} names no store: {_reason(error)}. Remedy: check it") from error
     return obstore, store
 
 
