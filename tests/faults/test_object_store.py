@@ -13,11 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.faults.processes import OPTIONS, Job
 from tests.jobs import arguments, run
 from tests.s3 import HANG, Proxy, s3_proxy
-from tokenlabel.dataset import LabelStore
+from tokenlabel.dataset import LabelStore, TokenLabelDataset
 from tokenlabel.dataset.format import lock
 from tokenlabel.dataset.format.lock import check_holder, folder_lock
 from tokenlabel.dataset.storage.remote_path import RemotePath
@@ -110,6 +111,12 @@ def test_objects_are_the_files_of_a_local_job(
     assert objects(out) == undisturbed
     store = LabelStore(f"{out}/train", tmp_path)
     assert len(store) == 300 and not store.failed.any() and store[7].codes.size
+    records = {
+        labels.as_subclass(torch.Tensor).numpy().tobytes()
+        for where in (store, LabelStore(f"{out}/train", None))
+        for _, labels in TokenLabelDataset(many_images / "train", where).__getitems__([9, 250])
+    }
+    assert len(records) == 2, "the same two, whichever way they came"
     shown = run(*command[:2], "tokenlabel.cli", "inspect-labels", out)
     assert shown.returncode == 0 and "300" in shown.stdout, shown.stderr
 
