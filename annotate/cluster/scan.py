@@ -9,7 +9,7 @@ import ray
 import ray.exceptions as rx
 
 from ...dataset.sources.image_source import ImageSource
-from ...dataset.sources.scan import ScanBlock, scan_all, scan_part
+from ...dataset.sources.scan import ScanBlock, scan_all, scan_part, waits_for_store
 
 #: Blocks of a part that wait at most, of 8192 images each.
 _WAITING = 2
@@ -18,17 +18,19 @@ _WAITING = 2
 def scan(source: ImageSource) -> Iterator[ScanBlock]:
     """The images of a source in order; raises as `ImageSource.scan`.
 
-    As many parts at a time as the cluster has CPUs; no more than some blocks of each are in memory.
+    As many parts at a time as the cluster has CPUs, of parts in a store four times as many; no more
+    than some blocks of each are in memory.
     """
-    numbers = range(len(source.parts()))
-    if len(numbers) == 1:  # not worth a task, which might find a full machine
+    parts = source.parts()
+    if len(parts) == 1:  # not worth a task, which might find a full machine
         yield from scan_all(source)
         return
-    task = ray.remote(num_cpus=1, max_retries=2)(scan_part).options(
+    cpus = 0.25 if waits_for_store(parts) else 1.0
+    task = ray.remote(num_cpus=cpus, max_retries=2)(scan_part).options(
         num_returns="streaming", _generator_backpressure_num_objects=_WAITING
     )
-    shared, waiting = ray.put(source), iter(numbers)
-    most = int(ray.cluster_resources().get("CPU", 1))
+    shared, waiting = ray.put(source), iter(range(len(parts)))
+    most = int(ray.cluster_resources().get("CPU", 1) / cpus)
     running = deque[Any](task.remote(shared, part) for part in islice(waiting, most))
     while running:
         try:

@@ -1,6 +1,7 @@
 """A scan of a source in blocks of images: small enough to send, large enough to be fast."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple
 
@@ -8,9 +9,12 @@ import numpy as np
 
 from ...errors import ConfigError
 from ..format.manifest import PLACE, Block, Manifest
+from ..storage.remote_path import RemotePath, as_path
 from .image_source import Entry, ImageSource
 
 _IMAGES = 8192
+#: Parts that are scanned at the same time where that is mostly waiting.
+_AT_ONCE = 16
 
 
 class ScanBlock(NamedTuple):
@@ -49,9 +53,22 @@ def scan_part(source: ImageSource, part: int) -> Iterator[ScanBlock]:
 
 
 def scan_all(source: ImageSource) -> Iterator[ScanBlock]:
-    """The images of all parts, in order, in this process."""
-    for part in range(len(source.parts())):
-        yield from scan_part(source, part)
+    """The images of all parts, in order, in this process; of parts in a store, 16 at once."""
+    parts = source.parts()
+    if not waits_for_store(parts):
+        for part in range(len(parts)):
+            yield from scan_part(source, part)
+        return
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for start in range(0, len(parts), _AT_ONCE):  # no more of them in memory
+            some = range(start, min(start + _AT_ONCE, len(parts)))
+            for blocks in pool.map(lambda part: list(scan_part(source, part)), some):
+                yield from blocks
+
+
+def waits_for_store(parts: Sequence[str]) -> bool:
+    """Whether these are several objects in a store: scanning them is mostly waiting for it."""
+    return len(parts) > 1 and isinstance(as_path(parts[0]), RemotePath)
 
 
 def manifest_blocks(
