@@ -307,7 +307,9 @@ class LabelStore:
 
     def row_of_file(self, data: bytes) -> int:
         """Row of the image whose file had exactly these bytes; -1 where there is none."""
-        return next(self._index.digests.after(digest64(data)), -1)
+        digests = self._index.digests
+        digests.check()
+        return next(map(digests.row, digests.after(digest64(data))), -1)
 
     def digest(self, key: str | int) -> int:
         """`digest64` of the annotated image's file; 0 where none is stored."""

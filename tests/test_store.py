@@ -12,6 +12,7 @@ import threading
 import unicodedata
 import weakref
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -405,6 +406,25 @@ def test_a_damaged_index_is_noticed_when_a_shard_is_opened(
     store[0]
     with pytest.raises(FormatError, match=r"and the index do not agree: .* Remedy: delete"):
         store[6]
+
+
+@pytest.mark.parametrize("column", ["key_lookup", "digest_lookup"])
+def test_a_damaged_look_up_loses_nothing(split: tuple[Path, list[Rows]], column: str) -> None:
+    root, _ = split
+    LabelStore(root)
+    with StoredFile(root / "index", "tokenlabel-index", INDEX_VERSION, "") as file:
+        place = file.columns[column]
+    content = (root / "index").read_bytes()
+    for offset in range(place.offset, place.offset + place.size, 5):
+        changed = bytearray(content)
+        changed[offset] ^= 1
+        (root / "index").write_bytes(changed)
+        store = LabelStore(root)
+        for row, key in enumerate(KEYS):
+            with suppress(FormatError):
+                assert store.row(key) == row
+        with pytest.raises(FormatError, match=f"{column} has a wrong checksum"):
+            store.row("nothing.jpg") if column == "key_lookup" else store.row_of_file(b"nothing")
 
 
 def test_shards_without_a_whole_header_are_refused(split: tuple[Path, list[Rows]]) -> None:

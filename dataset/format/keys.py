@@ -71,11 +71,11 @@ class Lookup:
     """
 
     def __init__(self, file: StoredFile, name: str, rows: int) -> None:
-        self._file, self._rows = file, rows
+        self._file, self._name, self._rows = file, name, rows
         column = file.column(name, "<u8", (rows, 2))
         if column.gzip:
             raise file.damaged(f"{name} must not be compressed")
-        self._at = column.offset
+        self._at, self._checked = column.offset, False
         self._step = rows // _FENCES + 1
         # Every search begins with the same few entries. A proxy: in a cycle with its own cache, the
         # look-up would keep the file open until the garbage collector runs.
@@ -89,6 +89,21 @@ class Lookup:
     def _pair(self, row: int) -> tuple[int, int]:
         first, second = self._entries(row, row + 1)
         return first, second
+
+    def check(self) -> None:
+        """Read all of the column, once; FormatError where it is damaged.
+
+        An entry that is found can be compared with what it stands for; one that is missing cannot.
+        """
+        if not self._checked:
+            self._file.check_column(self._name)
+            self._checked = True
+
+    def row(self, entry: int) -> int:
+        """The row in the lower half of a second number; FormatError where there is no such row."""
+        if (row := entry & _ROW) >= self._rows:
+            raise self._file.damaged(f"{self._name} names row {row} of {self._rows}")
+        return row
 
     def after(self, first: int, second: int = 0) -> Iterator[int]:
         """The second numbers of the entries with this first one, from `second` on, ascending."""
@@ -210,11 +225,12 @@ class KeyTable(Sequence[str]):
         for found in self._lookup.after(first, second):
             if found >> 32 != second >> 32:
                 break
-            if _composed(self[found & _ROW]) == key:
-                return found & _ROW
+            if _composed(self[row := self._lookup.row(found)]) == key:
+                return row
+        self._lookup.check()
         if exact or not name:
             return -1
-        rows = [found & _ROW for found in islice(self._lookup.after(first), 2)]
+        rows = [self._lookup.row(found) for found in islice(self._lookup.after(first), 2)]
         if len(rows) == 1 and canonical_name(self[rows[0]]) == name:
             return rows[0]
         return -1

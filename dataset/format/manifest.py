@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...errors import FormatError
 from ..storage.remote_path import AnyPath
 from .directory import StoredFile
 from .files import replacing
@@ -80,9 +81,19 @@ class Manifest(NamedTuple):
     parts: str
 
     def labels(self, rows: slice = slice(None)) -> np.ndarray:
-        """Ground truth of the rows, int32, -1 where there is none."""
+        """Ground truth of the rows, int32, -1 where there is none.
+
+        Raises:
+            FormatError: a row's class is none of `folders`.
+        """
         ids = np.array([*self.folders.values(), -1], "<i4")  # class -1 is the last
-        labels: np.ndarray = ids[self.classes[rows]]
+        classes = self.classes[rows]
+        if len(classes) and not -1 <= classes.min() <= classes.max() < len(self.folders):
+            raise FormatError(
+                f"the manifest is damaged: it has {len(self.folders)} classes, and images of class "
+                f"{classes.min()} to {classes.max()}. Remedy: delete it; `annotate` rebuilds it"
+            )
+        labels: np.ndarray = ids[classes]
         return labels
 
 

@@ -136,7 +136,10 @@ def _index(path: Path) -> dict[str, Any]:
                 raise FormatError("and the index do not agree")
     parts["shards"] = [index.shard(row) for row in range(len(index.keys))]
     parts["found"] = [index.keys.find(key) for key in parts["keys"]]
-    parts["digests"] = [[*index.digests.after(digest)] for digest in _digests(shards)]
+    index.digests.check()
+    parts["digests"] = [
+        [*map(index.digests.row, index.digests.after(digest))] for digest in _digests(shards)
+    ]
     for name in ("labels", "sizes", "failed"):
         parts[name] = getattr(index, name).copy()
     return parts
