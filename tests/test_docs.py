@@ -186,7 +186,7 @@ def test_images_in_tars_and_streams(here: Path) -> None:
         if "labels" in namespace:
             assert namespace["labels"].has_map.all()
     gc.collect()  # WebDataset leaves its files to the garbage collector
-    assert checked == 2
+    assert checked == 6
 
 
 def test_the_readme_reads_labels(here: Path) -> None:
