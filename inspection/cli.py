@@ -52,8 +52,9 @@ _FOLDER = click.Path(path_type=Path)
 @click.option(
     "--images",
     help="The images: the split's folder, the one above it, or another source as annotate takes it "
-    "in `data` (tars, Parquet, a list, a URL). Needed by --html, --png and "
-    "--agreement; --verify compares the images' digests too. [the sample, if the labels are of it]",
+    "in `data` (tars, Parquet, a list, a URL). Needed by --html, --png and --agreement; --verify "
+    "compares the images' digests too, and of a source that is no folder needs the split's own "
+    "files. [the sample, if the labels are of it]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect_labels(labels: str, key: str | None, as_json: bool, **options: Any) -> None:

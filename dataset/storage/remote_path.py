@@ -64,7 +64,7 @@ def _is_unanswered(error: StoreError) -> bool:
 
 @dataclass(frozen=True, order=True)
 class RemotePath:
-    """An object of S3 (`s3://bucket/…`), GCS (`gs://`), Azure (`az://`) or a web server.
+    """An object of S3 (`s3://bucket/…`), GCS (`gs://`), Azure (`az://container/…`), a web server.
 
         path = RemotePath("s3://bucket/imagenet") / "train-0000.tar"
         path.ranges([512], [1024])
@@ -361,7 +361,7 @@ def as_path(path: str | os.PathLike[str] | RemotePath) -> Path | RemotePath:
 def _connected(url: str, patience: int = 1) -> tuple[Any, Any, str]:
     """obstore, the store that a URL is in, and its key there; `patience` in times `_SILENCE`."""
     parts = urlsplit(url)
-    depth = 1 if parts.scheme in ("az", "azure", "adl") else 0  # az://account/container/…
+    depth = 1 if parts.scheme in ("az", "azure", "adl") else 0  # obstore: az://container/prefix
     names = parts.path.strip("/").split("/")
     root = "/".join([f"{parts.scheme}://{parts.netloc}", *names[:depth]])
     obstore, store = _store_of(root, patience)
