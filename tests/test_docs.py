@@ -186,7 +186,7 @@ def test_images_in_tars_and_streams(here: Path) -> None:
         if "labels" in namespace:
             assert namespace["labels"].has_map.all()
     gc.collect()  # WebDataset leaves its files to the garbage collector
-    assert checked == 2
+    assert checked == 6
 
 
 def test_the_readme_reads_labels(here: Path) -> None:
@@ -201,7 +201,7 @@ def test_the_readme_trains_a_student(here: Path) -> None:
 
 
 def test_the_format_is_read_with_h5py_alone(here: Path) -> None:
-    (reading,) = blocks("docs/format.md", "python")
+    reading, finding = blocks("docs/format.md", "python")
     script = f"""{reading.text}
 for number in range(2):
     computed, stored = content_digest(f"labels/train/shard-0000{{number}}-of-00002.h5")
@@ -213,6 +213,18 @@ np.save("dense.npy", probabilities("labels/train/shard-00001-of-00002.h5", 7))
     assert done.returncode == 0, done.stderr
     dense = tl.LabelStore("labels/train")[15].dense()
     np.testing.assert_allclose(np.load("dense.npy"), dense, rtol=1e-4, atol=1e-7)
+
+    reader: dict[str, Any] = {}
+    exec(finding.text, reader)
+    store = tl.LabelStore("labels/train")
+    for file in ("labels/train/index", "labels/train/manifest"):
+        for row, key in enumerate(store.keys):
+            name = key.rpartition("/")[2]
+            for form in (key, name, f"other/{name}", name.replace(".jpg", ".PNG")):
+                assert reader["find"](file, form) == store.row(form) == row
+        assert [reader["find"](file, key) for key in ("", "x.jpg", f"{key}.jpg")] == [-1] * 3
+    computed, stored = reader["manifest_digest"]("labels/train/manifest")
+    assert computed == stored
 
 
 def test_links_lead_to_files() -> None:

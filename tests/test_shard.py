@@ -222,7 +222,7 @@ def test_other_names_are_no_shards(name: str) -> None:
 def test_the_spec_reads_a_shard_with_h5py_alone(tmp_path: Path, layout: MapLayout) -> None:
     """By the block of docs/format.md, which knows nothing of this package."""
     spec = Path(__file__).parents[1] / "docs" / "format.md"
-    (block,) = re.findall(r"^```python\n(.*?)^```$", spec.read_text(), re.MULTILINE | re.DOTALL)
+    block, _ = re.findall(r"^```python\n(.*?)^```$", spec.read_text(), re.MULTILINE | re.DOTALL)
     reader: dict[str, Any] = {}
     exec(block, reader)
     rows = make(tmp_path / "s.h5", layout)

@@ -307,7 +307,7 @@ class _Columns:
             raise ConfigError(
                 f"a table needs the bytes of its images in a column called "
                 f"{', '.join(IMAGE_COLUMNS)}; it has {', '.join(schema.names)[:200]!a}. Remedy: "
-                "rename the column, or embed the images (datasets' to_parquet does)"
+                "rename the column, or embed the images (datasets' save_to_disk and push_to_hub do)"
             )
         self.image, self.keys = [name], list[str]()
         kind = schema.field(name).type
