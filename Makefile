@@ -39,10 +39,10 @@ annotate: $(STAMP)  ## annotate SPLIT of DATA (default: the embedded sample) int
 		$(if $(DATA),--data '$(DATA)') $(ARGS)
 
 # Two processes, each of whole modules, so that a module's labels are made once.
-test: $(STAMP)  ## run all tests but those of test-faults (6 minutes on 2 cores)
+test: $(STAMP)  ## run all tests but those of test-faults (9 minutes on 2 cores)
 	@$(BIN)/python -m pytest --ignore tests/faults --numprocesses 2 --dist loadfile $(ARGS)
 
-test-faults: $(STAMP)  ## kill jobs, fail disks, read hostile files (8 minutes)
+test-faults: $(STAMP)  ## kill jobs, fail disks, read hostile files (15 minutes)
 	@$(BIN)/python -m pytest tests/faults $(ARGS)
 
 soak: $(STAMP)  ## the faults again and again, for up to an hour; writes the results to soak.md

@@ -65,7 +65,7 @@ class Proxy(ThreadingHTTPServer):
         gets: requests that read, by the last part of the object's name; of listings, "list".
         bytes: what they gave.
         fault: given method and path of a request, what goes wrong: a status as text, "reset",
-            "cut" (half of the answer), "hang"; None: nothing.
+            "cut" (half of the answer), "late" (done, but not answered), "hang"; None: nothing.
     """
 
     daemon_threads = True
@@ -110,6 +110,9 @@ class _Handler(BaseHTTPRequestHandler):
             what = "list" if "list-type" in self.path else self.path.rpartition("/")[2]
             self.server.gets[what] += 1
             self.server.bytes += len(data)
+        if fault == "late":  # stored, and the answer lost
+            self.close_connection = True
+            return
         kept = {k: v for k, v in answer.getheaders() if k.lower() not in _OWN_HEADERS}
         if self.command == "HEAD":
             kept["Content-Length"] = answer.headers.get("Content-Length", "0")

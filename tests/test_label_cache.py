@@ -52,7 +52,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def stored(proxy: Proxy, local: Path, request: pytest.FixtureRequest) -> str:
     """The same set in a bucket, under a prefix of the test's own."""
-    url = f"s3://bucket/{request.node.name}/train"
+    url = f"s3://cached/{request.node.name}/train"
     for path in local.iterdir():
         (RemotePath(url) / path.name).put(path)
     proxy.gets.clear()
@@ -229,7 +229,7 @@ def test_a_killed_worker_leaves_no_process(stored: str, tmp_path: Path) -> None:
 
 def test_what_is_not_there(proxy: Proxy, stored: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no shards"):
-        LabelStore("s3://bucket/nothing/train", tmp_path)
+        LabelStore("s3://cached/nothing/train", tmp_path)
     for url, message in (
         ("s3://", "names no store"),
         ("https://127.0.0.1/labels", "a web server lists nothing and keeps nothing"),

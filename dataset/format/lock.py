@@ -109,8 +109,8 @@ def _object_lock(folder: RemotePath) -> Iterator[str]:
         try:
             return path.put(json.dumps(owner).encode(), create=etag is None, match=etag)
         except FileExistsError:
-            # A request whose answer was lost is repeated, and then finds what it has stored.
-            if (found := _read(folder)) != owner:
+            # A request whose answer was lost may have been stored, now or by the time of the next.
+            if (found := _read(folder)).get("run") != run:
                 raise LockedError(_locked(folder, found, None)) from None
             return str(path.facts()["e_tag"])
 

@@ -43,11 +43,12 @@ def _request(method: M) -> M:
     @wraps(method)
     def asked(path: "RemotePath", *args: Any, **options: Any) -> Any:
         if _owner.setdefault("pid", os.getpid()) == os.getpid():
+            end = time.monotonic() + _PATIENCE.total_seconds()
             for pause in _PAUSES:
                 try:
                     return method(path, *args, **options)
                 except StoreError as error:
-                    if not _is_unanswered(error):
+                    if not _is_unanswered(error) or time.monotonic() > end:
                         raise
                 time.sleep(pause)
             return method(path, *args, **options)
